@@ -1,0 +1,207 @@
+"""One component of the model, open but not loaded: canonical tensor names, their places in files, and the sizes.
+
+Opening reads headers only, so it takes milliseconds and no memory, whatever the size of the weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..config import TextEncoderConfig, TransformerConfig, VaeConfig
+from ..errors import FileFormatError, UserError, WrongModelError
+from ..quant.tensor import rows_columns
+from . import configs
+from .container import TensorFile, open_tensor_file
+from .detect import COMPONENTS, detect, refuse_relatives
+from .names import LLAMA_CPP_QWEN3, NATIVE_TRANSFORMER, OLD_DIFFUSERS_VAE, NameMap, flux_vae
+from .packed import stored_tensors
+from .stored import StoredTensor
+
+CONFIG_KEY = "zimage_lite.config"  # metadata of the files we write: what shapes cannot tell
+WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".sft")
+
+ModelConfig = TransformerConfig | TextEncoderConfig | VaeConfig
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`tensors`: canonical name -> where it lies. `config`: the sizes of the model that they make."""
+
+    component: str
+    source: Path
+    layout: str
+    tensors: Mapping[str, StoredTensor]
+    config: Any
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def main_format(self) -> str:
+        """The format that holds the most bytes."""
+        totals = self.bytes_by_format()
+        return max(totals, key=lambda name: totals[name][1])
+
+    def bytes_by_format(self) -> dict[str, tuple[int, int]]:
+        """Format name -> (number of tensors, bytes), largest first."""
+        totals: dict[str, tuple[int, int]] = {}
+        for tensor in self.tensors.values():
+            count, nbytes = totals.get(tensor.format.name, (0, 0))
+            totals[tensor.format.name] = count + 1, nbytes + tensor.nbytes
+        return dict(sorted(totals.items(), key=lambda item: -item[1][1]))
+
+    def under(self, prefix: str) -> dict[str, StoredTensor]:
+        """The tensors of one block, named as the block names them."""
+        return {
+            name.removeprefix(f"{prefix}."): tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith(f"{prefix}.")
+        }
+
+    def restricted_to(self, shapes: Mapping[str, tuple[int, ...]]) -> Checkpoint:
+        """Only the tensors that a model asks for, each in the model's shape. Raises if one is missing or misshapen."""
+        missing = [name for name in shapes if name not in self.tensors]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise WrongModelError(
+                f"{self.source}: tensor {missing[0]}{more} missing", fix="the file is incomplete, so get it again"
+            )
+        return replace(self, tensors={name: _shaped(self.tensors[name], shape) for name, shape in shapes.items()})
+
+
+def _shaped(tensor: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
+    """[3840] for [1, 3840], and [512, 512, 1, 1] for [512, 512], are the same weights."""
+    if tensor.shape == shape:
+        return tensor
+    if [n for n in tensor.shape if n > 1] != [n for n in shape if n > 1]:
+        raise WrongModelError(f"{tensor.where} (shape)", got=tensor.shape, expected=shape)
+    assert rows_columns(shape)[0] in (1, tensor.rows) or tensor.format.family == "plain"
+    return replace(tensor, shape=shape)
+
+
+def open_checkpoint(path: Path, component: str | None = None) -> Checkpoint:
+    """Open a weights file, or a folder with one component. Raises UserError if it is not `component`."""
+    folder = path if path.is_dir() else None
+    files = [open_tensor_file(file) for file in (weight_files(path) if folder else [path])]
+    raw = [tensor for file in files for tensor in stored_tensors(file)]
+    names = {tensor.name for tensor in raw}
+    if len(names) < len(raw):
+        raise FileFormatError(f"{path}: two files of this checkpoint hold the same tensor")
+    found, prefix = detect(names, str(path))
+    if component not in (None, found):
+        raise WrongModelError(f"{path}", got=f"a {COMPONENTS[found]}", expected=f"a {COMPONENTS[component or found]}")
+    tensors = {
+        tensor.name: tensor
+        for stored in raw
+        if stored.name.startswith(prefix)
+        for tensor in _canonical(found, stored, prefix)
+    }
+    metadata = files[0].metadata
+    given = read_json(folder / "config.json") if folder and (folder / "config.json").exists() else None
+    config = _config(found, tensors, _embedded_config(files[0]) if given is None else given, str(path))
+    return Checkpoint(found, path, _layout(found, files, prefix, names), tensors, config, metadata)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a component folder: the shards of an index, or the one file there is."""
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise FileFormatError(f"{index}: weight_map is not a map of file names")
+        shards = [folder / Path(shard).name for shard in sorted(set(weight_map.values()))]
+        for shard in shards:
+            if not shard.exists():
+                raise UserError(f"{shard}: this shard is missing", fix="download the folder again")
+        return shards
+    found = sorted(
+        file for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES and not file.name.startswith(".")
+    )
+    if len(found) > 1:  # diffusers keeps variants such as model.fp16.safetensors beside the plain file
+        found = [file for file in found if file.stem.count(".") == 0] or found
+    if len(found) != 1:
+        raise UserError(
+            f"{folder}",
+            got=", ".join(file.name for file in found) or "no weights",
+            expected="one .safetensors or .gguf file, or shards with their index",
+        )
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises UserError."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path}: not JSON in UTF-8") from error
+    if not isinstance(values, dict):
+        raise FileFormatError(f"{path}: not a JSON object")
+    return values
+
+
+def _name_maps(component: str) -> tuple[NameMap, ...]:
+    if component == "transformer":
+        return (NATIVE_TRANSFORMER,)
+    if component == "text_encoder":
+        return (LLAMA_CPP_QWEN3,)
+    return (flux_vae(), OLD_DIFFUSERS_VAE)
+
+
+def _canonical(component: str, stored: StoredTensor, prefix: str) -> Iterator[StoredTensor]:
+    """Canonical names leave every map unchanged, so a file in any mixture of spellings comes out canonical."""
+    names: tuple[str, ...] = (stored.name.removeprefix(prefix),)
+    for name_map in _name_maps(component):
+        names = tuple(new for name in names for new in name_map.to_canonical(name))
+    if len(names) == 1:
+        yield replace(stored, name=names[0])
+        return
+    rows = stored.rows // len(names)
+    if rows * len(names) != stored.rows:
+        raise WrongModelError(
+            f"{stored.where} (shape)", got=stored.shape, expected=f"rows for {len(names)} equal parts"
+        )
+    for i, name in enumerate(names):
+        yield replace(stored, name=name, shape=(rows, *stored.shape[1:]), first_row=i * rows)
+
+
+def _config(component: str, tensors: Mapping[str, StoredTensor], given: Mapping[str, Any], where: str) -> ModelConfig:
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if component == "transformer":
+        refuse_relatives(shapes, where)
+        return configs.transformer_config(shapes, given, where)
+    if component == "text_encoder":
+        return configs.text_encoder_config(shapes, given, where)
+    return configs.vae_config(shapes, given, where)
+
+
+def _embedded_config(file: TensorFile) -> dict[str, Any]:
+    """What the file itself says of its config: ours, or a Qwen3 GGUF's metadata."""
+    text = file.metadata.get(CONFIG_KEY)
+    if not isinstance(text, str):
+        return configs.text_encoder_values(file.metadata)
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{file.path}: metadata {CONFIG_KEY} is not JSON") from error
+    return values if isinstance(values, dict) else {}
+
+
+def _layout(component: str, files: list[TensorFile], prefix: str, names: set[str]) -> str:
+    """For people: 'ComfyUI safetensors, prefix model.diffusion_model.', 'GGUF (lumina2)'."""
+    if files[0].container == "gguf":
+        return f"GGUF ({files[0].metadata.get('general.architecture', 'no metadata')})"
+    foreign = any(
+        name_map.to_canonical(name.removeprefix(prefix)) != (name.removeprefix(prefix),)
+        for name_map in _name_maps(component)
+        for name in names
+    )
+    style = "ComfyUI" if foreign or (prefix and component != "text_encoder") else "diffusers"
+    shards = f", {len(files)} shards" if len(files) > 1 else ""
+    return f"{style} safetensors" + (f", prefix {prefix}" if prefix else "") + shards

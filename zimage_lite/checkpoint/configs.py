@@ -1,0 +1,115 @@
+"""Model sizes from tensor shapes; what shapes cannot tell comes from config.json, GGUF metadata, or the true model.
+
+Shapes decide, because they are what will run. A config that contradicts them is refused: the files do not belong
+together.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from ..config import PATCH_SIZE, TextEncoderConfig, TransformerConfig, VaeConfig, from_mapping
+from ..errors import WrongModelError
+
+Shapes = Mapping[str, tuple[int, ...]]
+_Config = TypeVar("_Config")
+
+
+def transformer_config(shapes: Shapes, given: Mapping[str, Any], where: str) -> TransformerConfig:
+    """shapes: canonical name -> shape; given: the values of config.json, possibly none."""
+    dim, cap_feat_dim = _shape(shapes, "cap_embedder.1.weight", 2, where)
+    head_dim = _shape(shapes, "layers.0.attention.norm_q.weight", 1, where)[0]
+    patch_dim = _shape(shapes, "all_x_embedder.2-1.weight", 2, where)[1]
+    measured: dict[str, Any] = {
+        "dim": dim,
+        "cap_feat_dim": cap_feat_dim,
+        "in_channels": patch_dim // PATCH_SIZE**2,
+        "n_layers": _count(shapes, r"layers\.(\d+)\."),
+        "n_refiner_layers": _count(shapes, r"noise_refiner\.(\d+)\."),
+        "n_heads": dim // head_dim,
+    }
+    _reject_contradiction(measured, given, where)
+    # A quarter of each head sees the caption position, three eighths each see height and width: 32, 48, 48 of 128.
+    measured["axes_dims"] = (head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8)
+    return from_mapping(TransformerConfig, {**given, **measured, **_only(given, "axes_dims")}, where)
+
+
+def text_encoder_config(shapes: Shapes, given: Mapping[str, Any], where: str) -> TextEncoderConfig:
+    vocab_size, hidden_size = _shape(shapes, "embed_tokens.weight", 2, where)
+    layer = "layers.0."
+    head_dim = _shape(shapes, f"{layer}self_attn.q_norm.weight", 1, where)[0]
+    n_layers = _count(shapes, r"layers\.(\d+)\.")
+    if given.get("num_hidden_layers") == n_layers + 1:  # the last layer is never used, and some files leave it out
+        n_layers += 1
+    measured = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "head_dim": head_dim,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": _shape(shapes, f"{layer}self_attn.q_proj.weight", 2, where)[0] // head_dim,
+        "num_key_value_heads": _shape(shapes, f"{layer}self_attn.k_proj.weight", 2, where)[0] // head_dim,
+        "intermediate_size": _shape(shapes, f"{layer}mlp.gate_proj.weight", 2, where)[0],
+    }
+    _reject_contradiction(measured, given, where)
+    rope = given.get("rope_parameters")  # where transformers 5 moved rope_theta
+    theta = _only(rope, "rope_theta") if isinstance(rope, dict) else {}
+    return from_mapping(TextEncoderConfig, {**given, **theta, **measured}, where)
+
+
+def text_encoder_values(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a config.json, out of a Qwen3 GGUF's metadata."""
+    names = {
+        "qwen3.block_count": "num_hidden_layers",
+        "qwen3.rope.freq_base": "rope_theta",
+        "qwen3.attention.layer_norm_rms_epsilon": "rms_norm_eps",
+        "qwen3.context_length": "max_position_embeddings",
+    }
+    return {value: metadata[key] for key, value in names.items() if key in metadata}
+
+
+def vae_config(shapes: Shapes, given: Mapping[str, Any], where: str) -> VaeConfig:
+    levels = _count(shapes, r"decoder\.up_blocks\.(\d+)\.")
+    blocks = [f"decoder.up_blocks.{i}.resnets.0.conv1.weight" for i in range(levels)]
+    measured = {
+        "latent_channels": _shape(shapes, "decoder.conv_in.weight", 4, where)[1],
+        "in_channels": _shape(shapes, "decoder.conv_out.weight", 4, where)[0],
+        "block_out_channels": tuple(_shape(shapes, name, 4, where)[0] for name in reversed(blocks)),
+        "layers_per_block": _count(shapes, r"decoder\.up_blocks\.0\.resnets\.(\d+)\.") - 1,
+    }
+    _reject_contradiction(measured, given, where)
+    for flag in ("use_quant_conv", "use_post_quant_conv"):
+        if given.get(flag):
+            raise WrongModelError(f"{where}: {flag} is on, so this is not the Flux VAE that Z-Image uses")
+    return from_mapping(VaeConfig, {**given, **measured}, where)
+
+
+def _shape(shapes: Shapes, name: str, rank: int, where: str) -> tuple[int, ...]:
+    if name not in shapes:
+        raise WrongModelError(f"{where}: tensor {name} is missing")
+    if len(shapes[name]) != rank or 0 in shapes[name]:
+        raise WrongModelError(f"{where}: tensor {name}", got=f"shape {shapes[name]}", expected=f"{rank} dimensions")
+    return shapes[name]
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    """One more than the largest index that the pattern captures. Bounded by the number of tensors, so no name that
+    counts to a billion makes us build a billion layers."""
+    indices = {int(match[1][:9]) for match in map(re.compile(pattern).match, shapes) if match}
+    return min(max(indices, default=-1) + 1, len(indices) + 1)
+
+
+def _only(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {name: values[name]} if values.get(name) is not None else {}
+
+
+def _reject_contradiction(measured: Mapping[str, Any], given: Mapping[str, Any], where: str) -> None:
+    for name, value in measured.items():
+        said = given.get(name)
+        said = tuple(said) if isinstance(said, list) else said
+        if said is not None and said != value:
+            raise WrongModelError(
+                f"{where}: the config says {name} is {said}, the tensors say {value}",
+                fix="these files do not belong together",
+            )

@@ -1,0 +1,96 @@
+"""What every container comes down to: named arrays at byte ranges of a file.
+
+Bytes are read into buffers of our own, never mapped: mapped pages count as the process's memory, and on Windows an
+open map forbids replacing the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import FileFormatError, UserError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One array. kind: a safetensors dtype ("BF16") or, in GGUF files, a ggml type in lower case ("q8_0")."""
+
+    path: Path
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    def read(self, start: int = 0, nbytes: int | None = None) -> Tensor:
+        """Bytes [start, start + nbytes) of the array as a fresh uint8 tensor."""
+        nbytes = self.nbytes - start if nbytes is None else nbytes
+        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        view = buffer.numpy().data
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(self.offset + start)
+                done = 0
+                while done < nbytes:
+                    got = file.readinto(view[done:])
+                    if not got:
+                        raise FileFormatError(
+                            f"{self.path}: tensor {self.name} ends early; the file was cut or changed while it was read"
+                        )
+                    done += got
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
+        return buffer
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A file's header, checked: every entry lies inside the file, and no two overlap."""
+
+    path: Path
+    container: str  # "safetensors" or "gguf"
+    entries: dict[str, Entry]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def check_ranges(path: Path, entries: list[Entry], file_bytes: int, data_start: int) -> None:
+    """Raise FileFormatError unless the byte ranges lie in [data_start, file_bytes) and are disjoint."""
+    end, before = data_start, "the header"
+    for entry in sorted(entries, key=lambda e: (e.offset, e.nbytes)):
+        if entry.offset < end:
+            raise FileFormatError(f"{path}: tensor {entry.name} overlaps {before}")
+        end, before = entry.offset + entry.nbytes, entry.name
+        if end > file_bytes:
+            raise FileFormatError(
+                f"{path}: tensor {entry.name} ends at byte {end}, but the file has {file_bytes}",
+                fix="the file is truncated or damaged, so download or copy it again",
+            )
+
+
+def open_tensor_file(path: Path) -> TensorFile:
+    """Read the header of a safetensors or GGUF file, told apart by their first bytes, not by the name."""
+    from . import gguf, safetensors
+
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(9)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if not magic:
+        raise FileFormatError(f"{path}: the file is empty")
+    if magic.startswith(b"GGUF"):
+        return gguf.read_header(path)
+    if magic.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        raise FileFormatError(
+            f"{path}: a pickle file can run any code when it is opened, so it is refused",
+            fix="get the safetensors or GGUF version",
+        )
+    return safetensors.read_header(path)

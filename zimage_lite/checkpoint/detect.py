@@ -1,0 +1,81 @@
+"""What a file is, told by its tensor names and a few shapes: which part of Z-Image, under what prefix, or what else."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from ..errors import WrongModelError
+from .names import PREFIXES
+
+COMPONENTS = {
+    "transformer": "Z-Image transformer",
+    "text_encoder": "Qwen3 text encoder",
+    "vae": "Flux VAE",
+}
+
+# A component is recognised when all names of one of its tuples are there.
+_SIGNATURES = {
+    "transformer": (
+        ("cap_embedder.1.weight", "layers.0.attention.qkv.weight"),
+        ("cap_embedder.1.weight", "layers.0.attention.to_q.weight"),
+    ),
+    "text_encoder": (
+        ("embed_tokens.weight", "layers.0.self_attn.q_norm.weight"),
+        ("token_embd.weight", "blk.0.attn_q_norm.weight"),
+    ),
+    "vae": (
+        ("decoder.conv_in.weight", "decoder.mid.block_1.conv1.weight"),
+        ("decoder.conv_in.weight", "decoder.mid_block.resnets.0.conv1.weight"),
+    ),
+}
+
+# Part of a name -> what has it. First hit wins.
+_OTHERS = {
+    "lora_A": "a LoRA",
+    "lora_down": "a LoRA",
+    "lora_up": "a LoRA",
+    "control_layers.": "a Z-Image ControlNet",
+    "double_blocks.": "a Flux transformer",
+    "single_transformer_blocks.": "a Flux transformer",
+    "joint_blocks.": "a Stable Diffusion 3 transformer",
+    "txt_norm.weight": "a Qwen-Image transformer",
+    "input_blocks.": "a Stable Diffusion or SDXL U-Net",
+    "add_embedding.linear_1": "an SDXL U-Net",
+    "down_blocks.0.attentions": "a Stable Diffusion U-Net",
+    "cross_attn.norm_q": "a Wan transformer",
+    "SelfAttention": "a T5 text encoder",
+    "text_model.encoder": "a CLIP text encoder",
+    "attn_q.bias": "a Qwen2 text encoder",
+    "self_attn.q_proj.bias": "a Qwen2 text encoder",
+    "self_attn.q_proj": "another language model",
+    "blk.0.attn_q": "another language model",
+}
+
+
+def detect(names: Collection[str], where: str) -> tuple[str, str]:
+    """-> (component, prefix). Raises WrongModelError that says what the file seems to be instead."""
+    for component, signatures in _SIGNATURES.items():
+        for prefix in PREFIXES[component]:
+            if any(all(prefix + name in names for name in signature) for signature in signatures):
+                return component, prefix
+    expected = "a Z-Image transformer, a Qwen3 text encoder or a Flux VAE"
+    for part, what in _OTHERS.items():
+        if any(part in name for name in names):
+            raise WrongModelError(f"{where}: this is {what}", expected=expected)
+    sample = ", ".join(name[:60] for name in list(names)[:3]) or "no tensors"
+    raise WrongModelError(
+        f"{where}: no model that is known here", got=f"{len(names)} tensors ({sample})", expected=expected
+    )
+
+
+def refuse_relatives(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raise for models that share Z-Image's names. shapes: canonical name -> shape."""
+    dim = shapes["cap_embedder.1.weight"][0]
+    if dim == 2304 or "layers.0.adaLN_modulation.1.weight" in shapes:
+        raise WrongModelError(
+            f"{where}: this is a Lumina-Image-2 transformer", got=f"width {dim}", expected="Z-Image's 3840"
+        )
+    if "siglip_embedder.0.weight" in shapes:
+        raise WrongModelError(f"{where}: this is Z-Image Omni, which is not supported yet", fix="use Z-Image-Turbo")
+    if "dec_net.cond_embed.weight" in shapes:
+        raise WrongModelError(f"{where}: this is a pixel-space variant", expected="Z-Image-Turbo, which draws latents")

@@ -1,0 +1,115 @@
+"""A whole model: which files make up transformer, text encoder, VAE, tokenizer and schedule.
+
+MODEL is a folder in diffusers' layout, a folder with ComfyUI's subfolders, or nothing but the files named one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import SchedulerConfig, from_mapping
+from ..errors import UserError, WrongModelError
+from .checkpoint import WEIGHT_SUFFIXES, Checkpoint, open_checkpoint, read_json
+from .detect import COMPONENTS
+from .tokenizer import PromptTokenizer, tokenizer_from_folder, tokenizer_from_gguf
+
+# Component -> ComfyUI's folders for it, new and old.
+COMFY_FOLDERS = {
+    "transformer": ("diffusion_models", "unet"),
+    "text_encoder": ("text_encoders", "clip"),
+    "vae": ("vae",),
+}
+_FLAGS = {"transformer": "--transformer", "text_encoder": "--text-encoder", "vae": "--vae"}
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Everything open, nothing loaded."""
+
+    name: str
+    transformer: Checkpoint
+    text_encoder: Checkpoint
+    vae: Checkpoint
+    tokenizer: PromptTokenizer
+    scheduler: SchedulerConfig
+
+
+def open_model(model: Path | None, overrides: Mapping[str, Path | None] | None = None) -> ModelFiles:
+    """overrides: "transformer", "text_encoder", "vae" or "tokenizer" -> a file or folder that replaces the model's."""
+    chosen = {name: path for name, path in (overrides or {}).items() if path is not None}
+    if model is not None and not model.exists():
+        raise UserError(f"{model}: no such model", expected="a folder with transformer/, text_encoder/ and vae/")
+    if model is not None and model.is_file():
+        raise UserError(f"{model}: a model is a folder", fix=f"name a single file with {_flag_for(model)}")
+    parts = {}
+    for component in COMPONENTS:
+        path = chosen.get(component) or find_component(model, component)
+        if path is None:
+            place = f"{model} has no {component}/" if model else f"no {COMPONENTS[component]}"
+            raise UserError(place, fix=f"name one with {_FLAGS[component]} FILE")
+        parts[component] = open_checkpoint(path, component)
+    width, wanted = parts["text_encoder"].config.hidden_size, parts["transformer"].config.cap_feat_dim
+    if width != wanted:
+        raise WrongModelError(
+            f"{parts['text_encoder'].source}: width of the text encoder",
+            got=width,
+            expected=f"{wanted}, as the transformer takes",
+        )
+    return ModelFiles(
+        name=(model or parts["transformer"].source).resolve().name,
+        tokenizer=_tokenizer(model, chosen.get("tokenizer"), parts["text_encoder"]),
+        scheduler=scheduler_config(model),
+        **parts,
+    )
+
+
+def find_component(model: Path | None, component: str) -> Path | None:
+    """The folder or file of a component inside a model folder, or None."""
+    if model is None:
+        return None
+    folder = model / component
+    if folder.is_dir() and (folder / "config.json").exists():
+        return folder
+    for name in COMFY_FOLDERS[component]:
+        files = (
+            [f for f in sorted((model / name).glob("*")) if f.suffix in WEIGHT_SUFFIXES]
+            if (model / name).is_dir()
+            else []
+        )
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
+            raise UserError(
+                f"{model / name} holds several files", got=names, fix=f"choose with {_FLAGS[component]} FILE"
+            )
+        if files:
+            return files[0]
+    return folder if folder.is_dir() else None
+
+
+def scheduler_config(model: Path | None) -> SchedulerConfig:
+    path = model / "scheduler" / "scheduler_config.json" if model else None
+    values: dict[str, Any] = read_json(path) if path and path.exists() else {}
+    return from_mapping(SchedulerConfig, values, str(path))
+
+
+def _tokenizer(model: Path | None, chosen: Path | None, text_encoder: Checkpoint) -> PromptTokenizer:
+    if chosen is not None:
+        return tokenizer_from_folder(chosen)
+    if model is not None and (model / "tokenizer").is_dir():
+        return tokenizer_from_folder(model / "tokenizer")
+    if "tokenizer.ggml.tokens" in text_encoder.metadata:
+        return tokenizer_from_gguf(text_encoder.metadata, str(text_encoder.source))
+    raise UserError(
+        "no tokenizer: neither the model folder nor the text encoder file has one",
+        fix="name a folder that holds Qwen3's tokenizer.json with --tokenizer DIR",
+    )
+
+
+def _flag_for(path: Path) -> str:
+    try:
+        return _FLAGS[open_checkpoint(path).component]
+    except UserError:
+        return "--transformer, --text-encoder or --vae"

@@ -1,0 +1,70 @@
+"""A weight in whatever format it is stored in, and the two things one can do with it: unpack it, multiply by it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .formats import FORMATS, Format, Parts
+
+TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def rows_columns(shape: tuple[int, ...]) -> tuple[int, int]:
+    """How a tensor of any rank lies in rows: (3840,) -> (1, 3840); (64, 16, 3, 3) -> (64, 144)."""
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    return shape[0], math.prod(shape[1:])
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """One logical tensor, packed. parts: suffix -> [rows, ...] as `format.layout` says, on any device."""
+
+    format: Format
+    shape: tuple[int, ...]
+    parts: Parts
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def plain(cls, tensor: Tensor) -> QTensor:
+        """Wrap an ordinary float tensor."""
+        name = next(row for row, dtype in TORCH_DTYPES.items() if dtype == tensor.dtype)
+        return cls(FORMATS[name.lower()], tuple(tensor.shape), {"": tensor.reshape(rows_columns(tuple(tensor.shape)))})
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts.values())
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Unpack to `shape` in `dtype`. A plain tensor that has the dtype already is returned without a copy."""
+        if self.format.family == "plain":
+            return self.parts[""].to(dtype).reshape(self.shape)
+        wide = self.format.codec.dequantize(self.parts, rows_columns(self.shape)[1], self.options)
+        return wide.to(dtype).reshape(self.shape)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """x @ W.T. x: [tokens, columns] in the compute dtype -> [tokens, rows] in the same."""
+        fused = getattr(self.format.codec, "linear", None)
+        if fused is not None:
+            return fused(x, self.parts, self.options)
+        return F.linear(x, self.dequantize(x.dtype))
+
+    def is_finite(self) -> bool:
+        """Whether every weight is a number. Looks at the float parts where there are any, else unpacks."""
+        floats = [part for part in self.parts.values() if part.is_floating_point()] or [self.dequantize()]
+        return all(bool(torch.isfinite(part.float()).all()) for part in floats)
+
+    def to(self, device: torch.device | str) -> QTensor:
+        return replace(self, parts={suffix: part.to(device) for suffix, part in self.parts.items()})

@@ -1,0 +1,25 @@
+"""Sizes as people write them: GB is 10^9 bytes, GiB is 2^30."""
+
+from __future__ import annotations
+
+import re
+
+from .errors import UserError
+
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)}
+_UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", start=1)}
+_UNITS |= {prefix: 1000**power for power, prefix in enumerate("kmgt", start=1)}
+
+
+def parse_bytes(text: str) -> int:
+    """'6GB', '5.5 GiB', '800M' -> bytes. Raises UserError for anything that is not a positive size."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
+        raise UserError("not a size", got=repr(text), expected="a number with a unit, such as 6GB, 5.5GiB or 800MB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def format_gb(n_bytes: float) -> str:
+    """Bytes -> '12.31 GB' (10^9) or '3.4 MB' (10^6), for files and RAM."""
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
