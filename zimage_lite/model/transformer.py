@@ -1,0 +1,211 @@
+"""The S3-DiT of Z-Image: caption and image in one stream of tokens, 30 equal blocks.
+
+    caption features -> embed, pad -> context refiner -.
+                                                        >- [image, caption] -> blocks -> final layer -> image patches
+    latents -> patches -> embed, pad -> noise refiner -'
+
+Several sequences (a batch, or the two sides of guidance) lie one after another in the same [tokens, dim] tensor, so
+that every weight is used once for all of them; only attention looks at the borders.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from zimage_kernels import apply_rope, attention
+
+from ..config import PATCH_SIZE, SEQUENCE_MULTIPLE, TransformerConfig
+from .linear import Linear, RMSNorm, Stream
+from .rope import Rope, grid_positions, rope_angles
+
+_TIME_FREQUENCIES = 256
+_TIME_HIDDEN = 1024
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, n_heads: int, eps: float) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.to_q, self.to_k, self.to_v = (Linear(dim, dim) for _ in range(3))
+        self.to_out = nn.ModuleList([Linear(dim, dim)])
+        self.norm_q, self.norm_k = (RMSNorm(dim // n_heads, eps) for _ in range(2))
+
+    def forward(self, x: Tensor, rope: Rope, lengths: list[int]) -> Tensor:
+        q, k, v = (project(x).unflatten(-1, (self.n_heads, -1)) for project in (self.to_q, self.to_k, self.to_v))
+        q, k = apply_rope(self.norm_q(q), *rope), apply_rope(self.norm_k(k), *rope)
+        return self.to_out[0](attention(q, k, v, lengths).flatten(1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w1, self.w2, self.w3 = Linear(dim, hidden), Linear(hidden, dim), Linear(dim, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)).mul_(self.w3(x)))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each between two norms. With modulation, the time scales what goes in (1 + s) and
+    gates what comes out (tanh g); the context refiner has none."""
+
+    def __init__(self, config: TransformerConfig, modulated: bool = True) -> None:
+        super().__init__()
+        dim, eps = config.dim, config.norm_eps
+        self.attention = Attention(dim, config.n_heads, eps)
+        self.feed_forward = FeedForward(dim, config.ffn_dim)
+        self.attention_norm1, self.attention_norm2 = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self.ffn_norm1, self.ffn_norm2 = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        if modulated:
+            self.adaLN_modulation = nn.ModuleList([Linear(config.conditioning_dim, 4 * dim, bias=True)])
+
+    def forward(self, x: Tensor, rope: Rope, lengths: list[int], condition: Tensor | None = None) -> Tensor:
+        """x: [tokens, dim]; condition: [1, conditioning_dim], the embedded time."""
+        scale_attn, gate_attn, scale_ffn, gate_ffn = self._modulation(condition)
+        h = self.attention(self.attention_norm1(x) * scale_attn, rope, lengths)
+        x = x + gate_attn * self.attention_norm2(h)
+        h = self.feed_forward(self.ffn_norm1(x) * scale_ffn)
+        return x + gate_ffn * self.ffn_norm2(h)
+
+    def _modulation(self, condition: Tensor | None) -> tuple[Tensor | float, ...]:
+        if condition is None:
+            return 1.0, 1.0, 1.0, 1.0
+        scale_attn, gate_attn, scale_ffn, gate_ffn = self.adaLN_modulation[0](condition).chunk(4, dim=-1)
+        return 1.0 + scale_attn, gate_attn.tanh(), 1.0 + scale_ffn, gate_ffn.tanh()
+
+
+class TimeEmbedder(nn.Module):
+    def __init__(self, out_dim: int) -> None:
+        super().__init__()
+        first = Linear(_TIME_FREQUENCIES, _TIME_HIDDEN, bias=True)
+        self.mlp = nn.ModuleList([first, nn.SiLU(), Linear(_TIME_HIDDEN, out_dim, bias=True)])
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """t: [1] float32 -> [1, out_dim] in dtype: 128 cosines, then 128 sines, then an MLP."""
+        half = _TIME_FREQUENCIES // 2
+        steps = torch.arange(half, dtype=torch.float32, device=t.device)
+        angles = t[:, None] * torch.exp(-math.log(10000) * steps / half)
+        h = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
+        for layer in self.mlp:
+            h = layer(h)
+        return h
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.linear = Linear(config.dim, config.patch_dim, bias=True)
+        self.adaLN_modulation = nn.ModuleList([nn.SiLU(), Linear(config.conditioning_dim, config.dim, bias=True)])
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        scale = 1.0 + self.adaLN_modulation[1](self.adaLN_modulation[0](condition))
+        return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * scale)
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A prompt, refined once and used in every step. tokens: [length, dim], length a multiple of 32."""
+
+    tokens: Tensor
+    rope: Rope
+
+
+class Transformer(nn.Module):
+    """The skeleton, under diffusers' names, in which "2-1" is the patch size in space and time."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        patch = f"{PATCH_SIZE}-1"
+        self.all_x_embedder = nn.ModuleDict({patch: Linear(config.patch_dim, config.dim, bias=True)})
+        self.all_final_layer = nn.ModuleDict({patch: FinalLayer(config)})
+        self.t_embedder = TimeEmbedder(config.conditioning_dim)
+        self.cap_embedder = nn.ModuleList(
+            [RMSNorm(config.cap_feat_dim, config.norm_eps), Linear(config.cap_feat_dim, config.dim, bias=True)]
+        )
+        self.x_pad_token, self.cap_pad_token = (
+            nn.Parameter(torch.empty(1, config.dim, device="meta"), requires_grad=False) for _ in range(2)
+        )
+        self.noise_refiner = nn.ModuleList([Block(config) for _ in range(config.n_refiner_layers)])
+        self.context_refiner = nn.ModuleList([Block(config, modulated=False) for _ in range(config.n_refiner_layers)])
+        self.layers = nn.ModuleList([Block(config) for _ in range(config.n_layers)])
+
+    def refine_captions(self, features: list[Tensor], stream: Stream = iter) -> list[Caption]:
+        """features: [length, cap_feat_dim] each, the text encoder's output -> captions. Does not depend on time."""
+        norm, project = self.cap_embedder
+        captions = [_pad(project(norm(feature)), self.cap_pad_token) for feature in features]
+        lengths = [len(caption) for caption in captions]
+        # A caption's tokens, pads included, count up along the first axis from 1.
+        ropes = [self._rope(grid_positions((length, 1, 1), (1, 0, 0))) for length in lengths]
+        x, rope = torch.cat(captions), _join(ropes)
+        for block in stream(self.context_refiner):
+            x = block(x, rope, lengths)
+        return [Caption(tokens, own) for tokens, own in zip(x.split(lengths), ropes, strict=True)]
+
+    def forward(self, latents: list[Tensor], captions: list[Caption], t: Tensor, stream: Stream = iter) -> list[Tensor]:
+        """One evaluation for one or several images at the same time t.
+
+        latents: [channels, height, width] each, in the compute dtype, height and width even. t: [1] float32,
+        1 - sigma: 0 is pure noise. Returns data - noise, the negated flow velocity, in the shapes of latents.
+        """
+        condition = self.t_embedder(t * self.config.t_scale, latents[0].dtype)
+        embed, final = (next(iter(modules.values())) for modules in (self.all_x_embedder, self.all_final_layer))
+        images = [_pad(embed(patchify(latent)), self.x_pad_token) for latent in latents]
+        ropes = [self._image_rope(*pair) for pair in zip(latents, captions, strict=True)]
+        lengths = [len(image) for image in images]
+        x, rope = torch.cat(images), _join(ropes)
+        for block in stream(self.noise_refiner):
+            x = block(x, rope, lengths, condition)
+
+        images = list(x.split(lengths))
+        x = torch.cat([part for pair in zip(images, (c.tokens for c in captions), strict=True) for part in pair])
+        rope = _join([part for pair in zip(ropes, (c.rope for c in captions), strict=True) for part in pair])
+        lengths = [len(image) + len(caption.tokens) for image, caption in zip(images, captions, strict=True)]
+        for block in stream(self.layers):
+            x = block(x, rope, lengths, condition)
+        tokens = final(x, condition).split(lengths)
+        return [unpatchify(patches, latent.shape) for patches, latent in zip(tokens, latents, strict=True)]
+
+    def _rope(self, positions: Tensor) -> Rope:
+        cos, sin = rope_angles(positions, self.config.axes_dims, self.config.rope_theta)
+        return cos.to(self.x_pad_token.device), sin.to(self.x_pad_token.device)
+
+    def _image_rope(self, latent: Tensor, caption: Caption) -> Rope:
+        """The image lies on one plane after its caption; its pad tokens all sit at the origin."""
+        height, width = (size // PATCH_SIZE for size in latent.shape[1:])
+        positions = grid_positions((1, height, width), (len(caption.tokens) + 1, 0, 0))
+        return self._rope(F.pad(positions, (0, 0, 0, _missing(len(positions)))))
+
+
+def patchify(latent: Tensor) -> Tensor:
+    """[channels, height, width] -> [height/2 * width/2, 4 * channels]; in a token, channels run fastest."""
+    channels, height, width = latent.shape
+    patches = latent.view(channels, height // PATCH_SIZE, PATCH_SIZE, width // PATCH_SIZE, PATCH_SIZE)
+    return patches.permute(1, 3, 2, 4, 0).flatten(2).flatten(0, 1)
+
+
+def unpatchify(tokens: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `patchify` on the first tokens; what follows them (pads, caption) is dropped."""
+    channels, height, width = shape
+    rows, columns = height // PATCH_SIZE, width // PATCH_SIZE
+    patches = tokens[: rows * columns].view(rows, columns, PATCH_SIZE, PATCH_SIZE, channels)
+    return patches.permute(4, 0, 2, 1, 3).reshape(shape)
+
+
+def _missing(length: int) -> int:
+    return -length % SEQUENCE_MULTIPLE
+
+
+def _pad(tokens: Tensor, pad_token: Tensor) -> Tensor:
+    """Fill up with the learned pad token, which is attended like any other."""
+    return torch.cat([tokens, pad_token.expand(_missing(len(tokens)), -1)])
+
+
+def _join(ropes: list[Rope]) -> Rope:
+    return torch.cat([cos for cos, _ in ropes]), torch.cat([sin for _, sin in ropes])

@@ -1,0 +1,172 @@
+"""The Flux-1 autoencoder: a convolutional encoder and decoder around one attention layer, 8x reduction.
+
+Both work on a single image: [channels, height, width]. Module names follow diffusers' AutoencoderKL.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from zimage_kernels import attention
+
+from ..config import VaeConfig
+from .linear import Linear
+
+_EPS = 1e-6
+
+
+def _conv(
+    in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, padding: int | None = None
+) -> nn.Conv2d:
+    padding = kernel // 2 if padding is None else padding
+    return nn.Conv2d(in_channels, out_channels, kernel, stride, padding, device="meta")
+
+
+def _norm(channels: int, config: VaeConfig) -> nn.GroupNorm:
+    return nn.GroupNorm(config.norm_num_groups, channels, eps=_EPS, device="meta")
+
+
+class ResBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, config: VaeConfig) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = _norm(in_channels, config), _conv(in_channels, out_channels)
+        self.norm2, self.conv2 = _norm(out_channels, config), _conv(out_channels, out_channels)
+        self.conv_shortcut = _conv(in_channels, out_channels, kernel=1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
+        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+        return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class PixelAttention(nn.Module):
+    """One head over all pixels."""
+
+    def __init__(self, channels: int, config: VaeConfig) -> None:
+        super().__init__()
+        self.group_norm = _norm(channels, config)
+        self.to_q, self.to_k, self.to_v = (Linear(channels, channels, bias=True) for _ in range(3))
+        self.to_out = nn.ModuleList([Linear(channels, channels, bias=True)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = self.group_norm(x)[0].flatten(1).T  # [height * width, channels]
+        q, k, v = (project(pixels).unsqueeze(1) for project in (self.to_q, self.to_k, self.to_v))
+        out = self.to_out[0](attention(q, k, v, [len(pixels)]).squeeze(1))
+        return x + out.T.view_as(x)
+
+
+class MidBlock(nn.Module):
+    def __init__(self, channels: int, config: VaeConfig) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList([ResBlock(channels, channels, config) for _ in range(2)])
+        self.attentions = nn.ModuleList([PixelAttention(channels, config)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Resample(nn.Module):
+    """The convolution that goes with halving or doubling the size."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Level(nn.Module):
+    """Residual blocks at one size, then a change of size unless it is the last level."""
+
+    def __init__(self, in_channels: int, out_channels: int, n_blocks: int, config: VaeConfig) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * n_blocks
+        self.resnets = nn.ModuleList([ResBlock(a, b, config) for a, b in pairwise(widths)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x)
+        return self.resample(x)
+
+    def resample(self, x: Tensor) -> Tensor:
+        return x
+
+
+class DownLevel(Level):
+    def __init__(self, in_channels: int, out_channels: int, config: VaeConfig, last: bool) -> None:
+        super().__init__(in_channels, out_channels, config.layers_per_block, config)
+        convs = [] if last else [Resample(_conv(out_channels, out_channels, stride=2, padding=0))]
+        self.downsamplers = nn.ModuleList(convs)
+
+    def resample(self, x: Tensor) -> Tensor:
+        for sampler in self.downsamplers:
+            x = sampler(F.pad(x, (0, 1, 0, 1)))  # one row and column, at the far ends only
+        return x
+
+
+class UpLevel(Level):
+    def __init__(self, in_channels: int, out_channels: int, config: VaeConfig, last: bool) -> None:
+        super().__init__(in_channels, out_channels, config.layers_per_block + 1, config)
+        self.upsamplers = nn.ModuleList([] if last else [Resample(_conv(out_channels, out_channels))])
+
+    def resample(self, x: Tensor) -> Tensor:
+        for sampler in self.upsamplers:
+            x = sampler(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return x
+
+
+def _pairs(widths: list[int]) -> list[tuple[int, int, bool]]:
+    """Each level's input width, output width, and whether it is the last."""
+    return [(widths[max(i - 1, 0)], width, i == len(widths) - 1) for i, width in enumerate(widths)]
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = list(config.block_out_channels)
+        self.conv_in = _conv(config.in_channels, widths[0])
+        self.down_blocks = nn.ModuleList([DownLevel(a, b, config, last) for a, b, last in _pairs(widths)])
+        self.mid_block = MidBlock(widths[-1], config)
+        self.conv_norm_out = _norm(widths[-1], config)
+        self.conv_out = _conv(widths[-1], 2 * config.latent_channels)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[3, height, width] in [-1, 1] -> the most likely latent, [latent_channels, height/8, width/8], scaled as
+        the transformer wants it."""
+        x = self.conv_in(image.unsqueeze(0))
+        for level in self.down_blocks:
+            x = level(x)
+        x = self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x)), inplace=True))
+        mean, _log_variance = x[0].chunk(2)
+        return (mean - self.config.shift_factor) * self.config.scaling_factor
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = list(reversed(config.block_out_channels))
+        self.conv_in = _conv(config.latent_channels, widths[0])
+        self.mid_block = MidBlock(widths[0], config)
+        self.up_blocks = nn.ModuleList([UpLevel(a, b, config, last) for a, b, last in _pairs(widths)])
+        self.conv_norm_out = _norm(widths[-1], config)
+        self.conv_out = _conv(widths[-1], config.in_channels)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """[latent_channels, height, width] float32, as the transformer leaves it -> image [3, 8 height, 8 width] in the
+        compute dtype, about [-1, 1]."""
+        raw = latent / self.config.scaling_factor + self.config.shift_factor
+        x = self.mid_block(self.conv_in(raw.unsqueeze(0).to(self.conv_in.weight.dtype)))
+        for level in self.up_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))[0]
+
+
+def to_pixels(image: Tensor) -> Tensor:
+    """[3, height, width] in [-1, 1] -> [height, width, 3] uint8."""
+    return (image.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
