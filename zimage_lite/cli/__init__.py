@@ -1,0 +1,81 @@
+"""The command line: one file per verb, each loaded when its verb is used.
+
+Exit codes: 0 done; 2 the input is at fault, told in one line; 3 it does not fit the budget; 1 our fault, with the
+traceback. Human text goes to stderr; with --json, stdout ends in one line with one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+
+from .. import __version__
+from ..errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, UserError
+
+_VERBS = {
+    "generate": "Draw images from prompts.",
+    "quantize": "Turn a checkpoint into a smaller one.",
+    "inspect": "Say what a file or folder is.",
+}
+
+
+class _Verbs(click.Group):
+    """Finds a verb's module by its name, so that --help loads none of them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _VERBS:
+            return None
+        return import_module(f".{name}", __package__).command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_VERBS.items()))
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="zimage-lite")
+def cli() -> None:
+    """Z-Image-Turbo on a small GPU, or none: quantize the checkpoint, draw inside the memory you name."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """The console script. Leaves with the exit code."""
+    sys.exit(run(args))
+
+
+def run(args: list[str] | None = None) -> int:
+    """Run a command line and return its exit code. Only faults of our own leave as exceptions."""
+    try:
+        cli.main(args, prog_name="zimage-lite", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help())
+        return EXIT_OK
+    except click.ClickException as error:
+        say(f"error: {' '.join(error.format_message().split())}")
+        return EXIT_USER
+    except UserError as error:
+        say(f"error: {error}")
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        say("interrupted; nothing was left half-written")
+        return EXIT_INTERRUPTED
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    return EXIT_OK
+
+
+def say(text: str) -> None:
+    """A line for people."""
+    click.echo(text, err=True)
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """The one JSON object, on the last line of stdout."""
+    click.echo(json.dumps(result, ensure_ascii=False))

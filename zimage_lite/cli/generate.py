@@ -1,0 +1,235 @@
+"""zimage-lite generate PROMPT..."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .. import __version__
+from ..config import GenerateOptions, RuntimeOptions
+from ..errors import UserError
+from ..units import format_gb, parse_bytes
+from . import print_json, say
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..pipeline import Pipeline
+
+_IMAGE = GenerateOptions()
+_PATH = click.Path(path_type=Path)
+_MAX_IMAGES = 10_000
+
+
+@click.command(name="generate")
+@click.argument("prompts", nargs=-1, metavar="PROMPT...")
+@click.option(
+    "--prompts",
+    "prompt_file",
+    type=_PATH,
+    metavar="FILE.jsonl",
+    help="One JSON object a line: prompt, and seed, width, height if wanted.",
+)
+@click.option("--model", type=_PATH, help="Model folder: diffusers' layout, ComfyUI's, or an output of quantize.")
+@click.option(
+    "-o",
+    "--output",
+    "out",
+    type=_PATH,
+    default=Path("image.png"),
+    show_default=True,
+    help="PNG file; several images count up from it.",
+)
+@click.option("--width", type=int, default=_IMAGE.width, show_default=True, help="Pixels, a multiple of 16.")
+@click.option("--height", type=int, default=_IMAGE.height, show_default=True, help="Pixels, a multiple of 16.")
+@click.option("--steps", type=int, default=_IMAGE.steps, show_default=True, help="Denoising steps.")
+@click.option(
+    "--seed", type=int, default=_IMAGE.seed, show_default=True, help="Seed of the first image; the next ones count up."
+)
+@click.option("--count", type=int, default=1, show_default=True, help="Images per prompt.")
+@click.option(
+    "--guidance",
+    type=float,
+    default=_IMAGE.guidance,
+    show_default=True,
+    help="Guidance as diffusers counts it; 0 is off, as Turbo wants.",
+)
+@click.option("--negative", metavar="TEXT", default="", help="What to steer away from, with --guidance.")
+@click.option("--shift", type=float, help="Shift of the noise schedule.  [default: the model's; Turbo 3]")
+@click.option("--vram", metavar="SIZE", help="Ceiling for the GPU's memory, such as 6GB.  [default: what is free]")
+@click.option("--ram", metavar="SIZE", help="Ceiling for the process's memory, such as 8GB.  [default: what is free]")
+@click.option("--transformer", type=_PATH, metavar="FILE", help="Use this transformer.")
+@click.option("--text-encoder", type=_PATH, metavar="FILE", help="Use this text encoder.")
+@click.option("--vae", type=_PATH, metavar="FILE", help="Use this VAE.")
+@click.option("--tokenizer", type=_PATH, metavar="DIR", help="Use this tokenizer.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bf16", "fp16", "fp32"]),
+    default="auto",
+    show_default=True,
+    help="What to compute in; fp32 on the CPU.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "triton", "reference"]),
+    default="auto",
+    show_default=True,
+    help="Kernels to compute with.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+def command(
+    prompts: tuple[str, ...], prompt_file: Path | None, model: Path | None, out: Path, count: int,
+    vram: str | None, ram: str | None, device: str, dtype: str, backend: str, as_json: bool,
+    transformer: Path | None, text_encoder: Path | None, vae: Path | None, tokenizer: Path | None, **image: Any,
+) -> None:  # fmt: skip
+    """Draw images from prompts.
+
+    Give one or several PROMPTs, or a file of them; they share one loaded model.
+    """
+    base = GenerateOptions(**image)
+    requests = _requests(prompts, prompt_file, base, count)
+    options = RuntimeOptions(
+        device, dtype, backend, parse_bytes(vram) if vram else None, parse_bytes(ram) if ram else None
+    )
+    paths = _output_paths(out, len(requests))
+    parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
+    if model is None and not all((transformer, text_encoder, vae)):
+        raise UserError(
+            "no model", fix="name a folder with --model, or files with --transformer, --text-encoder and --vae"
+        )
+
+    from ..checkpoint.model_files import open_model
+    from ..pipeline import Pipeline
+    from .progress import phase_progress
+
+    pipeline = Pipeline(open_model(model, parts), options)
+    if vram and pipeline.hardware.device.type != "cuda":
+        say(f"note: --vram has no effect on {pipeline.hardware.device.type}")
+    with phase_progress() as progress:
+        images = pipeline.generate(requests, progress)
+    for path, request, pixels in zip(paths, requests, images, strict=True):
+        save_png(path, pixels, request, pipeline)
+        say(f"{path}  seed {request.seed}")
+    result = {"images": [str(path) for path in paths], **_measured(pipeline, requests)}
+    say(_summary(result))
+    if as_json:
+        print_json(result)
+
+
+def _requests(
+    prompts: Sequence[str], prompt_file: Path | None, base: GenerateOptions, count: int
+) -> list[GenerateOptions]:
+    """All images in order: every prompt `count` times, seeds counting up."""
+    if not 1 <= count <= _MAX_IMAGES:
+        raise UserError("--count", got=count, expected=f"a number from 1 to {_MAX_IMAGES}")
+    wanted = [replace(base, prompt=prompt) for prompt in prompts] + (
+        _read_prompts(prompt_file, base) if prompt_file else []
+    )
+    if not wanted:
+        raise UserError("no prompt", fix='say what to draw, for example: zimage-lite generate "a red circle"')
+    return [replace(request, seed=request.seed + i) for request in wanted for i in range(count)]
+
+
+def _read_prompts(path: Path, base: GenerateOptions) -> list[GenerateOptions]:
+    fields = {"prompt": str, "seed": int, "width": int, "height": int}
+    requests = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text in UTF-8") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where}: not JSON") from error
+        if not isinstance(values, dict) or "prompt" not in values:
+            raise UserError(where, got=line[:60], expected='an object such as {"prompt": "...", "seed": 1}')
+        for name, value in values.items():
+            if name not in fields or not isinstance(value, fields[name]) or isinstance(value, bool):
+                raise UserError(
+                    f"{where}: {name}",
+                    got=repr(value)[:60],
+                    expected=f"one of {', '.join(fields)} with a fitting value",
+                )
+        requests.append(replace(base, **values))
+    return requests
+
+
+def _output_paths(out: Path, count: int) -> list[Path]:
+    """out itself, or out-1, out-2, ... ; checked before any work is done."""
+    if out.suffix.lower() != ".png":
+        raise UserError("-o", got=str(out), expected="a name that ends in .png")
+    folder = out.resolve().parent
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder", fix="make it first, or choose another place with -o")
+    if count == 1:
+        return [out]
+    width = len(str(count))
+    return [out.with_name(f"{out.stem}-{i:0{width}}{out.suffix}") for i in range(1, count + 1)]
+
+
+def save_png(path: Path, pixels: Tensor, request: GenerateOptions, pipeline: Pipeline) -> None:
+    """pixels: [height, width, 3] uint8. The file carries what it takes to draw it again."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    from ..checkpoint.writer import replacing
+
+    info = PngInfo()
+    for key, value in _recipe(request, pipeline).items():
+        info.add_itxt(key, str(value))
+    with replacing(path) as partial:
+        Image.fromarray(pixels.numpy()).save(partial, format="PNG", pnginfo=info)
+
+
+def _recipe(request: GenerateOptions, pipeline: Pipeline) -> dict[str, Any]:
+    model = pipeline.model
+    return {
+        "prompt": request.prompt,
+        "seed": request.seed,
+        "steps": request.steps,
+        "size": f"{request.width}x{request.height}",
+        "guidance": request.guidance,
+        "negative": request.negative,
+        "shift": request.shift or model.scheduler.shift,
+        "model": model.name,
+        "format": model.transformer.main_format,
+        "version": f"zimage-lite {__version__}",
+    }
+
+
+def _measured(pipeline: Pipeline, requests: Sequence[GenerateOptions]) -> dict[str, Any]:
+    meter = pipeline.meter
+    steps = sum(request.steps for request in requests)
+    plans = {
+        name: {"resident": len(plan.resident), "streamed": len(plan.streamed), "predicted_bytes": plan.predicted_bytes}
+        for name, plan in pipeline.plans.items()
+    }
+    return {
+        "device": str(pipeline.hardware.device),
+        "dtype": str(pipeline.hardware.dtype).removeprefix("torch."),
+        "backend": "reference",
+        "format": pipeline.model.transformer.main_format,
+        "seconds_per_step": round(meter.phases["denoise"]["seconds"] / steps, 3),
+        "phases": meter.phases,
+        "peak_rss_bytes": meter.peak_rss_bytes,
+        "plans": plans,
+    }
+
+
+def _summary(result: dict[str, Any]) -> str:
+    seconds = "  ".join(f"{name} {phase['seconds']:.1f} s" for name, phase in result["phases"].items())
+    return (
+        f"{seconds}  ({result['seconds_per_step']:.2f} s per step, peak memory {format_gb(result['peak_rss_bytes'])})"
+    )

@@ -1,0 +1,74 @@
+"""What a file or a folder holds, and what would be refused and why. Reads headers only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .checkpoint.checkpoint import Checkpoint, open_checkpoint
+from .checkpoint.detect import COMPONENTS
+from .checkpoint.model_files import find_component, open_model
+from .errors import UserError
+from .model.linear import shapes
+from .model.text_encoder import TextEncoder
+from .model.transformer import Transformer
+from .model.vae import Decoder
+
+
+@dataclass(frozen=True)
+class Part:
+    """One component, or the reason why it is refused. formats: name -> (tensors, bytes)."""
+
+    name: str
+    model: str = ""
+    layout: str = ""
+    tensors: int = 0
+    bytes: int = 0
+    formats: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    refusal: str | None = None
+
+
+def inspect(path: Path) -> list[Part]:
+    """One Part for a file or a component folder; one per component for a model folder, and one for the whole if the
+    parts do not go together."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    places = {component: find_component(path, component) for component in COMPONENTS} if path.is_dir() else {}
+    parts = [_part(component, place, component) for component, place in places.items() if place is not None]
+    if not parts:
+        return [_part(path.name, path, None)]
+    if not any(part.refusal for part in parts):
+        try:
+            open_model(path)
+        except UserError as error:
+            parts.append(Part(path.name, refusal=str(error)))
+    return parts
+
+
+def _part(name: str, path: Path, component: str | None) -> Part:
+    try:
+        checkpoint = open_checkpoint(path, component)
+        checkpoint.restricted_to(shapes(_skeleton(checkpoint)))
+    except UserError as error:
+        return Part(name, refusal=str(error))
+    return Part(
+        name,
+        COMPONENTS[checkpoint.component],
+        checkpoint.layout,
+        len(checkpoint.tensors),
+        checkpoint.nbytes,
+        checkpoint.bytes_by_format(),
+        asdict(checkpoint.config),
+    )
+
+
+def _skeleton(checkpoint: Checkpoint) -> nn.Module:
+    """What `generate` would ask of the checkpoint."""
+    if checkpoint.component == "vae":
+        return nn.ModuleDict({"decoder": Decoder(checkpoint.config)})
+    return (Transformer if checkpoint.component == "transformer" else TextEncoder)(checkpoint.config)

@@ -1,0 +1,182 @@
+"""Prompt to image in three phases. Each one opens its model, uses the whole budget, and closes it again.
+
+encode: prompts -> embeddings     denoise: noise -> latents, 8 steps     decode: latents -> pixels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.model_files import ModelFiles
+from .config import PATCH_SIZE, SEQUENCE_MULTIPLE, VAE_FACTOR, GenerateOptions, RuntimeOptions
+from .errors import UserError
+from .loading import budget, loaded, raise_if_damaged
+from .memory.hardware import probe
+from .memory.meter import Meter
+from .memory.plan import Plan, activation_bytes, decode_bytes
+from .model.linear import Stream
+from .model.scheduler import euler_step, guided, initial_noise, model_time, sigmas
+from .model.text_encoder import TextEncoder
+from .model.transformer import Caption, Transformer
+from .model.vae import Decoder, to_pixels
+
+TOKENS_PER_PASS = 4096  # prompts are encoded together up to this many tokens
+
+Progress = Callable[[str, int, int], None]  # phase, done, total
+
+
+def silent(phase: str, done: int, total: int) -> None:
+    """No progress display."""
+
+
+@dataclass
+class Pipeline:
+    """Holds no weights between calls, only open headers. `meter` and `plans` tell what the last call used."""
+
+    model: ModelFiles
+    options: RuntimeOptions = field(default_factory=RuntimeOptions)
+    meter: Meter = field(default_factory=Meter)
+    plans: dict[str, Plan] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.options.backend == "triton":
+            raise UserError("--backend triton: there are no Triton kernels yet", fix="use auto or reference")
+        self.hardware = probe(self.options.device, self.options.dtype)
+
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[GenerateOptions], progress: Progress = silent) -> list[Tensor]:
+        """-> one [height, width, 3] uint8 tensor per request, on the CPU."""
+        texts = list(dict.fromkeys(text for request in requests for text in _texts(request)))
+        with self.meter.phase("encode"):
+            embeddings = dict(zip(texts, self.encode(texts, progress), strict=True))
+        with self.meter.phase("denoise"):
+            latents = self.denoise(requests, embeddings, progress)
+        with self.meter.phase("decode"):
+            return [to_pixels(image) for image in self.decode(latents, progress)]
+
+    def encode(self, texts: Sequence[str], progress: Progress = silent) -> list[Tensor]:
+        """-> the embedding of each text: [tokens, width] on the device, in the compute dtype."""
+        checkpoint = self.model.text_encoder
+        encoder = TextEncoder(checkpoint.config)
+        table = checkpoint.tensors["embed_tokens.weight"]
+        batches = list(_batches([self.model.tokenizer.encode(text) for text in texts]))
+        config, embeddings = checkpoint.config, []
+        working = activation_bytes(
+            max(sum(map(len, batch)) for batch in batches),
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_attention_heads,
+            self.hardware.dtype.itemsize,
+        )
+        with self._open(encoder, checkpoint, ("layers",), working) as stream:
+            for done, batch in enumerate(batches, start=1):
+                rows = table.gather([row for prompt in batch for row in prompt])
+                rows = rows.to(self.hardware.device, self.hardware.dtype)
+                embeddings += encoder(rows, [len(prompt) for prompt in batch], stream)
+                progress("encode", done, len(batches))
+        _require_finite(embeddings, checkpoint, "the prompt's embedding")
+        return embeddings
+
+    def denoise(
+        self, requests: Sequence[GenerateOptions], embeddings: dict[str, Tensor], progress: Progress = silent
+    ) -> list[Tensor]:
+        """embeddings: by text. -> latents [channels, height/8, width/8] float32 on the device."""
+        checkpoint = self.model.transformer
+        transformer, config = Transformer(checkpoint.config), checkpoint.config
+        tokens = max(sum(_tokens(request, len(embeddings[text])) for text in _texts(request)) for request in requests)
+        working = activation_bytes(tokens, config.dim, config.ffn_dim, config.n_heads, self.hardware.dtype.itemsize)
+        done, total, latents = 0, sum(request.steps for request in requests), []
+        blocks = ("context_refiner", "noise_refiner", "layers")
+        with self._open(transformer, checkpoint, blocks, working) as stream:
+            refined = transformer.refine_captions(list(embeddings.values()), stream)
+            captions = dict(zip(embeddings, refined, strict=True))
+            for request in requests:
+                latent = torch.empty(0)
+                for latent in self._steps(transformer, request, [captions[text] for text in _texts(request)], stream):
+                    done += 1
+                    progress("denoise", done, total)
+                    _require_finite([latent], checkpoint, f"the image after step {done}")
+                latents.append(latent)
+        return latents
+
+    def decode(self, latents: Sequence[Tensor], progress: Progress = silent) -> list[Tensor]:
+        """-> images [3, height, width] in about [-1, 1], on the CPU."""
+        checkpoint = self.model.vae
+        vae = nn.ModuleDict({"decoder": Decoder(checkpoint.config)})
+        pixels = max(latent.shape[1] * latent.shape[2] for latent in latents) * VAE_FACTOR**2
+        working = decode_bytes(pixels, checkpoint.config.block_out_channels[1], self.hardware.dtype.itemsize)
+        images = []
+        with self._open(vae, checkpoint, (), working):
+            for latent in latents:
+                images.append(vae["decoder"](latent).cpu())
+                progress("decode", len(images), len(latents))
+        _require_finite(images, checkpoint, "the decoded image")
+        return images
+
+    def _steps(
+        self, transformer: Transformer, request: GenerateOptions, captions: list[Caption], stream: Stream
+    ) -> Iterator[Tensor]:
+        """The Euler loop of one image; yields the latent after each step. captions: positive, negative if guided."""
+        device, dtype = self.hardware.device, self.hardware.dtype
+        height, width = request.height // VAE_FACTOR, request.width // VAE_FACTOR
+        latent = initial_noise(request.seed, transformer.config.in_channels, height, width).to(device)
+        for sigma, sigma_next in pairwise(sigmas(request.steps, request.shift or self.model.scheduler.shift)):
+            outputs = transformer([latent.to(dtype)] * len(captions), captions, model_time(sigma).to(device), stream)
+            wide = [output.float() for output in outputs]
+            denoising = guided(wide[0], wide[1], request.guidance) if request.guidance else wide[0]
+            latent = euler_step(latent, -denoising, sigma, sigma_next)
+            yield latent
+
+    @contextmanager
+    def _open(
+        self, skeleton: nn.Module, checkpoint: Checkpoint, streamed: tuple[str, ...], working_bytes: int
+    ) -> Iterator[Stream]:
+        with loaded(
+            skeleton,
+            checkpoint,
+            streamed=streamed,
+            working_bytes=working_bytes,
+            hardware=self.hardware,
+            limit=budget(self.options, self.hardware),
+        ) as component:
+            self.plans[checkpoint.component] = component.plan
+            yield component.stream
+
+
+def _texts(request: GenerateOptions) -> list[str]:
+    """The prompt, and with guidance what to steer away from."""
+    return [request.prompt, request.negative] if request.guidance else [request.prompt]
+
+
+def _tokens(request: GenerateOptions, caption_tokens: int) -> int:
+    """Length of the transformer's sequence, pads included."""
+    image_tokens = request.width * request.height // (VAE_FACTOR * PATCH_SIZE) ** 2
+    return sum(-(-length // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE for length in (image_tokens, caption_tokens))
+
+
+def _batches(prompts: Iterable[list[int]]) -> Iterator[list[list[int]]]:
+    """Prompts in order, together while they have at most TOKENS_PER_PASS tokens."""
+    batch: list[list[int]] = []
+    for prompt in prompts:
+        if batch and sum(map(len, batch)) + len(prompt) > TOKENS_PER_PASS:
+            yield batch
+            batch = []
+        batch.append(prompt)
+    yield batch
+
+
+def _require_finite(results: Sequence[Tensor], checkpoint: Checkpoint, what: str) -> None:
+    """Raise UserError if a result holds NaN or infinity: the weights are damaged, or the compute dtype overflowed."""
+    if all(bool(torch.isfinite(result).all()) for result in results):
+        return
+    raise_if_damaged(checkpoint)
+    raise UserError(
+        f"{what} is not a number, though all weights of {checkpoint.source} are", fix="try --dtype bf16 or --dtype fp32"
+    )
