@@ -5,6 +5,7 @@ A component owns its whole budget while it is open and gives everything back whe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from .memory.meter import rss_bytes
 from .memory.plan import Plan, plan_blocks
 from .memory.streamer import Streamer
 from .model.linear import bind, release, shapes
+from .quant.tensor import CPU_PIECE_WEIGHTS
 from .units import format_gb
 
 CHUNK_WEIGHTS = 2**22
@@ -79,7 +81,12 @@ def loaded(
         name: tensor for name, tensor in wanted.tensors.items() if not name.startswith(tuple(f"{g}." for g in streamed))
     }
     weights = {name: wanted.under(name) for name in blocks}
-    fixed = limit.used_bytes + working_bytes + unpacking_bytes(wanted) + _unpacked_bytes(rest, hardware.dtype)
+    fixed = (
+        limit.used_bytes
+        + working_bytes
+        + unpacking_bytes(wanted, hardware.device)
+        + _unpacked_bytes(rest, hardware.dtype)
+    )
     plan = plan_blocks(
         checkpoint.component,
         {name: sum(tensor.nbytes for tensor in tensors.values()) for name, tensors in weights.items()},
@@ -113,13 +120,14 @@ def read_into(module: nn.Module, tensors: Mapping[str, StoredTensor], hardware: 
     bind(module, {name: stored.read().to(hardware.device) for name, stored in tensors.items()}, hardware.dtype)
 
 
-def unpacking_bytes(checkpoint: Checkpoint) -> int:
+def unpacking_bytes(checkpoint: Checkpoint, device: torch.device) -> int:
     """The most that unpacking one weight takes for a moment."""
+    most = CPU_PIECE_WEIGHTS if device.type == "cpu" else math.inf
     peaks = [
-        tensor.rows * tensor.columns * (_OWN_UNPACKING if tensor.format.writable else _GGUF_PY_UNPACKING)
+        min(tensor.rows * tensor.columns, most) * (_OWN_UNPACKING if tensor.format.writable else _GGUF_PY_UNPACKING)
         for tensor in checkpoint.tensors.values()
     ]
-    return max(peaks, default=0)
+    return int(max(peaks, default=0))
 
 
 def raise_if_damaged(checkpoint: Checkpoint) -> None:

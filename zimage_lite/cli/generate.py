@@ -13,6 +13,7 @@ import click
 from .. import __version__
 from ..config import GenerateOptions, RuntimeOptions
 from ..errors import UserError
+from ..memory.meter import peak_rss_bytes
 from ..units import format_gb, parse_bytes
 from . import print_json, say
 
@@ -223,7 +224,7 @@ def _measured(pipeline: Pipeline, requests: Sequence[GenerateOptions]) -> dict[s
         "format": pipeline.model.transformer.main_format,
         "seconds_per_step": round(meter.phases["denoise"]["seconds"] / steps, 3),
         "phases": meter.phases,
-        "peak_rss_bytes": meter.peak_rss_bytes,
+        "peak_rss_bytes": peak_rss_bytes(),
         "plans": plans,
     }
 

@@ -1,44 +1,45 @@
-"""What was really used: time, peak resident memory and peak device memory of each phase."""
+"""What was really used: time, resident memory and device memory of each phase."""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
-_CLEAR_REFS, _RESET_PEAK = Path("/proc/self/clear_refs"), "5"  # see proc_pid_clear_refs(5)
+SAMPLE_SECONDS = 0.02
 
 
 @dataclass
 class Meter:
-    """phases: name -> {"seconds", "peak_rss_bytes", and on CUDA "peak_vram_bytes" (the allocator's)}."""
+    """phases: name -> {"seconds", "peak_rss_bytes" (sampled), and on CUDA "peak_vram_bytes" (the allocator's)}."""
 
     phases: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        _reset_peaks()
+        if _cuda_in_use():
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        yield
-        self.phases[name] = {"seconds": round(time.perf_counter() - start, 3), "peak_rss_bytes": peak_rss_bytes()}
+        with _highest_rss() as highest:
+            yield
+        self.phases[name] = {"seconds": round(time.perf_counter() - start, 3), "peak_rss_bytes": highest[0]}
         if _cuda_in_use():
             import torch
 
             self.phases[name]["peak_vram_bytes"] = torch.cuda.max_memory_allocated()
 
-    @property
-    def peak_rss_bytes(self) -> int:
-        return int(max((phase["peak_rss_bytes"] for phase in self.phases.values()), default=peak_rss_bytes()))
-
 
 def peak_rss_bytes() -> int:
-    """Peak resident memory of this process: since the phase began on Linux, since the start elsewhere."""
-    if sys.platform == "linux":
+    """Peak resident memory of this process since it started, as the operating system counts it: nothing is missed."""
+    if sys.platform == "linux":  # not getrusage, whose peak begins with that of the program that started this one
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -54,14 +55,22 @@ def rss_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def _reset_peaks() -> None:
-    if sys.platform == "linux":
-        with suppress(OSError):  # some containers forbid it; the peak then counts from the start of the process
-            _CLEAR_REFS.write_text(_RESET_PEAK)
-    if _cuda_in_use():
-        import torch
+@contextmanager
+def _highest_rss() -> Iterator[list[int]]:
+    """Yields a list of one number: the highest resident memory so far, looked up every 20 ms by a thread."""
+    highest, done = [rss_bytes()], threading.Event()
 
-        torch.cuda.reset_peak_memory_stats()
+    def watch() -> None:
+        while not done.wait(SAMPLE_SECONDS):
+            highest[0] = max(highest[0], rss_bytes())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield highest
+    finally:
+        done.set()
+        thread.join()
 
 
 def _cuda_in_use() -> bool:
