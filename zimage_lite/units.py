@@ -15,9 +15,10 @@ _UNITS |= {prefix: 1000**power for power, prefix in enumerate("kmgt", start=1)}
 def parse_bytes(text: str) -> int:
     """'6GB', '5.5 GiB', '800M' -> bytes. Raises UserError for anything that is not a positive size."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
-    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
+    size = float(match[1]) * _UNITS.get(match[2], 0) if match else 0
+    if not 1 <= size < 2**63:
         raise UserError("not a size", got=repr(text), expected="a number with a unit, such as 6GB, 5.5GiB or 800MB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return round(size)
 
 
 def format_gb(n_bytes: float) -> str:

@@ -17,6 +17,9 @@ from torch import Tensor
 from ..errors import FileFormatError, UserError
 
 
+PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # a zip of pickles, or one
+
+
 @dataclass(frozen=True)
 class Entry:
     """One array. kind: a safetensors dtype ("BF16") or, in GGUF files, a ggml type in lower case ("q8_0")."""
@@ -88,7 +91,8 @@ def open_tensor_file(path: Path) -> TensorFile:
         raise FileFormatError(f"{path}: the file is empty")
     if magic.startswith(b"GGUF"):
         return gguf.read_header(path)
-    if magic.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+    # A safetensors header of 640 bytes begins like a pickle, with 80 02, but its JSON begins at the ninth byte.
+    if magic[8:] != b"{" and magic.startswith(PICKLE_MAGIC):
         raise FileFormatError(
             f"{path}: a pickle file can run any code when it is opened, so it is refused",
             fix="get the safetensors or GGUF version",

@@ -24,13 +24,15 @@ from ..checkpoint.checkpoint import CONFIG_KEY, Checkpoint
 from ..checkpoint.names import LLAMA_CPP_QWEN3, NATIVE_TRANSFORMER, natural_order
 from ..checkpoint.stored import StoredTensor
 from ..checkpoint.writer import open_writer
+from ..errors import UserError
 from . import int8
 from .formats import DTYPE_BYTES, FORMATS, Format
 from .recipe import Recipe, text_encoder_recipe, transformer_recipe
-from .tensor import rows_columns
+from .tensor import QTensor, rows_columns
 
 CHUNK_WEIGHTS = 2**20
 MARKER_ALIGNMENT = 64
+SAFE_WEIGHT = 60_000  # up to here no float16, be it a weight or a scale, overflows
 
 # llama.cpp's general.file_type
 _FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "bf16": 32}
@@ -80,25 +82,33 @@ def container_of(target: Format) -> str:
     return "safetensors" if target.container == "safetensors" else "gguf"
 
 
-def output_tensors(source: Checkpoint, recipe: Recipe) -> list[OutTensor]:
-    """What the recipe makes of a checkpoint, in execution order, under the names that other programs expect."""
-    name_map = NATIVE_TRANSFORMER if source.component == "transformer" else LLAMA_CPP_QWEN3
+def output_tensors(source: Checkpoint, target: Format) -> list[OutTensor]:
+    """What `target` makes of a checkpoint, in execution order, under the names that other programs expect."""
+    recipe = recipe_for(source.component, target)
     out = []
-    for name, members in name_map.to_foreign(source.tensors).items():
-        if source.component == "text_encoder" and members == (name,):
-            continue  # a language model's head, which llama.cpp has no use for where the embedding is tied
+    for name, members in _names(source, container_of(target)).items():
         parts = tuple(source.tensors[member] for member in members)
         shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-        if len(shape) == 2 and shape[0] == 1:
-            shape = shape[1:]  # pad tokens: [3840] is what every reader of single files accepts
+        if name.endswith("pad_token"):
+            shape = (1, shape[-1])  # diffusers and ComfyUI refuse [3840]; stable-diffusion.cpp takes both
         row = recipe.format_of(members[0], shape, parts[0].format)
         out.append(OutTensor(name, row, shape, parts, row.codec.options(rows_columns(shape)[1])))
     return sorted(out, key=lambda tensor: (_block_order(tensor.name), -tensor.shape[0] * tensor.shape[-1], tensor.name))
 
 
+def _names(source: Checkpoint, container: str) -> dict[str, tuple[str, ...]]:
+    """Name in the output -> the canonical tensors that it holds."""
+    if source.component == "transformer":
+        return NATIVE_TRANSFORMER.to_foreign(source.tensors)
+    names = LLAMA_CPP_QWEN3.to_foreign(source.tensors)
+    # What the map does not know is a language model's head, which nobody needs: the embedding is tied.
+    known = {name: members for name, members in names.items() if members != (name,)}
+    return known if container == "gguf" else {f"model.{members[0]}": members for members in known.values()}
+
+
 def _block_order(name: str) -> tuple[int, list[tuple[int, int, str]]]:
     """Everything outside the blocks first, then blocks in the order they run."""
-    group, _, rest = name.partition(".")
+    group, _, rest = name.removeprefix("model.").partition(".")
     groups = ("context_refiner", "noise_refiner", "layers", "blk")
     return (groups.index(group) + 1, natural_order(rest.partition(".")[0])) if group in groups else (0, [])
 
@@ -116,7 +126,7 @@ def convert(
 
     Raises UserError for NaN weights, a full disk or a damaged source; then nothing is left of the output.
     """
-    tensors = output_tensors(source, recipe_for(source.component, target))
+    tensors = output_tensors(source, target)
     arrays = _arrays(tensors, container_of(target))
     info = {**_metadata(source, target), **(metadata or {})}
     specs = [(array.name, array.kind, array.shape) for array in arrays]
@@ -202,8 +212,8 @@ def _chunks(tensors: list[OutTensor]) -> Iterator[_Chunk]:
     for tensor in tensors:
         first = 0
         for source in tensor.sources:
-            step = max(CHUNK_WEIGHTS // source.columns, 1)
-            for start in range(0, source.rows, step):
+            step = max(CHUNK_WEIGHTS // max(source.columns, 1), 1)
+            for start in range(0, source.rows if source.columns else 0, step):
                 yield _Chunk(tensor, source, start, min(start + step, source.rows), first + start)
             first += source.rows
 
@@ -217,7 +227,12 @@ def _encode(chunk: _Chunk, device: str) -> Mapping[str, Tensor]:
             raise source.not_finite()
         return packed.parts
     wide = source.read_float(chunk.start, chunk.stop).to(device)
-    return {suffix: part.cpu() for suffix, part in tensor.format.codec.quantize(wide, tensor.options).items()}
+    parts = tensor.format.codec.quantize(wide, tensor.options)
+    low, high = torch.aminmax(wide)
+    if max(-low, high) > SAFE_WEIGHT and not QTensor(tensor.format, tuple(wide.shape), parts).is_finite():
+        largest = f"{max(-low, high):.3g}"
+        raise UserError(f"{source.where} is too large for {tensor.format.name}", got=largest, fix="choose bf16 or int8")
+    return {suffix: part.cpu() for suffix, part in parts.items()}
 
 
 def _run(work: Callable[[_Chunk], int], chunks: Iterator[_Chunk]) -> Iterator[int]:

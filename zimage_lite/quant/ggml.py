@@ -69,7 +69,7 @@ def _unpack_nibbles(packed: Tensor) -> Tensor:
 
 def _pack_q8_0(x: Tensor) -> Tensor:
     low, high = torch.aminmax(x, dim=1, keepdim=True)
-    d = torch.maximum(high, -low) / 127
+    d = torch.maximum(high, -low).abs_() / 127  # a block of -0 has the scale +0
     scaled = x * _reciprocal(d)
     codes = scaled.add_(torch.copysign(_ALMOST_HALF, scaled)).to(torch.int8)
     return torch.cat((_half_bytes(d), codes.view(torch.uint8)), dim=1)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint, weight_files
 from ..checkpoint.detect import COMPONENTS
 from ..checkpoint.diffusers_config import config_json, model_index
@@ -20,7 +22,7 @@ from ..checkpoint.model_files import find_component, scheduler_config
 from ..checkpoint.tokenizer import PromptTokenizer, tokenizer_from_folder, tokenizer_to_gguf
 from ..checkpoint.writer import replacing, require_absent, require_space
 from ..errors import UserError
-from .convert import container_of, convert, output_tensors, recipe_for
+from .convert import container_of, convert, output_tensors
 from .formats import Format, target_format
 from .tensor import rows_columns
 
@@ -66,6 +68,8 @@ def quantize(
     encoder = text_encoder_to or encoder_target(target)
     if encoder != KEEP:
         target_format(encoder, "--text-encoder-to")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device cuda: torch {torch.__version__} sees no such device", fix="use --device cpu")
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
     single = source if source.is_file() else None
@@ -89,9 +93,14 @@ def _quantize_file(
     checkpoint = open_checkpoint(path, component)
     if checkpoint.component == "vae":
         raise UserError(f"{path}: a VAE stays as it is", fix="quantize the transformer and the text encoder")
-    out = out or Path(f"{source.stem if source.is_file() else source.name}-{target.name}.{container_of(target)}")
+    out = out or Path(
+        f"{source.stem if source.is_file() else source.resolve().name}-{target.name}.{container_of(target)}"
+    )
+    if out.is_dir():
+        raise UserError(f"{out} is a folder", fix="name the file to write with -o")
     require_absent(out, overwrite)
-    meter = _Meter(progress, checkpoint.nbytes)
+    _require_apart(out, checkpoint)
+    meter = _Meter(progress, _source_bytes(checkpoint, target.name))
     convert(
         checkpoint, target, out, metadata=_tokenizer_metadata(checkpoint, source, target), device=device, on_bytes=meter
     )
@@ -103,11 +112,12 @@ def _quantize_folder(
 ) -> list[Written]:
     out = out or Path(f"{source.resolve().name}-{target.name}")
     require_absent(out, overwrite)
-    if out.exists() and out.resolve() in (source.resolve(), *source.resolve().parents):
-        raise UserError(f"{out}: the output would replace its own source", fix="choose another name with -o")
     targets: dict[str, str] = {"transformer": target.name, "text_encoder": encoder, "vae": KEEP}
     checkpoints = {component: _open_part(source, component) for component in targets}
-    meter = _Meter(progress, sum(checkpoint.nbytes for checkpoint in checkpoints.values()))
+    _require_apart(out, *checkpoints.values())
+    if out.is_dir() and any(out.iterdir()) and find_component(out, "transformer") is None:
+        raise UserError(f"{out} is a folder without a model, so it is not replaced", fix="choose another name with -o")
+    meter = _Meter(progress, sum(_source_bytes(checkpoints[part], to) for part, to in targets.items()))
     require_space(out.resolve().parent, sum(_estimate(checkpoints[part], to) for part, to in targets.items()))
     written = []
     with replacing(out) as partial:
@@ -120,6 +130,14 @@ def _quantize_folder(
             written.append(Written(component, to, out / component / name, checkpoints[component].nbytes, size))
         _carry_over(source, partial)
     return written
+
+
+def _require_apart(out: Path, *sources: Checkpoint) -> None:
+    """Raise UserError if writing `out` would replace a file that is read, or a folder around one."""
+    tensors = [tensor for source in sources for tensor in source.tensors.values()]
+    for file in {entry.path for tensor in tensors for entry in tensor.parts.values()}:
+        if out.resolve() in {place.resolve() for place in (file, *file.absolute().parents)}:
+            raise UserError(f"{out}: the output would replace its own source", fix="choose another name with -o")
 
 
 def _open_part(source: Path, component: str) -> Checkpoint:
@@ -192,11 +210,18 @@ def _tokenizer_metadata(checkpoint: Checkpoint, source: Path, target: Format) ->
     return tokenizer_to_gguf(tokenizer, checkpoint.config.vocab_size)
 
 
+def _source_bytes(checkpoint: Checkpoint, to: str) -> int:
+    """Bytes that will be read, which leaves out what no output needs."""
+    if to == KEEP:
+        return checkpoint.nbytes
+    return sum(part.nbytes for tensor in output_tensors(checkpoint, target_format(to)) for part in tensor.sources)
+
+
 def _estimate(checkpoint: Checkpoint, to: str) -> int:
     """Bytes that the component will take on the disk, headers aside."""
     if to == KEEP:
         return checkpoint.nbytes
-    tensors = output_tensors(checkpoint, recipe_for(checkpoint.component, target_format(to)))
+    tensors = output_tensors(checkpoint, target_format(to))
     bits = 0.0
     for tensor in tensors:
         rows, columns = rows_columns(tensor.shape)

@@ -44,6 +44,8 @@ def transformer_recipe(target: Format) -> Recipe:
 
 
 def text_encoder_recipe(target: Format) -> Recipe:
+    if target.container == "safetensors":
+        return Recipe(target.name, keep=("embed_tokens.weight",))
     # The embedding is gathered by rows and never multiplied, and it is tied to nothing that runs: 8 bits are plenty.
     tensors = (("embed_tokens.weight", "q8_0"),) if target.lossy else ()
     return Recipe(target.name, tensors=tensors, vectors="f32")
