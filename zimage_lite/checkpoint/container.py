@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from ..errors import FileFormatError, UserError
-
 
 PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # a zip of pickles, or one
 
@@ -62,16 +61,25 @@ class TensorFile:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
+def is_natural(value: object) -> TypeGuard[int]:
+    """Below 2^48, so that no product of a few sizes grows into a number that takes long to print."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**48
+
+
+def is_shape(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and len(value) <= 8 and all(map(is_natural, value))
+
+
 def check_ranges(path: Path, entries: list[Entry], file_bytes: int, data_start: int) -> None:
     """Raise FileFormatError unless the byte ranges lie in [data_start, file_bytes) and are disjoint."""
     end, before = data_start, "the header"
     for entry in sorted(entries, key=lambda e: (e.offset, e.nbytes)):
         if entry.offset < end:
-            raise FileFormatError(f"{path}: tensor {entry.name} overlaps {before}")
+            raise FileFormatError(f"{path}: tensor {entry.name[:200]} overlaps {before[:200]}")
         end, before = entry.offset + entry.nbytes, entry.name
         if end > file_bytes:
             raise FileFormatError(
-                f"{path}: tensor {entry.name} ends at byte {end}, but the file has {file_bytes}",
+                f"{path}: tensor {entry.name[:200]} ends at byte {end}, but the file has {file_bytes}",
                 fix="the file is truncated or damaged, so download or copy it again",
             )
 

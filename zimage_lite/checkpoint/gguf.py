@@ -15,11 +15,13 @@ from typing import Any
 
 from ..errors import FileFormatError
 from ..quant.formats import GGML_NAMES, GGML_TYPES
-from .container import Entry, TensorFile, check_ranges
+from ..quant.tensor import rows_columns
+from .container import Entry, TensorFile, check_ranges, is_natural, is_shape
 
 MAGIC = b"GGUF"
 VERSION = 3
 DEFAULT_ALIGNMENT = 32
+MAX_HEADER_BYTES = 100_000_000  # a tokenizer takes 6 MB, the largest ones 20
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY, _UINT64 = 4, 5, 6, 7, 8, 9, 10
@@ -30,15 +32,19 @@ class _Cursor:
 
     def __init__(self, path: Path, file: BufferedReader) -> None:
         self.path, self.file = path, file
-        self.left = path.stat().st_size
+        self.file_bytes = path.stat().st_size
+        self.left = min(self.file_bytes, MAX_HEADER_BYTES)
 
     def take(self, n_bytes: int) -> bytes:
         if n_bytes > self.left:
             raise FileFormatError(
-                f"{self.path}: the GGUF header runs past the end of the file", fix="download it again"
+                f"{self.path}: the GGUF header runs past {self._limit()}", fix="download it again"
             )
         self.left -= n_bytes
         return self.file.read(n_bytes)
+
+    def _limit(self) -> str:
+        return "the end of the file" if self.file_bytes <= MAX_HEADER_BYTES else f"{MAX_HEADER_BYTES} bytes"
 
     def scalar(self, code: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize(code)))[0]
@@ -47,7 +53,7 @@ class _Cursor:
         """A count of things that take at least so many bytes each: more than fit in the file is a lie."""
         n = self.scalar("Q")
         if n * at_least_bytes > self.left:
-            raise FileFormatError(f"{self.path}: the GGUF header counts {n} items, more than the file can hold")
+            raise FileFormatError(f"{self.path}: the GGUF header counts {n} items, more than it has room for")
         return n
 
     def text(self) -> str:
@@ -84,18 +90,20 @@ def read_header(path: Path) -> TensorFile:
         metadata: dict[str, Any] = {}
         for _ in range(n_values):
             key = cursor.text()
+            if key in metadata:
+                raise FileFormatError(f"{path}: the header has the metadata {key[:200]} twice")
             metadata[key] = cursor.value(cursor.scalar("I"))
         infos = [_tensor_info(cursor) for _ in range(n_tensors)]
-        header_bytes = path.stat().st_size - cursor.left
+        header_bytes = file.tell()
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise FileFormatError(f"{path}: general.alignment", got=repr(alignment), expected="a power of two")
+    if not is_natural(alignment) or alignment < 1 or alignment & (alignment - 1):
+        raise FileFormatError(f"{path}: general.alignment", got=repr(alignment)[:60], expected="a power of two")
     data_start = -(-header_bytes // alignment) * alignment
     entries = [_entry(path, metadata, data_start, alignment, *info) for info in infos]
     by_name = {entry.name: entry for entry in entries}
     if len(by_name) != len(entries):
         raise FileFormatError(f"{path}: the header names a tensor twice")
-    check_ranges(path, entries, path.stat().st_size, data_start)
+    check_ranges(path, entries, cursor.file_bytes, data_start)
     return TensorFile(path, "gguf", by_name, metadata)
 
 
@@ -118,14 +126,17 @@ def _entry(
         raise FileFormatError(f"{where}: ggml type {type_id} is not known")
     _, block, block_bytes = GGML_TYPES[kind]
     columns = shape[-1] if shape else 1
-    if any(size >= 2**48 for size in shape) or columns % block:
+    if not all(map(is_natural, shape)) or columns % block:
         raise FileFormatError(f"{where}: shape {shape} cannot be {kind}, whose blocks have {block} elements")
     if offset % alignment:
         raise FileFormatError(f"{where}: offset {offset} is not a multiple of the alignment {alignment}")
     nbytes = math.prod(shape) // block * block_bytes
     true_shape = metadata.get(f"comfy.gguf.orig_shape.{name}")  # ComfyUI-GGUF flattens ranks above 2
-    if isinstance(true_shape, list) and math.prod(true_shape) == math.prod(shape):
-        shape = tuple(true_shape)
+    if true_shape is not None:
+        if not is_shape(true_shape) or math.prod(true_shape) != math.prod(shape):
+            raise FileFormatError(f"{where}: shape {shape}, but its orig_shape is {repr(true_shape)[:60]}")
+        if rows_columns(tuple(true_shape))[1] % block == 0:  # else its rows share blocks, and can only be read flat
+            shape = tuple(true_shape)
     return Entry(path, name, kind, shape, start + offset, nbytes)
 
 

@@ -11,11 +11,11 @@ import math
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from ..errors import FileFormatError
 from ..quant.formats import DTYPE_BYTES
-from .container import Entry, TensorFile, check_ranges
+from .container import Entry, TensorFile, check_ranges, is_shape
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 DATA_ALIGNMENT = 4096
@@ -65,24 +65,15 @@ def _entry(path: Path, name: str, info: object, start: int) -> Entry:
         raise FileFormatError(f"{where}: its header entry is not an object")
     dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise FileFormatError(f"{where}: unknown dtype", got=repr(dtype), expected="one of " + ", ".join(DTYPE_BYTES))
-    if not _is_list_of_naturals(shape):
+        raise FileFormatError(f"{where}: unknown dtype", got=repr(dtype)[:60], expected="one of " + ", ".join(DTYPE_BYTES))
+    if not is_shape(shape):
         raise FileFormatError(f"{where}: the shape is not a list of whole numbers")
-    if not _is_list_of_naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    if not is_shape(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise FileFormatError(f"{where}: data_offsets are not [begin, end]")
     nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
     if nbytes != offsets[1] - offsets[0]:
         raise FileFormatError(f"{where}: shape {shape} of {dtype} needs {nbytes} bytes, got {offsets[1] - offsets[0]}")
     return Entry(path, name, dtype, tuple(shape), start + offsets[0], nbytes)
-
-
-def _is_list_of_naturals(value: object) -> TypeGuard[list[int]]:
-    # Below 2^48, so that no product of a few sizes grows into a number that takes long to print.
-    return (
-        isinstance(value, list)
-        and len(value) <= 8
-        and all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**48 for n in value)
-    )
 
 
 def encode_header(
