@@ -6,7 +6,7 @@ Opening reads headers only, so it takes milliseconds and no memory, whatever the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,17 +44,13 @@ class Checkpoint:
 
     @property
     def main_format(self) -> str:
-        """The format that holds the most bytes."""
-        totals = self.bytes_by_format()
-        return max(totals, key=lambda name: totals[name][1])
+        """The format that holds the most bytes of the blocks, or of everything where there are none."""
+        blocks = [tensor for name, tensor in self.tensors.items() if name.startswith("layers.")]
+        return next(iter(_bytes_by_format(blocks or self.tensors.values())))
 
     def bytes_by_format(self) -> dict[str, tuple[int, int]]:
         """Format name -> (number of tensors, bytes), largest first."""
-        totals: dict[str, tuple[int, int]] = {}
-        for tensor in self.tensors.values():
-            count, nbytes = totals.get(tensor.format.name, (0, 0))
-            totals[tensor.format.name] = count + 1, nbytes + tensor.nbytes
-        return dict(sorted(totals.items(), key=lambda item: -item[1][1]))
+        return _bytes_by_format(self.tensors.values())
 
     def under(self, prefix: str) -> dict[str, StoredTensor]:
         """The tensors of one block, named as the block names them."""
@@ -73,6 +69,14 @@ class Checkpoint:
                 f"{self.source}: tensor {missing[0]}{more} missing", fix="the file is incomplete, so get it again"
             )
         return replace(self, tensors={name: _shaped(self.tensors[name], shape) for name, shape in shapes.items()})
+
+
+def _bytes_by_format(tensors: Iterable[StoredTensor]) -> dict[str, tuple[int, int]]:
+    totals: dict[str, tuple[int, int]] = {}
+    for tensor in tensors:
+        count, nbytes = totals.get(tensor.format.name, (0, 0))
+        totals[tensor.format.name] = count + 1, nbytes + tensor.nbytes
+    return dict(sorted(totals.items(), key=lambda item: -item[1][1]))
 
 
 def _shaped(tensor: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:

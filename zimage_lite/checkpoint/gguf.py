@@ -28,7 +28,7 @@ _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY, _UINT64 = 4, 5, 6, 7, 8, 9, 1
 
 
 class _Cursor:
-    """Reads little-endian values, and never past the end of the file."""
+    """Reads little-endian values, and never past the end of the file, nor more than a header can have."""
 
     def __init__(self, path: Path, file: BufferedReader) -> None:
         self.path, self.file = path, file
@@ -38,13 +38,10 @@ class _Cursor:
     def take(self, n_bytes: int) -> bytes:
         if n_bytes > self.left:
             raise FileFormatError(
-                f"{self.path}: the GGUF header runs past {self._limit()}", fix="download it again"
+                f"{self.path}: the GGUF header runs past the end of the file, or past 100 MB", fix="download it again"
             )
         self.left -= n_bytes
         return self.file.read(n_bytes)
-
-    def _limit(self) -> str:
-        return "the end of the file" if self.file_bytes <= MAX_HEADER_BYTES else f"{MAX_HEADER_BYTES} bytes"
 
     def scalar(self, code: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize(code)))[0]

@@ -65,7 +65,9 @@ def _entry(path: Path, name: str, info: object, start: int) -> Entry:
         raise FileFormatError(f"{where}: its header entry is not an object")
     dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise FileFormatError(f"{where}: unknown dtype", got=repr(dtype)[:60], expected="one of " + ", ".join(DTYPE_BYTES))
+        raise FileFormatError(
+            f"{where}: unknown dtype", got=repr(dtype)[:60], expected="one of " + ", ".join(DTYPE_BYTES)
+        )
     if not is_shape(shape):
         raise FileFormatError(f"{where}: the shape is not a list of whole numbers")
     if not is_shape(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
