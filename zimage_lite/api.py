@@ -5,18 +5,19 @@ from __future__ import annotations
 from os import PathLike
 from pathlib import Path
 
+from .checkpoint.model_card import DEMO, model_folder
 from .checkpoint.model_files import open_model
 from .config import RuntimeOptions
+from .conversion import Written
+from .conversion import quantize as _quantize
 from .pipeline import Pipeline
-from .quant.quantize import Written
-from .quant.quantize import quantize as _quantize
 from .units import parse_bytes
 
 StrPath = str | PathLike[str]
 
 
 def load(
-    model: StrPath,
+    model: StrPath = DEMO,
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -27,12 +28,12 @@ def load(
     vae: StrPath | None = None,
     tokenizer: StrPath | None = None,
 ) -> Pipeline:
-    """Open a model folder. Nothing is loaded before `Pipeline.generate`. Raises UserError.
+    """Open a model folder, or the built-in demo. Nothing is loaded before `Pipeline.generate`. Raises UserError.
 
     vram, ram: ceilings such as "6GB"; the other paths replace parts of the model.
     """
     replaced = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
-    files = open_model(Path(model), {name: Path(path) for name, path in replaced.items() if path is not None})
+    files = open_model(model_folder(model), {name: Path(path) for name, path in replaced.items() if path is not None})
     options = RuntimeOptions(
         device=device,
         dtype=dtype,
@@ -46,4 +47,4 @@ def quantize(
     source: StrPath, out: StrPath, to: str, *, text_encoder_to: str | None = None, overwrite: bool = False
 ) -> list[Written]:
     """Convert a model folder or a single weights file to format `to`. Raises UserError."""
-    return _quantize(Path(source), Path(out), to, text_encoder_to=text_encoder_to, overwrite=overwrite)
+    return _quantize(model_folder(source), Path(out), to, text_encoder_to=text_encoder_to, overwrite=overwrite)

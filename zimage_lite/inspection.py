@@ -7,16 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from .checkpoint.checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.detect import COMPONENTS
 from .checkpoint.model_files import find_component, open_model
 from .errors import UserError
-from .model.linear import shapes
-from .model.text_encoder import TextEncoder
-from .model.transformer import Transformer
-from .model.vae import Decoder
+from .loading import open_complete
 
 
 @dataclass(frozen=True)
@@ -52,8 +46,7 @@ def inspect(path: Path) -> list[Part]:
 
 def _part(name: str, path: Path, component: str | None) -> Part:
     try:
-        checkpoint = open_checkpoint(path, component)
-        checkpoint.restricted_to(shapes(_skeleton(checkpoint)))
+        checkpoint = open_complete(path, component)
     except UserError as error:
         return Part(name, refusal=str(error))
     return Part(
@@ -65,10 +58,3 @@ def _part(name: str, path: Path, component: str | None) -> Part:
         checkpoint.bytes_by_format(),
         asdict(checkpoint.config),
     )
-
-
-def _skeleton(checkpoint: Checkpoint) -> nn.Module:
-    """What `generate` would ask of the checkpoint."""
-    if checkpoint.component == "vae":
-        return nn.ModuleDict({"decoder": Decoder(checkpoint.config)})
-    return (Transformer if checkpoint.component == "transformer" else TextEncoder)(checkpoint.config)

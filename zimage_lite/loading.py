@@ -9,11 +9,12 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.stored import StoredTensor
 from .config import RuntimeOptions
 from .errors import BudgetError
@@ -22,6 +23,9 @@ from .memory.meter import rss_bytes
 from .memory.plan import Plan, plan_blocks
 from .memory.streamer import Streamer
 from .model.linear import bind, release, shapes
+from .model.text_encoder import TextEncoder
+from .model.transformer import Transformer
+from .model.vae import Decoder
 from .quant.tensor import CPU_PIECE_WEIGHTS
 from .units import format_gb
 
@@ -60,9 +64,23 @@ class Loaded:
     plan: Plan
 
 
+def open_complete(path: Path, component: str | None = None) -> Checkpoint:
+    """Open a checkpoint that has, in the right shape, every tensor `generate` would ask of it. Raises UserError."""
+    checkpoint = open_checkpoint(path, component)
+    checkpoint.restricted_to(shapes(skeleton(checkpoint)))
+    return checkpoint
+
+
+def skeleton(checkpoint: Checkpoint) -> nn.Module:
+    """The model that a checkpoint is for, without weights. Of a VAE only the decoder is ever needed to draw."""
+    if checkpoint.component == "vae":
+        return nn.ModuleDict({"decoder": Decoder(checkpoint.config)})
+    return (Transformer if checkpoint.component == "transformer" else TextEncoder)(checkpoint.config)
+
+
 @contextmanager
 def loaded(
-    skeleton: nn.Module,
+    model: nn.Module,
     checkpoint: Checkpoint,
     *,
     streamed: tuple[str, ...],
@@ -70,13 +88,13 @@ def loaded(
     hardware: Hardware,
     limit: Budget,
 ) -> Iterator[Loaded]:
-    """Bind the checkpoint to the skeleton for the time of the `with` block.
+    """Bind the checkpoint to the model's skeleton for the time of the `with` block.
 
     streamed: the names of the module lists whose blocks may come and go; all else is bound at once and stays.
     working_bytes: what the computation needs beside weights. Raises BudgetError, or UserError for missing tensors.
     """
-    wanted = checkpoint.restricted_to(shapes(skeleton))
-    lists = {group: skeleton.get_submodule(group) for group in streamed}
+    wanted = checkpoint.restricted_to(shapes(model))
+    lists = {group: model.get_submodule(group) for group in streamed}
     blocks = {f"{group}.{name}": block for group, blocks in lists.items() for name, block in blocks.named_children()}
     rest = {
         name: tensor for name, tensor in wanted.tensors.items() if not name.startswith(tuple(f"{g}." for g in streamed))
@@ -103,7 +121,7 @@ def loaded(
         unload=release,
     )
     try:
-        read_into(skeleton, rest, hardware)
+        read_into(model, rest, hardware)
         yield Loaded(streamer, plan)
     except torch.OutOfMemoryError as error:
         raise BudgetError(
@@ -112,7 +130,7 @@ def loaded(
             fix="name a smaller --vram, a smaller image or a smaller format",
         ) from error
     finally:
-        release(skeleton)
+        release(model)
         if hardware.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..quant.tensor import rows_columns
 from . import configs
 from .container import TensorFile, open_tensor_file
 from .detect import COMPONENTS, detect, refuse_relatives
+from .json_file import read_json
 from .names import LLAMA_CPP_QWEN3, NATIVE_TRANSFORMER, OLD_DIFFUSERS_VAE, NameMap, flux_vae
 from .packed import stored_tensors
 from .stored import StoredTensor
@@ -83,9 +85,9 @@ def _shaped(tensor: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
     """[3840] for [1, 3840], and [512, 512, 1, 1] for [512, 512], are the same weights."""
     if tensor.shape == shape:
         return tensor
-    if [n for n in tensor.shape if n > 1] != [n for n in shape if n > 1]:
+    same_rows = rows_columns(shape)[0] == tensor.rows or tensor.format.family == "plain"
+    if not same_rows or [n for n in tensor.shape if n > 1] != [n for n in shape if n > 1]:
         raise WrongModelError(f"{tensor.where} (shape)", got=tensor.shape, expected=shape)
-    assert rows_columns(shape)[0] in (1, tensor.rows) or tensor.format.family == "plain"
     return replace(tensor, shape=shape)
 
 
@@ -137,19 +139,7 @@ def weight_files(folder: Path) -> list[Path]:
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises UserError."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path}: not JSON in UTF-8") from error
-    if not isinstance(values, dict):
-        raise FileFormatError(f"{path}: not a JSON object")
-    return values
-
-
+@cache
 def _name_maps(component: str) -> tuple[NameMap, ...]:
     if component == "transformer":
         return (NATIVE_TRANSFORMER,)

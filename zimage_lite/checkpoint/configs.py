@@ -79,9 +79,9 @@ def vae_config(shapes: Shapes, given: Mapping[str, Any], where: str) -> VaeConfi
         "layers_per_block": _count(shapes, r"decoder\.up_blocks\.0\.resnets\.(\d+)\.") - 1,
     }
     _reject_contradiction(measured, given, where)
-    for flag in ("use_quant_conv", "use_post_quant_conv"):
-        if given.get(flag):
-            raise WrongModelError(f"{where}: {flag} is on, so this is not the Flux VAE that Z-Image uses")
+    for layer in ("quant_conv", "post_quant_conv"):
+        if given.get(f"use_{layer}") or f"{layer}.weight" in shapes:
+            raise WrongModelError(f"{where}: it has a {layer}, so this is not the Flux VAE that Z-Image uses")
     return from_mapping(VaeConfig, {**given, **measured}, where)
 
 

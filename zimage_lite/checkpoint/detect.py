@@ -12,6 +12,7 @@ COMPONENTS = {
     "text_encoder": "Qwen3 text encoder",
     "vae": "Flux VAE",
 }
+_EXPECTED = "a Z-Image transformer, a Qwen3 text encoder or a Flux VAE"
 
 # A component is recognised when all names of one of its tuples are there.
 _SIGNATURES = {
@@ -29,12 +30,15 @@ _SIGNATURES = {
     ),
 }
 
-# Part of a name -> what has it. First hit wins.
-_OTHERS = {
+# Part of a name that no file of Z-Image has -> what has it. First hit wins, before any signature: a whole SDXL
+# checkpoint has a VAE with the names of Flux's, and Gemma 3 has all the names of Qwen3.
+_STRANGERS = {
     "lora_A": "a LoRA",
     "lora_down": "a LoRA",
     "lora_up": "a LoRA",
-    "control_layers.": "a Z-Image ControlNet",
+    "lora.down": "a LoRA",
+    "lokr_w": "a LoRA",
+    "hada_w": "a LoRA",
     "double_blocks.": "a Flux transformer",
     "single_transformer_blocks.": "a Flux transformer",
     "joint_blocks.": "a Stable Diffusion 3 transformer",
@@ -43,6 +47,14 @@ _OTHERS = {
     "add_embedding.linear_1": "an SDXL U-Net",
     "down_blocks.0.attentions": "a Stable Diffusion U-Net",
     "cross_attn.norm_q": "a Wan transformer",
+    "time_caption_embed.": "a Lumina-Image-2 transformer",
+    "pre_feedforward_layernorm": "a Gemma text encoder",
+    "post_ffw_norm": "a Gemma text encoder",
+}
+
+# The same for files in which no signature was found.
+_OTHERS = {
+    "control_layers.": "a Z-Image ControlNet",
     "SelfAttention": "a T5 text encoder",
     "text_model.encoder": "a CLIP text encoder",
     "attn_q.bias": "a Qwen2 text encoder",
@@ -54,23 +66,27 @@ _OTHERS = {
 
 def detect(names: Collection[str], where: str) -> tuple[str, str]:
     """-> (component, prefix). Raises WrongModelError that says what the file seems to be instead."""
+    _refuse(_STRANGERS, names, where)
     for component, signatures in _SIGNATURES.items():
         for prefix in PREFIXES[component]:
             if any(all(prefix + name in names for name in signature) for signature in signatures):
                 return component, prefix
-    expected = "a Z-Image transformer, a Qwen3 text encoder or a Flux VAE"
-    for part, what in _OTHERS.items():
-        if any(part in name for name in names):
-            raise WrongModelError(f"{where}: this is {what}", expected=expected)
+    _refuse(_OTHERS, names, where)
     sample = ", ".join(name[:60] for name in list(names)[:3]) or "no tensors"
     raise WrongModelError(
-        f"{where}: no model that is known here", got=f"{len(names)} tensors ({sample})", expected=expected
+        f"{where}: no model that is known here", got=f"{len(names)} tensors ({sample})", expected=_EXPECTED
     )
+
+
+def _refuse(others: Mapping[str, str], names: Collection[str], where: str) -> None:
+    for part, what in others.items():
+        if any(part in name for name in names):
+            raise WrongModelError(f"{where}: this is {what}", expected=_EXPECTED)
 
 
 def refuse_relatives(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Raise for models that share Z-Image's names. shapes: canonical name -> shape."""
-    dim = shapes["cap_embedder.1.weight"][0]
+    dim = next(iter(shapes["cap_embedder.1.weight"]), 0)
     if dim == 2304 or "layers.0.adaLN_modulation.1.weight" in shapes:
         raise WrongModelError(
             f"{where}: this is a Lumina-Image-2 transformer", got=f"width {dim}", expected="Z-Image's 3840"

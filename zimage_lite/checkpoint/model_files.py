@@ -12,8 +12,9 @@ from typing import Any
 
 from ..config import SchedulerConfig, from_mapping
 from ..errors import UserError, WrongModelError
-from .checkpoint import WEIGHT_SUFFIXES, Checkpoint, open_checkpoint, read_json
+from .checkpoint import WEIGHT_SUFFIXES, Checkpoint, open_checkpoint
 from .detect import COMPONENTS
+from .json_file import read_json
 from .tokenizer import PromptTokenizer, tokenizer_from_folder, tokenizer_from_gguf
 
 # Component -> ComfyUI's folders for it, new and old.
@@ -58,9 +59,24 @@ def open_model(model: Path | None, overrides: Mapping[str, Path | None] | None =
             got=width,
             expected=f"{wanted}, as the transformer takes",
         )
+    channels, wanted = parts["vae"].config.latent_channels, parts["transformer"].config.in_channels
+    if channels != wanted:
+        raise WrongModelError(
+            f"{parts['vae'].source}: latent channels of the VAE",
+            got=channels,
+            expected=f"{wanted}, as the transformer has",
+        )
+    tokenizer = _tokenizer(model, chosen.get("tokenizer"), parts["text_encoder"])
+    tokens, rows = tokenizer.tokenizer.get_vocab_size(), parts["text_encoder"].config.vocab_size
+    if tokens > rows:
+        raise WrongModelError(
+            f"{tokenizer.source}: size of the vocabulary",
+            got=tokens,
+            expected=f"at most {rows}, as the encoder has rows",
+        )
     return ModelFiles(
         name=(model or parts["transformer"].source).resolve().name,
-        tokenizer=_tokenizer(model, chosen.get("tokenizer"), parts["text_encoder"]),
+        tokenizer=tokenizer,
         scheduler=scheduler_config(model),
         **parts,
     )

@@ -42,6 +42,10 @@ def stored_tensors(file: TensorFile) -> list[StoredTensor]:
     for name, entry in file.entries.items():
         if name in taken:
             continue
+        if ".weight_scale" in name:  # ignored, the weight would come out as if its scale were one
+            raise WrongModelError(
+                f"{file.path}: {name} scales a weight, and no .comfy_quant marker says in which format"
+            )
         if entry.kind in PLAIN_BY_DTYPE:
             tensors.append(_single(entry, PLAIN_BY_DTYPE[entry.kind]))
         elif name.endswith(".weight"):

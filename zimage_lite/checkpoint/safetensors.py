@@ -48,6 +48,9 @@ def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
             raise FileFormatError(f"{path}: the header names a tensor twice")
+        for text in (*found, *found.values()):
+            if isinstance(text, str):
+                text.encode()  # half of a surrogate pair, which JSON can spell, is no text
         return found
 
     try:

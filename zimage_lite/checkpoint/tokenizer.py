@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ..config import MAX_PROMPT_TOKENS
 from ..errors import FileFormatError, UserError
-from .checkpoint import read_json
+from .json_file import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -35,10 +35,13 @@ class PromptTokenizer:
         self.tokenizer, self.source = tokenizer, source
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        if self.tokenizer.token_to_id("<|im_start|>") is None:
-            raise UserError(f"{source}: the tokenizer has no <|im_start|>", expected="the tokenizer of Qwen3")
+        marks = ("<|im_start|>", "<|im_end|>")
+        if self.tokenizer.encode("".join(marks)).ids != [self.tokenizer.token_to_id(mark) for mark in marks]:
+            raise UserError(f"{source}: {marks[0]} and {marks[1]} are not tokens", expected="the tokenizer of Qwen3")
 
     def encode(self, prompt: str) -> list[int]:
+        if any("\ud800" <= char <= "\udfff" for char in prompt):  # what Python makes of bytes that are not UTF-8
+            raise UserError("the prompt is not a text in UTF-8", got=ascii(prompt)[:60])
         return self.tokenizer.encode(TEMPLATE.format(prompt=prompt)).ids[:MAX_PROMPT_TOKENS]
 
 
@@ -55,22 +58,30 @@ def tokenizer_from_folder(folder: Path) -> PromptTokenizer:
             raise FileFormatError(f"{folder / 'tokenizer.json'}: not a tokenizer ({error})") from error
     if not (folder / "vocab.json").exists() or not (folder / "merges.txt").exists():
         raise UserError(f"{folder}: no tokenizer", expected="tokenizer.json, or vocab.json and merges.txt")
-    vocab = {text: n for text, n in read_json(folder / "vocab.json").items() if isinstance(n, int)}
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-    return PromptTokenizer(byte_level_bpe(vocab, _pairs(lines), _added_tokens(folder)), str(folder))
+    vocab = read_json(folder / "vocab.json")
+    if not all(isinstance(n, int) for n in vocab.values()):
+        raise FileFormatError(f"{folder / 'vocab.json'}: not a map of texts to numbers")
+    try:
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise FileFormatError(f"{folder / 'merges.txt'}: not a text in UTF-8") from error
+    merges = _pairs(lines[1:] if lines[:1] and lines[0].startswith("#version") else lines, str(folder))
+    return PromptTokenizer(byte_level_bpe(vocab, merges, _added_tokens(folder), str(folder)), str(folder))
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> PromptTokenizer:
     """From tokenizer.ggml.tokens, .merges and .token_type."""
     tokens, merges, types = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "merges", "token_type"))
-    if not isinstance(tokens, list) or not isinstance(merges, list):
-        raise UserError(f"{source}: the GGUF file has no tokenizer inside", fix="name a folder with --tokenizer")
-    types = types if isinstance(types, list) else [1] * len(tokens)
-    special = [text for text, kind in zip(tokens, types, strict=False) if kind in (_CONTROL, _USER_DEFINED)]
-    return PromptTokenizer(byte_level_bpe({text: n for n, text in enumerate(tokens)}, _pairs(merges), special), source)
+    if not _are_texts(tokens) or not _are_texts(merges) or not isinstance(types, list) or len(types) != len(tokens):
+        raise UserError(f"{source}: the GGUF file has no whole tokenizer inside", fix="name a folder with --tokenizer")
+    special = [text for text, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _USER_DEFINED)]
+    vocab = {text: n for n, text in enumerate(tokens)}
+    return PromptTokenizer(byte_level_bpe(vocab, _pairs(merges, source), special, source), source)
 
 
-def byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]], special: Iterable[str]) -> Tokenizer:
+def byte_level_bpe(
+    vocab: dict[str, int], merges: list[tuple[str, str]], special: Iterable[str], source: str = "tokenizer"
+) -> Tokenizer:
     """Qwen's pipeline around a vocabulary. special: texts that are never split; those that the vocabulary lacks get
     the ids after it, in order."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -78,7 +89,7 @@ def byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]], special
     try:
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=False, byte_fallback=False))
     except Exception as error:
-        raise FileFormatError(f"the tokenizer's vocabulary and merges do not fit together ({error})") from error
+        raise FileFormatError(f"{source}: vocabulary and merges do not fit together ({error})") from error
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -92,9 +103,18 @@ def byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]], special
     return tokenizer
 
 
-def _pairs(lines: Iterable[str]) -> list[tuple[str, str]]:
-    split = (line.split(" ") for line in lines if line and not line.startswith("#version"))
-    return [(pair[0], pair[1]) for pair in split if len(pair) == 2]
+def _are_texts(values: object) -> TypeGuard[list[str]]:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def _pairs(lines: Iterable[str], source: str) -> list[tuple[str, str]]:
+    pairs = []
+    for line in filter(None, lines):
+        left, _, right = line.partition(" ")
+        if not left or not right or " " in right:
+            raise FileFormatError(f"{source}: merges", got=repr(line)[:60], expected="two tokens a line")
+        pairs.append((left, right))
+    return pairs
 
 
 def _added_tokens(folder: Path) -> list[str]:
@@ -102,7 +122,10 @@ def _added_tokens(folder: Path) -> list[str]:
     added = read_json(config).get("added_tokens_decoder") if config.exists() else None
     if not isinstance(added, dict):
         return ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    return [added[n]["content"] for n in sorted(added, key=int)]
+    try:
+        return [str(added[n]["content"]) for n in sorted(added, key=int)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise FileFormatError(f"{config}: added_tokens_decoder is not a map of numbers to tokens") from error
 
 
 def tokenizer_to_gguf(prompts: PromptTokenizer, vocab_size: int) -> dict[str, Any]:
@@ -114,6 +137,8 @@ def tokenizer_to_gguf(prompts: PromptTokenizer, vocab_size: int) -> dict[str, An
         if n < vocab_size:
             tokens[n], kinds[n] = text, _NORMAL
     for added in described["added_tokens"]:
+        if added["id"] >= vocab_size:
+            raise UserError(f"{prompts.source}: token {added['id']}", expected=f"at most {vocab_size} tokens")
         kinds[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in described["model"]["merges"]]
     ids = {

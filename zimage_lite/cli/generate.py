@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import __version__
+from ..checkpoint.detect import COMPONENTS
+from ..checkpoint.model_card import DEMO, default_size, model_folder
 from ..config import GenerateOptions, RuntimeOptions
 from ..errors import UserError
 from ..memory.meter import peak_rss_bytes
@@ -36,7 +38,9 @@ _MAX_IMAGES = 10_000
     metavar="FILE.jsonl",
     help="One JSON object a line: prompt, and seed, width, height if wanted.",
 )
-@click.option("--model", type=_PATH, help="Model folder: diffusers' layout, ComfyUI's, or an output of quantize.")
+@click.option(
+    "--model", help="Model folder: diffusers' layout, ComfyUI's, or an output of quantize.  [default: demo, built in]"
+)
 @click.option(
     "-o",
     "--output",
@@ -46,8 +50,8 @@ _MAX_IMAGES = 10_000
     show_default=True,
     help="PNG file; several images count up from it.",
 )
-@click.option("--width", type=int, default=_IMAGE.width, show_default=True, help="Pixels, a multiple of 16.")
-@click.option("--height", type=int, default=_IMAGE.height, show_default=True, help="Pixels, a multiple of 16.")
+@click.option("--width", type=int, help="Pixels, a multiple of 16.  [default: the model's; Turbo 1024]")
+@click.option("--height", type=int, help="Pixels, a multiple of 16.  [default: the model's; Turbo 1024]")
 @click.option("--steps", type=int, default=_IMAGE.steps, show_default=True, help="Denoising steps.")
 @click.option(
     "--seed", type=int, default=_IMAGE.seed, show_default=True, help="Seed of the first image; the next ones count up."
@@ -85,7 +89,7 @@ _MAX_IMAGES = 10_000
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 def command(
-    prompts: tuple[str, ...], prompt_file: Path | None, model: Path | None, out: Path, count: int,
+    prompts: tuple[str, ...], prompt_file: Path | None, model: str | None, out: Path, count: int,
     vram: str | None, ram: str | None, device: str, dtype: str, backend: str, as_json: bool,
     transformer: Path | None, text_encoder: Path | None, vae: Path | None, tokenizer: Path | None, **image: Any,
 ) -> None:  # fmt: skip
@@ -93,25 +97,26 @@ def command(
 
     Give one or several PROMPTs, or a file of them; they share one loaded model.
     """
-    base = GenerateOptions(**image)
+    parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
+    folder = _model_folder(model, parts)
+    base = GenerateOptions(**_with_size(image, folder))
     requests = _requests(prompts, prompt_file, base, count)
     options = RuntimeOptions(
         device, dtype, backend, parse_bytes(vram) if vram else None, parse_bytes(ram) if ram else None
     )
     paths = _output_paths(out, len(requests))
-    parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
-    if model is None and not all((transformer, text_encoder, vae)):
-        raise UserError(
-            "no model", fix="name a folder with --model, or files with --transformer, --text-encoder and --vae"
-        )
 
     from ..checkpoint.model_files import open_model
     from ..pipeline import Pipeline
     from .progress import phase_progress
 
-    pipeline = Pipeline(open_model(model, parts), options)
+    pipeline = Pipeline(open_model(folder, parts), options)
     if vram and pipeline.hardware.device.type != "cuda":
         say(f"note: --vram has no effect on {pipeline.hardware.device.type}")
+    if folder == model_folder(DEMO):
+        say(
+            f"note: the built-in demo draws one simple shape, {base.width}x{base.height}; Z-Image-Turbo: --model FOLDER"
+        )
     with phase_progress() as progress:
         images = pipeline.generate(requests, progress)
     for path, request, pixels in zip(paths, requests, images, strict=True):
@@ -121,6 +126,25 @@ def command(
     say(_summary(result))
     if as_json:
         print_json(result)
+
+
+def _model_folder(model: str | None, parts: Mapping[str, Path | None]) -> Path | None:
+    """The demo unless something else is named; None if all parts are files of their own."""
+    named = [name for name, path in parts.items() if path is not None]
+    if model is not None or not named:
+        return model_folder(model or DEMO)
+    if not set(COMPONENTS) <= set(named):
+        raise UserError(
+            "no model to take the other parts from",
+            fix="name a folder with --model, or all of --transformer, --text-encoder and --vae",
+        )
+    return None
+
+
+def _with_size(image: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+    """Width and height that were not given are the model's own."""
+    sides = zip(("width", "height"), default_size(folder), strict=True)
+    return {**image, **{name: size for name, size in sides if image[name] is None}}
 
 
 def _requests(

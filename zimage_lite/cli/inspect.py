@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import click
 
+from ..checkpoint.model_card import model_folder
 from ..units import format_gb
 from . import print_json, say
 
 
 @click.command(name="inspect")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", metavar="FILE_OR_FOLDER")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
-def command(path: Path, as_json: bool) -> None:
+def command(path: str, as_json: bool) -> None:
     """Say what a file or folder is: model, layout, formats by tensor count and bytes, what would be refused and why.
 
     Reads headers only.
     """
     from ..inspection import inspect
 
-    report = inspect(path)
+    report = inspect(model_folder(path))
     for part in report:
         _describe(part)
     if as_json:
-        print_json({"path": str(path), "parts": [_as_json(part) for part in report]})
+        print_json({"path": path, "parts": [_as_json(part) for part in report]})
     if all(part.refusal for part in report):
         raise click.exceptions.Exit(2)
 

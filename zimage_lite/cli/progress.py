@@ -11,11 +11,17 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+
+
+def _bars(*columns: ProgressColumn) -> Progress:
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 @contextmanager
@@ -28,7 +34,7 @@ def byte_progress(title: str) -> Iterator[Callable[[int, int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    with _bars(*columns) as bars:
         task = bars.add_task(title, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
@@ -37,6 +43,6 @@ def byte_progress(title: str) -> Iterator[Callable[[int, int], None]]:
 def phase_progress() -> Iterator[Callable[[str, int, int], None]]:
     """Yields progress(phase, done, total): one bar per phase."""
     columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    with _bars(*columns) as bars:
         tasks = {phase: bars.add_task(phase, total=None) for phase in ("encode", "denoise", "decode")}
         yield lambda phase, done, total: bars.update(tasks[phase], completed=done, total=total)

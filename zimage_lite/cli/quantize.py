@@ -7,13 +7,14 @@ from pathlib import Path
 
 import click
 
+from ..checkpoint.model_card import model_folder
 from ..quant.formats import TARGETS
 from ..units import format_gb
 from . import print_json, say
 
 
 @click.command(name="quantize")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source")
 @click.option(
     "-o",
     "--output",
@@ -42,7 +43,7 @@ from . import print_json, say
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 def command(
-    source: Path,
+    source: str,
     out: Path | None,
     to: str,
     text_encoder_to: str | None,
@@ -53,17 +54,17 @@ def command(
 ) -> None:
     """Turn a checkpoint into a smaller one.
 
-    SOURCE is a model folder, or a single transformer or text encoder file; the output is of the same kind.
+    SOURCE is a model folder (or demo), or a single transformer or text encoder file; the output is of the same kind.
     q8_0 and q4_0 give GGUF files, int8 gives ComfyUI's safetensors. The output appears whole or not at all.
     """
+    from ..conversion import quantize
     from ..memory.meter import peak_rss_bytes
-    from ..quant.quantize import quantize
     from .progress import byte_progress
 
     start = time.perf_counter()
     with byte_progress(f"to {to}") as progress:
         written = quantize(
-            source,
+            model_folder(source),
             out,
             to,
             text_encoder_to=text_encoder_to,

@@ -131,9 +131,10 @@ PLAIN_BY_DTYPE = {row.dtype: row for row in FORMATS.values() if row.family == "p
 TARGETS = tuple(row.name for row in FORMATS.values() if row.target)
 
 
-def target_format(name: str, flag: str = "--to") -> Format:
-    """The row that `quantize` can write, or a UserError that lists them all."""
+def target_format(name: str, flag: str = "--to", also: tuple[str, ...] = ()) -> Format:
+    """The row that `quantize` can write, or a UserError that lists them all. also: what else the flag takes."""
     row = FORMATS.get(name.lower())
     if row is None or not row.target:
-        raise UserError(f"{flag}: not a format that can be written", got=repr(name), expected=", ".join(TARGETS))
+        known = ", ".join(TARGETS + also)
+        raise UserError(f"{flag}: not a format that can be written", got=repr(name), expected=known)
     return row

@@ -39,7 +39,7 @@ def from_marker(marker: Mapping[str, Any], columns: int, where: str) -> dict[str
         return {"group": 0}
     group = fields.get("convrot_groupsize", 256)
     powers_of_4 = [4**i for i in range(1, 7)]
-    if group not in powers_of_4 or columns % group:
+    if not isinstance(group, int) or group not in powers_of_4 or columns % group:
         raise FileFormatError(f"{where}: convrot_groupsize", got=group, expected=f"a power of 4 that divides {columns}")
     return {"group": group}
 

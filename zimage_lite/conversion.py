@@ -15,16 +15,18 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.checkpoint import Checkpoint, open_checkpoint, weight_files
-from ..checkpoint.detect import COMPONENTS
-from ..checkpoint.diffusers_config import config_json, model_index
-from ..checkpoint.model_files import find_component, scheduler_config
-from ..checkpoint.tokenizer import PromptTokenizer, tokenizer_from_folder, tokenizer_to_gguf
-from ..checkpoint.writer import replacing, require_absent, require_space
-from ..errors import UserError
-from .convert import container_of, convert, output_tensors
-from .formats import Format, target_format
-from .tensor import rows_columns
+from .checkpoint.checkpoint import Checkpoint, weight_files
+from .checkpoint.detect import COMPONENTS
+from .checkpoint.diffusers_config import config_json, model_index
+from .checkpoint.model_card import CARD
+from .checkpoint.model_files import find_component, scheduler_config
+from .checkpoint.tokenizer import PromptTokenizer, tokenizer_from_folder, tokenizer_to_gguf
+from .checkpoint.writer import replacing, require_absent, require_space
+from .errors import UserError
+from .loading import open_complete
+from .quant.convert import container_of, convert, output_tensors
+from .quant.formats import Format, target_format
+from .quant.tensor import rows_columns
 
 KEEP = "keep"
 
@@ -67,7 +69,7 @@ def quantize(
     target = target_format(to)
     encoder = text_encoder_to or encoder_target(target)
     if encoder != KEEP:
-        target_format(encoder, "--text-encoder-to")
+        target_format(encoder, "--text-encoder-to", also=(KEEP,))
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device cuda: torch {torch.__version__} sees no such device", fix="use --device cpu")
     if not source.exists():
@@ -90,7 +92,7 @@ def _quantize_file(
     path: Path, out: Path | None, target: Format, source: Path, component: str | None,
     device: str, overwrite: bool, progress: Progress,
 ) -> Written:  # fmt: skip
-    checkpoint = open_checkpoint(path, component)
+    checkpoint = open_complete(path, component)
     if checkpoint.component == "vae":
         raise UserError(f"{path}: a VAE stays as it is", fix="quantize the transformer and the text encoder")
     out = out or Path(
@@ -146,7 +148,7 @@ def _open_part(source: Path, component: str) -> Checkpoint:
         raise UserError(
             f"{source} has no {component}/", expected="a model folder with transformer/, text_encoder/ and vae/"
         )
-    return open_checkpoint(path, component)
+    return open_complete(path, component)
 
 
 def _write_part(checkpoint: Checkpoint, to: str, folder: Path, source: Path, device: str, meter: _Meter) -> str:
@@ -181,10 +183,12 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _carry_over(source: Path, out: Path) -> None:
-    """Tokenizer, schedule and index: copied where they are, written anew where a ComfyUI folder has none."""
+    """Tokenizer, schedule, card and index: copied where they are, written anew where a ComfyUI folder has none."""
     for name in ("tokenizer", "scheduler"):
         if (source / name).is_dir():
             shutil.copytree(source / name, out / name)
+    if (source / CARD).exists():
+        shutil.copyfile(source / CARD, out / CARD)
     if not (out / "scheduler").exists():
         (out / "scheduler").mkdir()
         _write_json(out / "scheduler" / "scheduler_config.json", config_json(scheduler_config(None)))

@@ -1,0 +1,5 @@
+"""python -m zimage_lite"""
+
+from .cli import main
+
+main()
