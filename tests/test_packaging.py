@@ -1,0 +1,206 @@
+"""What is installed, what importing it costs, and which way the imports run."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+TREES = {"zimage_lite": ROOT / "zimage_lite", "zimage_kernels": ROOT / "kernels" / "zimage_kernels"}
+FILES = [file for tree in TREES.values() for file in sorted(tree.rglob("*.py"))]
+HEAVY = {"torch", "transformers", "diffusers", "numpy", "PIL", "gguf", "safetensors", "tokenizers", "bitsandbytes"}
+
+FREE = {"config", "errors", "units"}  # may be imported from anywhere in zimage_lite
+PACKAGES = {"checkpoint", "memory", "model", "quant"}  # may not import what is built on them
+NEVER = {  # -> what it never imports, beside that
+    "memory": {"model"},
+    "model": {"memory", "checkpoint"},
+    "checkpoint": {"memory", "model"},
+    "quant": {"memory", "model"},
+}
+OUTSIDE = {"tools", "benchmarks", "tests", "conftest", *(file.stem for file in (ROOT / "tools").glob("*.py"))}
+
+
+def module_name(file: Path) -> str:
+    """zimage_lite/cli/__init__.py -> zimage_lite.cli"""
+    tree = next(name for name, folder in TREES.items() if folder in file.parents)
+    parts = [tree, *file.relative_to(TREES[tree]).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file): file for file in FILES}
+
+
+def imports(name: str, source: str, is_package: bool) -> Iterator[str]:
+    """Every module that `source` imports anywhere, by its full name."""
+    package = name if is_package else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                yield full if full in MODULES else base
+
+
+def place(name: str) -> str:
+    """zimage_lite.cli.generate -> cli; the package itself -> ''."""
+    return [*name.split("."), ""][1]
+
+
+def fault(importer: str, imported: str) -> str | None:
+    """The rule that an import breaks, or None."""
+    top = imported.split(".")[0]
+    if top in OUTSIDE:
+        return "nothing installed imports what is only for developers"
+    if top not in TREES:
+        return None
+    if importer.startswith("zimage_kernels"):
+        return "kernels know nothing of zimage_lite" if top == "zimage_lite" else None
+    source, target = place(importer), place(imported)
+    if top != "zimage_lite" or source == target or target in FREE:
+        return None
+    if target == "cli" and source != "__main__":  # python -m zimage_lite
+        return "nobody imports the command line"
+    if source in FREE:
+        return f"{source} is imported from anywhere, so it imports nothing but its like"
+    if target in NEVER.get(source, ()):
+        return f"{source} never imports {target}"
+    if source in PACKAGES and target not in PACKAGES:
+        return f"{source} imports nothing that is built on it"
+    return None
+
+
+def faults(name: str, source: str, is_package: bool = False) -> list[str]:
+    found = {imported: fault(name, imported) for imported in imports(name, source, is_package)}
+    return [f"{name} imports {imported}: {rule}" for imported, rule in found.items() if rule]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_run_one_way(name: str) -> None:
+    file = MODULES[name]
+    assert faults(name, file.read_text(encoding="utf-8"), file.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("zimage_lite.memory.plan", "from ..model import linear"),
+        ("zimage_lite.memory.plan", "def f():\n    import zimage_lite.model.linear"),
+        ("zimage_lite.model.linear", "from ..memory.plan import Plan"),
+        ("zimage_lite.model.linear", "if TYPE_CHECKING:\n    from ..checkpoint.stored import StoredTensor"),
+        ("zimage_lite.model.linear", "from .. import checkpoint"),
+        ("zimage_lite.checkpoint.writer", "from zimage_lite.model import linear"),
+        ("zimage_lite.checkpoint.writer", "from .. import pipeline"),
+        ("zimage_lite.checkpoint.writer", "from ..cli import say"),
+        ("zimage_lite.quant.convert", "from ..memory.meter import Meter"),
+        ("zimage_lite.quant.convert", "from .. import loading"),
+        ("zimage_lite.pipeline", "from .cli.progress import phase_progress"),
+        ("zimage_lite.errors", "from .checkpoint import names"),
+        ("zimage_lite.loading", "import conftest"),
+        ("zimage_lite.loading", "from make_checkpoint import SIZES"),
+        ("zimage_lite.loading", "from benchmarks.tiers import run"),
+        ("zimage_kernels.norm", "from zimage_lite.errors import UserError"),
+    ],
+)
+def test_wrong_imports_are_found(name: str, source: str) -> None:
+    assert len(faults(name, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("zimage_lite.memory.plan", "from ..errors import BudgetError\nfrom ..units import format_gb\nimport torch"),
+        ("zimage_lite.model.linear", "from ..quant.tensor import QTensor\nfrom zimage_kernels import rms_norm"),
+        ("zimage_lite.cli.generate", "from ..pipeline import Pipeline\nfrom . import say\nfrom .. import __version__"),
+        ("zimage_lite.checkpoint.packed", "from ..quant import int8\nfrom .. import config"),
+    ],
+)
+def test_right_imports_are_not(name: str, source: str) -> None:
+    assert faults(name, source) == []
+
+
+# --- What is loaded
+
+PRINT_LOADED = "print(' '.join(sorted({name.partition('.')[0] for name in sys.modules})))"
+
+
+def loaded_by(code: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}\n{PRINT_LOADED}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd="/",
+    )
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_importing_the_package_is_light() -> None:
+    loaded = loaded_by("import zimage_lite")
+    assert "zimage_lite" in loaded
+    assert not loaded & {*HEAVY, "click", "rich"}
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["generate", "-h"], ["quantize", "--help"]])
+def test_help_is_light(arguments: list[str]) -> None:
+    loaded = loaded_by(f"from zimage_lite.cli import run\nassert run({arguments}) == 0")
+    assert {"zimage_lite", "click"} <= loaded
+    assert not loaded & HEAVY
+
+
+def test_public_names_are_there() -> None:
+    loaded_by("import zimage_lite\nassert all(hasattr(zimage_lite, name) for name in zimage_lite.__all__)")
+
+
+# --- What is installed
+
+
+@pytest.mark.parametrize("folder", ["kernels", "tools", "tests", "benchmarks"])
+def test_folder_is_no_package(folder: str) -> None:
+    """A top-level `kernels` package would shadow the one of Hugging Face; the others have common names too."""
+    assert not (ROOT / folder / "__init__.py").exists()
+    assert not (ROOT / folder / "kernels").exists()  # it lands on sys.path, and would bring its own
+
+
+def setuptools_options() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+
+
+def test_every_package_is_installed() -> None:
+    options = setuptools_options()
+    assert sorted(options["packages"]) == sorted(module_name(file) for file in FILES if file.name == "__init__.py")
+    for name, folder in TREES.items():
+        assert ROOT / options["package-dir"][name] == folder
+    for folder in {file.parent for file in FILES}:
+        assert (folder / "__init__.py").exists(), f"{folder} has modules but is no package"
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_all_data_is_installed(name: str) -> None:
+    patterns = setuptools_options().get("package-data", {}).get(name, [])
+    installed = {file for pattern in patterns for file in TREES[name].glob(pattern)}
+    data = {file for file in TREES[name].rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+    assert data <= installed
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_size(file: Path) -> None:
+    source = file.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 400
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno + 1 <= 60, f"{node.name} is too long"
