@@ -1,11 +1,12 @@
 """How often the demo model draws what a caption asks: held-out captions, eight steps, judged by demo_judge.py.
 
 The sampler is an argument, a function (caption, seed) -> picture, so that any runtime and any weight format can be
-measured against the same captions and seeds. Here it is diffusers' ZImagePipeline in float32 on the CPU.
+measured against the same captions and seeds: ours or diffusers' ZImagePipeline, in float32 on the CPU.
 
-    python tools/evaluate_demo.py --model FOLDER --sheet sheet.png
+    python tools/evaluate_demo.py --sheet sheet.png                      the built-in model
+    python tools/evaluate_demo.py --formats q8_0 q4_0 int8 --levels one  the same, converted
 
-The last line printed is one JSON object: level -> share of right answers per part, in per cent.
+The last line printed is one JSON object: format and level -> share of right answers per part, in per cent.
 """
 
 import argparse
@@ -13,13 +14,18 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from demo_judge import Verdict, judge
 from demo_scenes import LEVELS, Scene, held_out_captions
 from PIL import Image
 
+from zimage_lite import quantize
+from zimage_lite.checkpoint.model_card import DEMO, model_folder
+
 Sampler = Callable[[str, int], Image.Image]
 PARTS = ("all", "background", "colours", "shapes", "places", "words")
+AS_IT_IS = "bf16"  # the demo's own format
 FIRST_SEED = 1000  # the seeds count up from here, caption by caption
 
 README = """# Z-Image demo model
@@ -52,6 +58,21 @@ def write_card(folder: Path, card: dict) -> None:
     (folder / "README.md").write_text(text)
 
 
+def own_sampler(folder: Path, steps: int) -> Sampler:
+    """zimage-lite on a model folder, at the size its card names."""
+    from zimage_lite import GenerateOptions, load
+    from zimage_lite.checkpoint.model_card import default_size
+
+    pipeline = load(folder, device="cpu")
+    width, height = default_size(folder)
+
+    def sample(caption: str, seed: int) -> Image.Image:
+        request = GenerateOptions(caption, width, height, steps=steps, seed=seed)
+        return Image.fromarray(pipeline.generate([request])[0].numpy())
+
+    return sample
+
+
 def diffusers_sampler(folder: Path, steps: int) -> Sampler:
     """ZImagePipeline on a model folder, at the size its card names; noise from a CPU generator with the given seed."""
     import torch
@@ -69,6 +90,9 @@ def diffusers_sampler(folder: Path, steps: int) -> Sampler:
         return pipeline(caption, generator=generator, **options).images[0]
 
     return sample
+
+
+SAMPLERS = {"zimage-lite": own_sampler, "diffusers": diffusers_sampler}
 
 
 def evaluate(
@@ -100,7 +124,9 @@ def contact_sheet(drawn: list[tuple[str, Image.Image, Verdict]], columns: int = 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of the model, with its card.json")
+    parser.add_argument("--model", default=DEMO, help="folder of the model, with its card.json (default: %(default)s)")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="zimage-lite", help="(default: %(default)s)")
+    parser.add_argument("--formats", nargs="+", default=[], help="convert to these first, and compare")
     parser.add_argument("--levels", nargs="+", choices=LEVELS, default=["one", "two"], help="(default: one two)")
     parser.add_argument("--count", type=int, default=200, help="captions per level (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="Euler steps (default: %(default)s)")
@@ -113,21 +139,31 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(options.threads)
-    sampler = diffusers_sampler(options.model, options.steps)
-    report = {}
-    print(f"{'level':6}", *(f"{part:>10}" for part in PARTS), f"{'s/picture':>10}")
-    for level in options.levels:
-        started = time.perf_counter()
-        figures, drawn = evaluate(sampler, held_out_captions(level, options.count), options.font)
-        seconds = (time.perf_counter() - started) / len(drawn)
-        print(f"{level:6}", *(f"{figures[part]:10.1f}" for part in PARTS), f"{seconds:10.2f}", flush=True)
-        report[level] = {"captions": len(drawn), **figures}
-        if options.sheet:
-            contact_sheet(drawn).save(options.sheet.with_stem(f"{options.sheet.stem}-{level}"))
+    model, report = model_folder(options.model), {}
+    print(f"{'format':8} {'level':6}", *(f"{part:>10}" for part in PARTS), f"{'s/picture':>10}")
+    with TemporaryDirectory() as work:
+        for name in (AS_IT_IS, *options.formats):
+            folder = model
+            if name != AS_IT_IS:
+                folder = Path(work) / name
+                quantize(model, folder, name)
+            sampler = SAMPLERS[options.sampler](folder, options.steps)
+            report[name] = {level: measure(sampler, name, level, options) for level in options.levels}
     if options.write_card:
-        card = json.loads((options.model / "card.json").read_text())
-        write_card(options.model, {**card, "evaluation": report})
+        card = json.loads((model / "card.json").read_text())
+        write_card(model, {**card, "evaluation": report[AS_IT_IS]})
     print(json.dumps(report))
+
+
+def measure(sampler: Sampler, name: str, level: str, options: argparse.Namespace) -> dict[str, float]:
+    """Evaluate one format on one level: prints a line, saves the sheet."""
+    started = time.perf_counter()
+    figures, drawn = evaluate(sampler, held_out_captions(level, options.count), options.font)
+    seconds = (time.perf_counter() - started) / len(drawn)
+    print(f"{name:8} {level:6}", *(f"{figures[part]:10.1f}" for part in PARTS), f"{seconds:10.2f}", flush=True)
+    if options.sheet:
+        contact_sheet(drawn).save(options.sheet.with_stem(f"{options.sheet.stem}-{name}-{level}"))
+    return {"captions": len(drawn), **figures}
 
 
 if __name__ == "__main__":

@@ -26,33 +26,26 @@ import torch
 from demo_scenes import FIELDS, LEVELS, caption, draw, numbered, random_scene, vocabulary
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
 from evaluate_demo import write_card, write_json
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer, Qwen3Config, Qwen3Model
+
+from zimage_lite.checkpoint import safetensors
+from zimage_lite.checkpoint.diffusers_config import model_index
+from zimage_lite.checkpoint.tokenizer import SPLIT
+from zimage_lite.checkpoint.writer import open_writer
 
 SHIFT = 3.0
 SAMPLER_STEPS = 8
 SUFFIX_TOKENS = 5  # <|im_end|>, newline, <|im_start|>, assistant, newline: the same after every caption
 SAVE_SECONDS = 180
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-QWEN2_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% if enable_thinking is false %}"
     "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
 )
-MODEL_INDEX = {
-    "_class_name": "ZImagePipeline",
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "Qwen3Model"],
-    "tokenizer": ["transformers", "Qwen2Tokenizer"],
-    "transformer": ["diffusers", "ZImageTransformer2DModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
 
 
 @dataclass(frozen=True)
@@ -208,7 +201,7 @@ def write_tokenizer(folder: Path) -> None:
     characters = [character for word in words if not word.isascii() for character in word]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated")
+    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
     tokenizer.decoder = decoders.ByteLevel()
@@ -254,7 +247,7 @@ class Reader(nn.Module):
 def train_encoder(run: Run, model: "Denoiser") -> None:
     """Stage `encoder`: the states of the prompt's last tokens learn to hold every field of the scene, linearly.
 
-    The denoiser's own loss teaches a fresh encoder this very slowly: after 1,700 steps it still ignored the shape.
+    In a run without this stage the denoiser still ignored the shape that was asked for after 1,700 steps.
     """
 
     def loss_of(reader: nn.Module, pictures: Tensor, captions: list[str], fields: Tensor) -> Tensor:
@@ -335,8 +328,13 @@ def train_denoiser(run: Run) -> Denoiser:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """The one place that writes weights."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    """bfloat16 weights to a safetensors file."""
+    arrays = [(name, "BF16", tuple(tensor.shape)) for name, tensor in tensors.items()]
+    header, offsets = safetensors.encode_header(arrays, {"format": "pt"})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open_writer(path, header, len(header) + sum(tensor.nbytes for tensor in tensors.values())) as writer:
+        for offset, tensor in zip(offsets, tensors.values(), strict=True):
+            writer.write(offset, tensor)
 
 
 def export(run: Run, out: Path) -> None:
@@ -358,7 +356,7 @@ def export(run: Run, out: Path) -> None:
         stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
         tensors = {key: tensor.to(torch.bfloat16) for key, tensor in part.state_dict().items()}
         write_tensors(out / name / f"{stem}.safetensors", tensors)
-    write_json(out / "model_index.json", MODEL_INDEX)
+    write_json(out / "model_index.json", model_index())
     recipe, losses = run.recipe, {name: state["losses"] for name, state in saved.items()}
     card = {
         "name": "demo",
