@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -78,54 +79,75 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
     return (Transformer if checkpoint.component == "transformer" else TextEncoder)(checkpoint.config)
 
 
-@contextmanager
-def loaded(
-    model: nn.Module,
-    checkpoint: Checkpoint,
-    *,
-    streamed: tuple[str, ...],
-    working_bytes: int,
-    hardware: Hardware,
-    limit: Budget,
-) -> Iterator[Loaded]:
-    """Bind the checkpoint to the model's skeleton for the time of the `with` block.
-
-    streamed: the names of the module lists whose blocks may come and go; all else is bound at once and stays.
-    working_bytes: what the computation needs beside weights. Raises BudgetError, or UserError for missing tensors.
+@dataclass(frozen=True)
+class Component:
+    """A model's skeleton and its weights, taken apart: the blocks of the module lists named in `streamed` may come and
+    go, the rest stays. working_bytes: what the computation needs beside weights. Raises UserError for missing tensors.
     """
-    wanted = checkpoint.restricted_to(shapes(model))
-    lists = {group: model.get_submodule(group) for group in streamed}
-    blocks = {f"{group}.{name}": block for group, blocks in lists.items() for name, block in blocks.named_children()}
-    rest = {
-        name: tensor for name, tensor in wanted.tensors.items() if not name.startswith(tuple(f"{g}." for g in streamed))
-    }
-    weights = {name: wanted.under(name) for name in blocks}
-    fixed = (
-        limit.used_bytes
-        + working_bytes
-        + unpacking_bytes(wanted, hardware.device)
-        + _unpacked_bytes(rest, hardware.dtype)
-        + (ALLOCATOR_SLACK_BYTES if hardware.device.type == "cpu" else 0)
-    )
-    plan = plan_blocks(
-        checkpoint.component,
-        {name: sum(tensor.nbytes for tensor in tensors.values()) for name, tensors in weights.items()},
-        fixed,
-        limit.total_bytes,
-        limit.flag,
-    )
+
+    model: nn.Module
+    checkpoint: Checkpoint
+    streamed: tuple[str, ...]
+    working_bytes: int
+
+    @cached_property
+    def wanted(self) -> Checkpoint:
+        return self.checkpoint.restricted_to(shapes(self.model))
+
+    @cached_property
+    def blocks(self) -> dict[str, nn.Module]:
+        lists = {group: self.model.get_submodule(group) for group in self.streamed}
+        return {f"{group}.{name}": block for group, blocks in lists.items() for name, block in blocks.named_children()}
+
+    @cached_property
+    def weights(self) -> dict[str, dict[str, StoredTensor]]:
+        """Those of each block."""
+        return {name: self.wanted.under(name) for name in self.blocks}
+
+    @cached_property
+    def rest(self) -> dict[str, StoredTensor]:
+        groups = tuple(f"{group}." for group in self.streamed)
+        return {name: tensor for name, tensor in self.wanted.tensors.items() if not name.startswith(groups)}
+
+    def block_bytes(self) -> dict[str, int]:
+        return {name: sum(tensor.nbytes for tensor in tensors.values()) for name, tensors in self.weights.items()}
+
+    def fixed_bytes(self, hardware: Hardware, limit: Budget) -> int:
+        """What is held beside the blocks."""
+        return (
+            limit.used_bytes
+            + self.working_bytes
+            + unpacking_bytes(self.wanted, hardware.device)
+            + _unpacked_bytes(self.rest, hardware.dtype)
+            + (ALLOCATOR_SLACK_BYTES if hardware.device.type == "cpu" else 0)
+        )
+
+    def least_bytes(self, hardware: Hardware, limit: Budget) -> int:
+        """With one block at a time."""
+        return self.fixed_bytes(hardware, limit) + max(self.block_bytes().values(), default=0)
+
+    def plan(self, hardware: Hardware, limit: Budget) -> Plan:
+        """Raises BudgetError."""
+        fixed = self.fixed_bytes(hardware, limit)
+        return plan_blocks(self.checkpoint.component, self.block_bytes(), fixed, limit.total_bytes, limit.flag)
+
+
+@contextmanager
+def loaded(component: Component, hardware: Hardware, limit: Budget) -> Iterator[Loaded]:
+    """Bind the weights to the model for the time of the `with` block. Raises BudgetError."""
+    plan, model, weights = component.plan(hardware, limit), component.model, component.weights
     streamer: Streamer[nn.Module] = Streamer(
         plan,
-        names={block: name for name, block in blocks.items()},
+        names={block: name for name, block in component.blocks.items()},
         load=lambda name, block: read_into(block, weights[name], hardware),
         unload=release,
     )
     try:
-        read_into(model, rest, hardware)
+        read_into(model, component.rest, hardware)
         yield Loaded(streamer, plan)
     except torch.OutOfMemoryError as error:
         raise BudgetError(
-            f"{checkpoint.component}: the GPU ran out of memory",
+            f"{component.checkpoint.component}: the GPU ran out of memory",
             got=f"{limit.flag} {format_gb(limit.total_bytes)}",
             fix="name a smaller --vram, a smaller image or a smaller format",
         ) from error

@@ -5,7 +5,7 @@ encode: prompts -> embeddings     denoise: noise -> latents, 8 steps     decode:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -17,7 +17,7 @@ from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.model_files import ModelFiles
 from .config import PATCH_SIZE, SEQUENCE_MULTIPLE, VAE_FACTOR, GenerateOptions, RuntimeOptions
 from .errors import UserError
-from .loading import budget, loaded, raise_if_damaged
+from .loading import Budget, Component, budget, loaded, raise_if_damaged
 from .memory.hardware import probe
 from .memory.meter import Meter
 from .memory.plan import Plan, activation_bytes, decode_bytes
@@ -44,6 +44,7 @@ class Pipeline:
     options: RuntimeOptions = field(default_factory=RuntimeOptions)
     meter: Meter = field(default_factory=Meter)
     plans: dict[str, Plan] = field(default_factory=dict)
+    limit: Budget | None = None  # of the call that is running: what a phase leaves behind is in the allocator's slack
 
     def __post_init__(self) -> None:
         if self.options.backend == "triton":
@@ -54,47 +55,40 @@ class Pipeline:
     def generate(self, requests: Sequence[GenerateOptions], progress: Progress = silent) -> list[Tensor]:
         """-> one [height, width, 3] uint8 tensor per request, on the CPU."""
         texts = list(dict.fromkeys(text for request in requests for text in _texts(request)))
-        with self.meter.phase("encode"):
-            embeddings = dict(zip(texts, self.encode(texts, progress), strict=True))
-        with self.meter.phase("denoise"):
-            latents = self.denoise(requests, embeddings, progress)
-        with self.meter.phase("decode"):
-            return [to_pixels(image) for image in self.decode(latents, progress)]
+        self.limit = self._sufficient_budget(requests, texts)
+        try:
+            with self.meter.phase("encode"):
+                embeddings = dict(zip(texts, self.encode(texts, progress), strict=True))
+            with self.meter.phase("denoise"):
+                latents = self.denoise(requests, embeddings, progress)
+            with self.meter.phase("decode"):
+                return [to_pixels(image) for image in self.decode(latents, progress)]
+        finally:
+            self.limit = None
 
     def encode(self, texts: Sequence[str], progress: Progress = silent) -> list[Tensor]:
         """-> the embedding of each text: [tokens, width] on the device, in the compute dtype."""
-        checkpoint = self.model.text_encoder
-        encoder = TextEncoder(checkpoint.config)
-        table = checkpoint.tensors["embed_tokens.weight"]
+        table = self.model.text_encoder.tensors["embed_tokens.weight"]
         batches = list(_batches([self.model.tokenizer.encode(text) for text in texts]))
-        config, embeddings = checkpoint.config, []
-        working = activation_bytes(
-            max(sum(map(len, batch)) for batch in batches),
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_attention_heads,
-            self.hardware.dtype.itemsize,
-        )
-        with self._open(encoder, checkpoint, ("layers",), working) as stream:
+        component, embeddings = self._text_encoder(batches), []
+        with self._open(component) as stream:
             for done, batch in enumerate(batches, start=1):
                 rows = table.gather([row for prompt in batch for row in prompt])
                 rows = rows.to(self.hardware.device, self.hardware.dtype)
-                embeddings += encoder(rows, [len(prompt) for prompt in batch], stream)
+                embeddings += component.model(rows, [len(prompt) for prompt in batch], stream)
                 progress("encode", done, len(batches))
-        _require_finite(embeddings, checkpoint, "the prompt's embedding")
+        _require_finite(embeddings, component.checkpoint, "the prompt's embedding")
         return embeddings
 
     def denoise(
         self, requests: Sequence[GenerateOptions], embeddings: dict[str, Tensor], progress: Progress = silent
     ) -> list[Tensor]:
         """embeddings: by text. -> latents [channels, height/8, width/8] float32 on the device."""
-        checkpoint = self.model.transformer
-        transformer, config = Transformer(checkpoint.config), checkpoint.config
-        tokens = max(sum(_tokens(request, len(embeddings[text])) for text in _texts(request)) for request in requests)
-        working = activation_bytes(tokens, config.dim, config.ffn_dim, config.n_heads, self.hardware.dtype.itemsize)
+        component = self._transformer(requests, {text: len(rows) for text, rows in embeddings.items()})
+        transformer, checkpoint = component.model, component.checkpoint
+        assert isinstance(transformer, Transformer)
         done, total, latents = 0, sum(request.steps for request in requests), []
-        blocks = ("context_refiner", "noise_refiner", "layers")
-        with self._open(transformer, checkpoint, blocks, working) as stream:
+        with self._open(component) as stream:
             refined = transformer.refine_captions(list(embeddings.values()), stream)
             captions = dict(zip(embeddings, refined, strict=True))
             for request in requests:
@@ -108,16 +102,13 @@ class Pipeline:
 
     def decode(self, latents: Sequence[Tensor], progress: Progress = silent) -> list[Tensor]:
         """-> images [3, height, width] in about [-1, 1], on the CPU."""
-        checkpoint = self.model.vae
-        vae = nn.ModuleDict({"decoder": Decoder(checkpoint.config)})
-        pixels = max(latent.shape[1] * latent.shape[2] for latent in latents) * VAE_FACTOR**2
-        working = decode_bytes(pixels, checkpoint.config.block_out_channels[1], self.hardware.dtype.itemsize)
+        component = self._decoder(max(latent.shape[1] * latent.shape[2] for latent in latents) * VAE_FACTOR**2)
         images = []
-        with self._open(vae, checkpoint, (), working):
+        with self._open(component):
             for latent in latents:
-                images.append(vae["decoder"](latent).cpu())
+                images.append(component.model.get_submodule("decoder")(latent).cpu())
                 progress("decode", len(images), len(latents))
-        _require_finite(images, checkpoint, "the decoded image")
+        _require_finite(images, component.checkpoint, "the decoded image")
         return images
 
     def _steps(
@@ -134,20 +125,47 @@ class Pipeline:
             latent = euler_step(latent, -denoising, sigma, sigma_next)
             yield latent
 
+    def _sufficient_budget(self, requests: Sequence[GenerateOptions], texts: Sequence[str]) -> Budget:
+        """The budget of all three phases, before the first one starts. Raises BudgetError for the hungriest of them."""
+        prompts = {text: self.model.tokenizer.encode(text) for text in texts}
+        components = (
+            self._text_encoder(list(_batches(prompts.values()))),
+            self._transformer(requests, {text: len(ids) for text, ids in prompts.items()}),
+            self._decoder(max(request.width * request.height for request in requests)),
+        )
+        limit = budget(self.options, self.hardware)
+        max(components, key=lambda component: component.least_bytes(self.hardware, limit)).plan(self.hardware, limit)
+        return limit
+
+    def _text_encoder(self, batches: Sequence[list[list[int]]]) -> Component:
+        c = self.model.text_encoder.config
+        working = activation_bytes(
+            max(sum(map(len, batch)) for batch in batches),
+            c.hidden_size,
+            c.intermediate_size,
+            c.num_attention_heads,
+            self.hardware.dtype.itemsize,
+        )
+        return Component(TextEncoder(c), self.model.text_encoder, ("layers",), working)
+
+    def _transformer(self, requests: Sequence[GenerateOptions], lengths: Mapping[str, int]) -> Component:
+        """lengths: text -> tokens."""
+        c = self.model.transformer.config
+        tokens = max(sum(_tokens(request, lengths[text]) for text in _texts(request)) for request in requests)
+        working = activation_bytes(tokens, c.dim, c.ffn_dim, c.n_heads, self.hardware.dtype.itemsize)
+        blocks = ("context_refiner", "noise_refiner", "layers")
+        return Component(Transformer(c), self.model.transformer, blocks, working)
+
+    def _decoder(self, pixels: int) -> Component:
+        c = self.model.vae.config
+        working = decode_bytes(pixels, c.block_out_channels[1], self.hardware.dtype.itemsize)
+        return Component(nn.ModuleDict({"decoder": Decoder(c)}), self.model.vae, (), working)
+
     @contextmanager
-    def _open(
-        self, skeleton: nn.Module, checkpoint: Checkpoint, streamed: tuple[str, ...], working_bytes: int
-    ) -> Iterator[Stream]:
-        with loaded(
-            skeleton,
-            checkpoint,
-            streamed=streamed,
-            working_bytes=working_bytes,
-            hardware=self.hardware,
-            limit=budget(self.options, self.hardware),
-        ) as component:
-            self.plans[checkpoint.component] = component.plan
-            yield component.stream
+    def _open(self, component: Component) -> Iterator[Stream]:
+        with loaded(component, self.hardware, self.limit or budget(self.options, self.hardware)) as opened:
+            self.plans[component.checkpoint.component] = opened.plan
+            yield opened.stream
 
 
 def _texts(request: GenerateOptions) -> list[str]:
