@@ -221,6 +221,9 @@ def test_int8_transformer(model: Path, outputs: dict[str, Path]) -> None:
     assert_in_order(names, BLOCKS)
     assert places[names[0]][0] % 4096 == 0 and places[names[-1]][1] == file.stat().st_size
     assert all(places[name][0] % 64 == 0 for name in names)
+    for _, block in groupby(names, block_of):  # small arrays last, where sizes that are not round do no harm
+        sizes = [places[name][1] - places[name][0] for name in block]
+        assert sizes == sorted(sizes, reverse=True)
     assert all(places[a][1] == places[b][0] for a, b in pairwise(names))  # no holes
 
 
@@ -270,8 +273,8 @@ def test_bytes_depend_neither_on_the_run_nor_on_the_chunks(
     model: Path, outputs: dict[str, Path], target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(["quantize", str(model), "--to", target, "-o", str(tmp_path / "again")]) == 0
-    # Ten rows at a time; but a rotation is a matrix product, whose last bit is another one for less than about 16 rows.
-    monkeypatch.setattr(convert, "CHUNK_WEIGHTS", 2**13 if target == "int8" else 1000)
+    # Few rows at a time, but not below 16: a rotation is a matrix product, whose last bits then come out otherwise.
+    monkeypatch.setattr(convert, "CHUNK_WEIGHTS", 2**13 if target == "int8" else 4000)
     assert run(["quantize", str(model), "--to", target, "-o", str(tmp_path / "chunks")]) == 0
     wanted = files_below(outputs[target])
     assert files_below(tmp_path / "again") == wanted
@@ -386,7 +389,7 @@ def damaged_copy(model: Path, out: Path, name: str, value: float) -> Path:
     return out
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 @pytest.mark.parametrize("target", TARGETS)
 def test_weights_that_are_not_numbers(model: Path, tmp_path: Path, refused, target: str, value: float) -> None:
     file = damaged_copy(model, tmp_path / "a.safetensors", "layers.10.attention.to_k.weight", value)
@@ -426,21 +429,35 @@ def test_weights_beyond_the_format(model: Path, tmp_path: Path, refused, target:
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_empty_tensors_and_heads_are_no_obstacle(model: Path, tmp_path: Path) -> None:
-    """A head is left out and not counted; what has no elements stays what it is."""
+def test_a_head_is_left_out_and_not_counted(model: Path, tmp_path: Path) -> None:
     reports: list[tuple[int, int]] = []
-    encoder = {name.removeprefix("model."): t for name, t in source_weights(model, "text_encoder").items()}
-    save_file({**encoder, "lm_head.weight": torch.ones(320, 128)}, tmp_path / "encoder.safetensors")
-    transformer = source_weights(model, "transformer")
-    transformer |= {"nothing": torch.ones(0), "layers.0.nothing": torch.ones(0, 32), "no.columns": torch.ones(3, 0)}
-    save_file(transformer, tmp_path / "transformer.safetensors")
-    for name in ("encoder", "transformer"):
-        reports.clear()
-        out = tmp_path / f"{name}.gguf"
-        quantize(tmp_path / f"{name}.safetensors", out, "q8_0", progress=lambda *report: reports.append(report))
-        total = sum(t.nbytes for t in (encoder if name == "encoder" else transformer).values())
-        assert reports[-1] == (total, total)
-        assert open_checkpoint(out).component
+    tensors = {name.removeprefix("model."): t for name, t in source_weights(model, "text_encoder").items()}
+    save_file({**tensors, "lm_head.weight": torch.ones(320, 128)}, tmp_path / "in.safetensors")
+    out = tmp_path / "out.gguf"
+    quantize(tmp_path / "in.safetensors", out, "q8_0", progress=lambda *report: reports.append(report))
+    total = sum(t.nbytes for t in tensors.values())
+    assert reports[-1] == (total, total)
+    assert len(gguf.GGUFReader(out).tensors) == len(tensors)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_tensors_of_odd_sizes_are_no_obstacle(model: Path, tmp_path: Path, target: str) -> None:
+    """Nor are tensors without a single element, or without an axis."""
+    table = torch.arange(15.0).view(3, 5)
+    odd = {"five": table[0], "layers.0.table": table, "layers.0.odd.weight": table, "scalar": torch.tensor(3.0)}
+    for name, *shape in (("none.weight", 0), ("layers.1.none.weight", 0, 32), ("layers.1.rows.weight", 3, 0)):
+        odd[name] = torch.ones(shape)
+    odd = {name: tensor.bfloat16() for name, tensor in odd.items()}
+    save_file({**source_weights(model, "transformer"), **odd}, tmp_path / "in.safetensors")
+    out = tmp_path / "out"
+    assert run(["quantize", str(tmp_path / "in.safetensors"), "--to", target, "-o", str(out)]) == 0
+    tensors = open_checkpoint(out).tensors
+    for name, truth in odd.items():
+        assert tensors[name].shape == tuple(truth.shape)
+        value, tolerance = tensors[name].read().dequantize(), 14 / 127 if name == "layers.0.odd.weight" else 0
+        torch.testing.assert_close(value, truth.float(), rtol=0, atol=tolerance if target == "int8" else 0)
+    if target != "int8":
+        assert all(tensor.data_offset % 32 == 0 for tensor in gguf.GGUFReader(out).tensors)
 
 
 @pytest.mark.parametrize("target", ["q8_0", "int8", "f16"])

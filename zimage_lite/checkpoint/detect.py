@@ -72,7 +72,7 @@ def detect(names: Collection[str], where: str) -> tuple[str, str]:
             if any(all(prefix + name in names for name in signature) for signature in signatures):
                 return component, prefix
     _refuse(_OTHERS, names, where)
-    sample = ", ".join(name[:60] for name in list(names)[:3]) or "no tensors"
+    sample = ", ".join(name[:60] for name in sorted(names)[:3]) or "no tensors"
     raise WrongModelError(
         f"{where}: no model that is known here", got=f"{len(names)} tensors ({sample})", expected=_EXPECTED
     )

@@ -9,6 +9,7 @@ twice as fast as with 16 M, on a 2-core Zen 4 with 32 MB of L3.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
@@ -88,12 +89,14 @@ def output_tensors(source: Checkpoint, target: Format) -> list[OutTensor]:
     out = []
     for name, members in _names(source, container_of(target)).items():
         parts = tuple(source.tensors[member] for member in members)
-        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        shape = parts[0].shape
+        if len(parts) > 1:
+            shape = (sum(part.shape[0] for part in parts), *shape[1:])
         if name.endswith("pad_token"):
             shape = (1, shape[-1])  # diffusers and ComfyUI refuse [3840]; stable-diffusion.cpp takes both
         row = recipe.format_of(members[0], shape, parts[0].format)
         out.append(OutTensor(name, row, shape, parts, row.codec.options(rows_columns(shape)[1])))
-    return sorted(out, key=lambda tensor: (_block_order(tensor.name), -tensor.shape[0] * tensor.shape[-1], tensor.name))
+    return sorted(out, key=lambda tensor: (_block_order(tensor.name), -math.prod(tensor.shape), tensor.name))
 
 
 def _names(source: Checkpoint, container: str) -> dict[str, tuple[str, ...]]:

@@ -30,7 +30,7 @@ class Recipe:
         kept = FORMATS["f16" if source.name == "f16" else "bf16"]
         if len([size for size in shape if size > 1]) < 2:  # vectors, and the pad tokens, [1, dim]
             return FORMATS[self.vectors] if self.vectors else kept
-        if any(fnmatchcase(name, pattern) for pattern in self.keep):
+        if not name.endswith(".weight") or any(fnmatchcase(name, pattern) for pattern in self.keep):
             return kept
         wanted = next((to for pattern, to in self.tensors if fnmatchcase(name, pattern)), self.default)
         return FORMATS[wanted] if FORMATS[wanted].fits(shape[-1]) else kept
