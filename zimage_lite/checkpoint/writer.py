@@ -12,6 +12,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -24,12 +25,8 @@ from ..units import format_gb
 class TensorWriter:
     """Use through `open_writer`."""
 
-    def __init__(self, path: Path, header: bytes, total_bytes: int) -> None:
-        self.path = path
-        self._lock = threading.Lock()
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by open_writer
-        self._file.truncate(total_bytes)
-        self._put(0, header)
+    def __init__(self, file: FileIO) -> None:
+        self._file, self._lock = file, threading.Lock()
 
     def write(self, offset: int, tensor: Tensor) -> None:
         """Put a contiguous CPU tensor's bytes at `offset` of the file."""
@@ -42,23 +39,18 @@ class TensorWriter:
             while view:
                 view = view[self._file.write(view) :]
 
-    def close(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
 
 @contextmanager
 def open_writer(path: Path, header: bytes, total_bytes: int) -> Iterator[TensorWriter]:
     """Yields a writer; on success the finished file replaces `path`, on any failure nothing is left."""
     with replacing(path) as partial:
         require_space(path.parent, total_bytes)
-        writer = TensorWriter(partial, header, total_bytes)
-        try:
+        with open(partial, "wb", buffering=0) as file:
+            file.truncate(total_bytes)
+            writer = TensorWriter(file)
+            writer._put(0, header)
             yield writer
-            writer.close()
-        finally:
-            writer._file.close()
+            os.fsync(file.fileno())
 
 
 @contextmanager
