@@ -6,7 +6,7 @@ A component owns its whole budget while it is open and gives everything back whe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 from .checkpoint.checkpoint import Checkpoint, open_checkpoint
+from .checkpoint.container import Take, fresh
 from .checkpoint.stored import StoredTensor
 from .config import RuntimeOptions
 from .errors import BudgetError
+from .memory.arena import Arena, aligned
 from .memory.hardware import RAM_MARGIN_BYTES, Hardware
 from .memory.meter import rss_bytes
 from .memory.plan import Plan, plan_blocks
@@ -32,7 +34,7 @@ from .units import format_gb
 
 CHUNK_WEIGHTS = 2**22
 VRAM_MARGIN_BYTES = 300_000_000  # left to the desktop and to the allocator's rounding
-ALLOCATOR_SLACK_BYTES = 250_000_000  # freed but not returned to the system: 160 MB at a peak of 6 GB with glibc
+ALLOCATOR_SLACK_BYTES = 250_000_000  # activations that were freed but not returned to the system
 CUDA_CONTEXT_BYTES = 500_000_000  # counts against --vram, but is not the allocator's
 
 _OWN_UNPACKING, _GGUF_PY_UNPACKING = 6, 16  # bytes per weight while one is unpacked, its result included
@@ -110,7 +112,11 @@ class Component:
         return {name: tensor for name, tensor in self.wanted.tensors.items() if not name.startswith(groups)}
 
     def block_bytes(self) -> dict[str, int]:
-        return {name: sum(tensor.nbytes for tensor in tensors.values()) for name, tensors in self.weights.items()}
+        """What each block takes in an arena."""
+        return {
+            name: sum(aligned(n_bytes) for tensor in tensors.values() for n_bytes in tensor.part_bytes())
+            for name, tensors in self.weights.items()
+        }
 
     def fixed_bytes(self, hardware: Hardware, limit: Budget) -> int:
         """What is held beside the blocks."""
@@ -135,11 +141,11 @@ class Component:
 @contextmanager
 def loaded(component: Component, hardware: Hardware, limit: Budget) -> Iterator[Loaded]:
     """Bind the weights to the model for the time of the `with` block. Raises BudgetError."""
-    plan, model, weights = component.plan(hardware, limit), component.model, component.weights
+    plan, model = component.plan(hardware, limit), component.model
     streamer: Streamer[nn.Module] = Streamer(
         plan,
         names={block: name for name, block in component.blocks.items()},
-        load=lambda name, block: read_into(block, weights[name], hardware),
+        load=_loader(component, plan, hardware),
         unload=release,
     )
     try:
@@ -157,9 +163,26 @@ def loaded(component: Component, hardware: Hardware, limit: Budget) -> Iterator[
             torch.cuda.empty_cache()
 
 
-def read_into(module: nn.Module, tensors: Mapping[str, StoredTensor], hardware: Hardware) -> None:
-    """Read the tensors from their files and bind them to the module on the device."""
-    bind(module, {name: stored.read().to(hardware.device) for name, stored in tensors.items()}, hardware.dtype)
+def _loader(component: Component, plan: Plan, hardware: Hardware) -> Callable[[str, nn.Module], None]:
+    """Reads blocks: those that stay into an arena of their own, the others, and all that go on to another device, into
+    one slot."""
+    sizes = component.block_bytes()
+    staying = plan.resident if hardware.device.type == "cpu" else frozenset[str]()
+    resident = Arena(sum(sizes[name] for name in staying))
+    slot = Arena(max((size for name, size in sizes.items() if name not in staying), default=0))
+
+    def load(name: str, block: nn.Module) -> None:
+        slot.clear()
+        take = resident.take if name in staying else slot.take
+        read_into(block, component.weights[name], hardware, take)
+
+    return load
+
+
+def read_into(module: nn.Module, tensors: Mapping[str, StoredTensor], hardware: Hardware, into: Take = fresh) -> None:
+    """Read the tensors from their files, into memory that `into` gives, and bind them to the module on the device."""
+    packed = {name: stored.read(into=into).to(hardware.device) for name, stored in tensors.items()}
+    bind(module, packed, hardware.dtype)
 
 
 def unpacking_bytes(checkpoint: Checkpoint, device: torch.device) -> int:

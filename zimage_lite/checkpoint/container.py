@@ -6,7 +6,7 @@ open map forbids replacing the file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -15,6 +15,14 @@ import torch
 from torch import Tensor
 
 from ..errors import FileFormatError, UserError
+
+Take = Callable[[int], Tensor]  # number of bytes -> a uint8 tensor of so many to write into
+
+
+def fresh(n_bytes: int) -> Tensor:
+    """New CPU memory."""
+    return torch.empty(n_bytes, dtype=torch.uint8)
+
 
 PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # a zip of pickles, or one
 
@@ -30,10 +38,10 @@ class Entry:
     offset: int
     nbytes: int
 
-    def read(self, start: int = 0, nbytes: int | None = None) -> Tensor:
-        """Bytes [start, start + nbytes) of the array as a fresh uint8 tensor."""
+    def read(self, start: int = 0, nbytes: int | None = None, into: Take = fresh) -> Tensor:
+        """Bytes [start, start + nbytes) of the array as a uint8 tensor, in memory that `into` gives."""
         nbytes = self.nbytes - start if nbytes is None else nbytes
-        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        buffer = into(nbytes)
         view = buffer.numpy().data
         try:
             with open(self.path, "rb", buffering=0) as file:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..quant.formats import DTYPE_BYTES, Format
 from ..quant.tensor import TORCH_DTYPES, QTensor, rows_columns
-from .container import Entry
+from .container import Entry, Take, fresh
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,12 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         """Bytes in the file that belong to this tensor."""
+        return sum(self.part_bytes())
+
+    def part_bytes(self) -> list[int]:
+        """The same for each part."""
         layout = self.format.layout(self.rows, self.columns)
-        return sum(DTYPE_BYTES[dtype] * rows * columns for dtype, (rows, columns) in layout.values())
+        return [DTYPE_BYTES[dtype] * rows * columns for dtype, (rows, columns) in layout.values()]
 
     @property
     def where(self) -> str:
@@ -46,8 +50,8 @@ class StoredTensor:
         entry = self.parts[""]
         return f"{entry.path}: tensor {entry.name}"
 
-    def read(self, start: int = 0, stop: int | None = None) -> QTensor:
-        """Rows [start, stop), packed as stored, in fresh CPU memory."""
+    def read(self, start: int = 0, stop: int | None = None, into: Take = fresh) -> QTensor:
+        """Rows [start, stop), packed as stored, in memory that `into` gives."""
         stop = self.rows if stop is None else stop
         layout = self.format.layout(stop - start, self.columns)
         parts = {}
@@ -57,7 +61,7 @@ class StoredTensor:
             if entry.nbytes == row_bytes < shape[0] * row_bytes:  # one scale for all rows
                 parts[suffix] = entry.read().view(TORCH_DTYPES[dtype]).expand(shape)
                 continue
-            raw = entry.read((self.first_row + start) * row_bytes, shape[0] * row_bytes)
+            raw = entry.read((self.first_row + start) * row_bytes, shape[0] * row_bytes, into)
             parts[suffix] = raw.view(TORCH_DTYPES[dtype]).view(shape)
         whole = stop - start == self.rows
         shape_read = self.shape if whole else (stop - start, *self.shape[1:])
