@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,16 @@ from zimage_lite.checkpoint import gguf, safetensors
 from zimage_lite.checkpoint.checkpoint import CONFIG_KEY, open_checkpoint
 from zimage_lite.checkpoint.configs import text_encoder_config, transformer_config, vae_config
 from zimage_lite.checkpoint.diffusers_config import config_json
+from zimage_lite.checkpoint.model_files import open_model
 from zimage_lite.checkpoint.names import (
     LLAMA_CPP_QWEN3,
     NATIVE_TRANSFORMER,
     OLD_DIFFUSERS_VAE,
-    PREFIXES,
     NameMap,
     flux_vae,
     natural_order,
 )
+from zimage_lite.checkpoint.tokenizer import tokenizer_from_folder
 from zimage_lite.config import TextEncoderConfig, TransformerConfig, VaeConfig
 from zimage_lite.errors import UserError, WrongModelError
 
@@ -147,7 +149,31 @@ def test_layers_sort_by_number() -> None:
     ]  # fmt: skip
 
 
+def test_native_names_as_comfyui_has_them() -> None:
+    embedders = ["x_embedder", "cap_embedder.1", "t_embedder.mlp.0", "t_embedder.mlp.2"]
+    final = ["final_layer.linear", "final_layer.adaLN_modulation.1"]
+    wanted = {f"{layer}.{part}" for layer in embedders + final for part in ("weight", "bias")}
+    wanted |= {"x_pad_token", "cap_pad_token", "cap_embedder.0.weight"}
+    block = ["attention.qkv", "attention.out", "attention.q_norm", "attention.k_norm"]
+    block += ["feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
+    block += ["attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"]
+    modulated = [f"layers.{i}" for i in range(30)] + [f"noise_refiner.{i}" for i in range(2)]
+    for name in [*modulated, "context_refiner.0", "context_refiner.1"]:
+        wanted |= {f"{name}.{part}.weight" for part in block}
+    wanted |= {f"{name}.adaLN_modulation.0.{part}" for name in modulated for part in ("weight", "bias")}
+    assert set(NATIVE_TRANSFORMER.to_foreign(TRANSFORMER)) == wanted
+
+
 # --- Detection
+
+PREFIXES = {
+    "transformer": ["", "model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "transformer.", "model."],
+    "text_encoder": [
+        "", "model.", "text_encoder.", "text_encoder.model.", "text_encoders.qwen3_4b.transformer.model.",
+        "text_encoders.llm.model.", "language_model.model.",
+    ],
+    "vae": ["", "vae.", "first_stage_model."],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("spelling", ["canonical", "foreign"])
@@ -368,7 +394,9 @@ def test_format_that_cannot_be_read_is_named(
         (b"\xff\xfe{}", "not JSON"),
         (b"[" * 4000, "not JSON"),
         (b"{}" + b" " * 5000, "expected a short JSON text"),
-        (b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 100}', "convrot_groupsize: got 100"),
+        (b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 32}', "convrot_groupsize: got 32"),
+        (b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 1024}', "convrot_groupsize: got 1024"),
+        (b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 16.0}', "convrot_groupsize: got 16.0"),
         (b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": "16"}', "convrot_groupsize: got 16"),
         (b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": [16]}', "convrot_groupsize: got [16]"),
     ],
@@ -450,7 +478,7 @@ def test_config_of_any_json_is_refused_or_right(component: str) -> None:
 
 
 @pytest.mark.parametrize("component", CONFIGS)
-@pytest.mark.parametrize("shape", [(), (0, 0), (1,), (1, 1, 1, 1, 1), (2**40, 0)])
+@pytest.mark.parametrize("shape", [(), (0,), (0, 0), (1,), (1, 1, 1, 1, 1), (2**40, 0)])
 def test_misshapen_tensors_give_no_sizes(component: str, shape: Shape) -> None:
     measure, shapes, config = CONFIGS[component]
     measured = ["cap_embedder.1.weight", "layers.0.attention.norm_q.weight", "all_x_embedder.2-1.weight"]
@@ -467,7 +495,7 @@ def test_misshapen_tensors_give_no_sizes(component: str, shape: Shape) -> None:
 
 
 @pytest.mark.parametrize("component", TINY)
-@pytest.mark.parametrize("shape", [(), (1,), (0, 0)])
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (0, 0)])
 def test_misshapen_tensors_in_a_file(tmp_path: Path, component: str, shape: Shape) -> None:
     """Any tensor of the file, not only those that sizes are taken from."""
     for name in list(TINY[component])[:40]:
@@ -512,3 +540,30 @@ def test_config_inside_the_file(tmp_path: Path, text: str, message: str) -> None
     path = write(tmp_path / "x.safetensors", TINY["transformer"], metadata={CONFIG_KEY: text})
     with pytest.raises(UserError, match=message):
         open_checkpoint(path)
+
+
+# --- Parts that do not go together
+
+
+def test_vae_of_another_latent_space(tmp_path: Path, tiny: Path) -> None:
+    vae = write(tmp_path / "vae.safetensors", foreign("vae") | {"decoder.conv_in.weight": (64, 4, 3, 3)})
+    with pytest.raises(WrongModelError, match="latent channels of the VAE: got 4, expected 16"):
+        open_model(tiny, {"vae": vae})
+
+
+def test_text_encoder_of_another_width(tmp_path: Path, tiny: Path) -> None:
+    config = replace(SIZES["tiny"][1], hidden_size=96)
+    encoder = write(tmp_path / "encoder.safetensors", component_shapes(config))
+    with pytest.raises(WrongModelError, match="width of the text encoder: got 96, expected 128"):
+        open_model(tiny, {"text_encoder": encoder})
+
+
+def test_tokenizer_with_more_tokens_than_the_encoder_has_rows(tmp_path: Path, tiny: Path) -> None:
+    tokenizer = tokenizer_from_folder(tiny / "tokenizer").tokenizer
+    tokenizer.add_tokens([f"<{n}>" for n in range(320 - tokenizer.get_vocab_size())])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert open_model(tiny, {"tokenizer": tmp_path}).tokenizer.encode("<1>")
+    tokenizer.add_tokens(["<one more>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(WrongModelError, match="size of the vocabulary: got 321, expected at most 320"):
+        open_model(tiny, {"tokenizer": tmp_path})

@@ -36,7 +36,7 @@ PROMPTS = {
     "emoji": "👩‍👩‍👧‍👦 flag 🇩🇪, skin 👍🏽, 🫠",
     "composed later": "Cafe\u0301 A\u030angstro\u0308m \u1112\u1161\u11ab 가\u11a8 \u212b \u0958",
     "digits": "1234567890 12,345.67 ①②③ ४५६ 3²",
-    "contractions": "I'm, you'RE, we'Ve, it'S, don't, O'Neill's",
+    "contractions": "I'm, you'RE, we'Ve, it'S, don't, O'Neill's, it'TEST, we'REAL",
     "code": "def f(x: int) -> str:\n    return f'{x!r:>10}'  # ¡ok!\n",
     "braces": "{prompt} {0} {{}} %s",
     "Chinese": "蓝色背景上的红色圆形,「你好」。水墨画风格",

@@ -17,6 +17,7 @@ VAE_FACTOR = 8  # image pixels per latent pixel, each way
 SIZE_MULTIPLE = VAE_FACTOR * PATCH_SIZE
 MAX_PROMPT_TOKENS = 512  # as diffusers truncates
 
+_INFINITE = 1e30  # no setting is this large; also refuses NaN, which compares with nothing
 _Config = TypeVar("_Config")
 
 
@@ -147,9 +148,9 @@ class GenerateOptions:
                 raise UserError(flag, got=pixels, expected=f"a multiple of {SIZE_MULTIPLE}, such as {near}")
         if not 0 <= self.seed < 2**63:
             raise UserError("--seed", got=self.seed, expected="a whole number from 0 to 2^63 - 1")
-        if self.guidance < 0:
+        if not 0 <= self.guidance < _INFINITE:
             raise UserError("--guidance", got=self.guidance, expected="0 (off) or more")
-        if self.shift is not None and self.shift <= 0:
+        if self.shift is not None and not 0 < self.shift < _INFINITE:
             raise UserError("--shift", got=self.shift, expected="more than 0 (Turbo 3, Base 6)")
 
 
@@ -176,13 +177,13 @@ def from_mapping(kind: type[_Config], values: Mapping[str, Any], where: str) -> 
 def _checked(value: Any, default: Any, where: str) -> Any:
     if isinstance(default, tuple):
         if not isinstance(value, list | tuple) or not value or not all(_is_int(item) for item in value):
-            raise UserError(where, got=repr(value), expected="a list of whole numbers")
+            raise UserError(where, got=repr(value)[:60], expected="a list of whole numbers")
         return tuple(value)
     if isinstance(default, int) and _is_int(value):
         return value
-    if isinstance(default, float) and isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(default, float) and (_is_int(value) or isinstance(value, float)) and abs(value) < _INFINITE:
         return float(value)
-    raise UserError(where, got=repr(value), expected=f"a number such as {default}")
+    raise UserError(where, got=repr(value)[:60], expected=f"a number such as {default}")
 
 
 def _is_int(value: Any) -> bool:

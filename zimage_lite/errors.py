@@ -25,8 +25,9 @@ class UserError(Exception):
             text += f", expected {expected}" if got is not None else f": expected {expected}"
         if fix is not None:
             text += f"; {fix}"
-        # File names and headers come from outside: no line break may slip into the one line.
-        super().__init__(" ".join(text.split()))
+        # File names and headers come from outside: no line break and no terminal escape may slip into the one line.
+        printable = "".join(char if char.isprintable() else " " for char in text)
+        super().__init__(" ".join(printable.split()))
 
 
 class FileFormatError(UserError):

@@ -102,12 +102,12 @@ def open_checkpoint(path: Path, component: str | None = None) -> Checkpoint:
     found, prefix = detect(names, str(path))
     if component not in (None, found):
         raise WrongModelError(f"{path}", got=f"a {COMPONENTS[found]}", expected=f"a {COMPONENTS[component or found]}")
-    tensors = {
-        tensor.name: tensor
-        for stored in raw
-        if stored.name.startswith(prefix)
-        for tensor in _canonical(found, stored, prefix)
-    }
+    canonical = [
+        tensor for stored in raw if stored.name.startswith(prefix) for tensor in _canonical(found, stored, prefix)
+    ]
+    tensors = {tensor.name: tensor for tensor in canonical}
+    if len(tensors) < len(canonical):
+        raise FileFormatError(f"{path}: the same tensor is there twice, under two spellings")
     metadata = files[0].metadata
     given = read_json(folder / "config.json") if folder and (folder / "config.json").exists() else None
     config = _config(found, tensors, _embedded_config(files[0]) if given is None else given, str(path))
