@@ -322,3 +322,66 @@ def test_crash_of_our_own_keeps_its_traceback(tiny: Path, out: Path, monkeypatch
     with pytest.raises(ZeroDivisionError):
         generate("cat", "--model", tiny, "-o", out)
     assert not out.exists()
+
+
+def test_folders_are_never_replaced_by_pictures(tiny: Path, out: Path, refused: Refused) -> None:
+    out.mkdir()
+    (out / "precious.txt").write_text("kept")
+    assert "is a folder" in refused("generate", "cat", "--model", tiny, "-o", out, *SMALL)
+    assert (out / "precious.txt").read_text() == "kept"
+
+
+def test_overwrite_replaces_models_only(tiny: Path, tmp_path: Path, refused: Refused) -> None:
+    models = tmp_path / "models"
+    assert run(["quantize", str(tiny), "--to", "q8_0", "-o", str(models)]) == 0
+    assert run(["quantize", str(tiny), "--to", "q4_0", "-o", str(models), "--overwrite"]) == 0
+    (models / "loras").mkdir()
+    command = ("quantize", tiny, "--to", "q8_0", "-o", models, "--overwrite")
+    assert "loras" in refused(*command)
+    assert (models / "loras").is_dir()
+
+
+def test_file_names_end_as_their_container_says(tiny: Path, tmp_path: Path, refused: Refused) -> None:
+    command = ("quantize", tiny, "--component", "transformer", "--to", "q8_0", "-o", tmp_path / "x.safetensors")
+    assert "expected .gguf" in refused(*command)
+
+
+@pytest.mark.parametrize("verb", ["inspect", "generate", "quantize"])
+def test_names_too_long_for_the_disk(refused: Refused, verb: str) -> None:
+    name = "x" * 300
+    more = {"inspect": [name], "generate": ["cat", "--model", name], "quantize": [name, "--to", "q8_0"]}[verb]
+    assert "too long" in refused(verb, *more)
+
+
+def test_prompt_files_as_windows_writes_them(tiny: Path, out: Path, tmp_path: Path, refused: Refused) -> None:
+    """A byte order mark in front, and a line separator inside a string."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a\u2028b"}\r\n', encoding="utf-8-sig")
+    assert generate("--prompts", tmp_path / "p.jsonl", "--model", tiny, "-o", out) == 0
+    assert Image.open(out).text["prompt"] == "a\u2028b"
+    (tmp_path / "p.jsonl").write_text("[" * 200_000)
+    assert "not JSON" in refused("generate", "--prompts", tmp_path / "p.jsonl", "--model", tiny, "-o", out)
+
+
+def test_inspect_shows_every_part_of_a_crowded_folder(tiny: Path, tmp_path: Path, capsys) -> None:
+    for name in ("diffusion_models/a.safetensors", "diffusion_models/b.safetensors", "vae/ae.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(only_file(tiny / ("vae" if "vae" in name else "transformer")), tmp_path / name)
+    assert run(["inspect", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "several files" in said
+    assert "vae: Flux VAE" in said
+
+
+def test_many_prompts_stay_inside_the_plan(tiny: Path) -> None:
+    """Captions are refined a few at a time, and what is kept of each is planned for."""
+    from zimage_lite import GenerateOptions, load
+
+    pipeline = load(tiny, device="cpu")
+    plans = []
+    for count in (1, 400):
+        requests = [GenerateOptions(f"{n} cats", 16, 16, steps=1) for n in range(count)]
+        assert len(pipeline.generate(requests)) == count
+        plans.append(pipeline.plans["transformer"].predicted_bytes)
+        assert pipeline.meter.phases["denoise"]["peak_rss_bytes"] <= plans[-1]
+    kept = 32 * 256 * 4 * 400  # the refined captions alone
+    assert plans[1] >= plans[0] + kept - 10**6

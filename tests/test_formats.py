@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
 from conftest import relative_error
+from safetensors.torch import save_file
 from zimage_kernels import hadamard_rotate
 from zimage_kernels.rotation import hadamard_matrix
 
+from zimage_lite.checkpoint.container import open_tensor_file
+from zimage_lite.checkpoint.packed import stored_tensors
 from zimage_lite.errors import FileFormatError, UserError
 from zimage_lite.quant import int8
 from zimage_lite.quant import tensor as tensor_module
@@ -336,3 +340,22 @@ def test_what_is_not_finite_is_seen(name: str) -> None:
         damaged[2, :2] = torch.tensor([0x00, 0x7C])  # the scale of a block: +infinity in float16
     suffix = next(suffix for suffix, value in weight.parts.items() if value is part)
     assert not replace(weight, parts={**weight.parts, suffix: damaged}).is_finite()
+
+
+def test_int8_in_float16_does_not_overflow_before_it_is_scaled() -> None:
+    """Sums of x times codes reach 127 times those of x times weights: activations of this model are that large."""
+    codec = FORMATS["int8"].codec
+    weight, x = torch.randn(64, 3840) * 0.01, torch.randn(4, 3840) * 200
+    parts, options = codec.quantize(weight, codec.options(3840)), codec.options(3840)
+    y = codec.linear(x.half(), parts, options)
+    truth = x @ codec.dequantize(parts, 3840, options).T
+    assert torch.isfinite(y).all()
+    assert (y.float() - truth).norm() / truth.norm() <= 2e-3  # of float16's own 5e-4 per rounding
+
+
+def test_one_scale_for_all_rows_is_read_for_any_of_them(tmp_path: Path) -> None:
+    marker = torch.frombuffer(bytearray(b'{"format":"int8_tensorwise"}'), dtype=torch.uint8)
+    tensors = {"a.weight": torch.ones(3, 32, dtype=torch.int8), "a.weight_scale": torch.tensor(0.5)}
+    save_file({**tensors, "a.comfy_quant": marker}, tmp_path / "x.safetensors")
+    (stored,) = stored_tensors(open_tensor_file(tmp_path / "x.safetensors"))
+    assert torch.equal(stored.gather([0, 1, 2]), torch.full((3, 32), 0.5))

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from test_formats import rotated
 
 from zimage_lite import conversion
-from zimage_lite.checkpoint import writer
+from zimage_lite.checkpoint import output, writer
 from zimage_lite.checkpoint.checkpoint import open_checkpoint
 from zimage_lite.checkpoint.container import open_tensor_file
 from zimage_lite.checkpoint.model_files import open_model
@@ -290,7 +290,7 @@ def test_a_component_or_a_file_alone(
     (file,) = (model / component).glob("*.safetensors")
     assert run(["quantize", str(model), "--to", target, "--component", component]) == 0
     assert run(["quantize", str(file), "--to", target]) == 0
-    from_model, from_file = (Path(f"{stem}-{target}.{SUFFIX[target]}") for stem in ("small", file.stem))
+    from_model, from_file = (Path(f"{stem}-{target}.{SUFFIX[target]}") for stem in (f"small-{component}", file.stem))
     assert {path.name for path in tmp_path.iterdir()} == {from_model.name, from_file.name}
     if component == "transformer":
         assert from_model.read_bytes() == written(outputs, target).read_bytes()
@@ -590,7 +590,7 @@ def test_no_space(command, untouched, refused, monkeypatch: pytest.MonkeyPatch) 
         raise AssertionError("opened a file for writing")
 
     usage = shutil.disk_usage("/")._replace(free=100_000)
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(writer.TensorWriter, "__init__", never)
     line = refused(*command)
     assert "not enough room" in line and "0.1 MB free" in line

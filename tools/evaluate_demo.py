@@ -43,7 +43,7 @@ A very small model of Z-Image-Turbo's architecture (S3-DiT, Qwen3 text encoder, 
 
 def write_json(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_card(folder: Path, card: dict) -> None:
@@ -55,7 +55,7 @@ def write_card(folder: Path, card: dict) -> None:
         text += f"| level | captions | {' | '.join(PARTS)} |\n|{'---|' * (len(PARTS) + 2)}\n"
         for level, row in card["evaluation"].items():
             text += f"| {level} | {row['captions']} | {' | '.join(str(row[part]) for part in PARTS)} |\n"
-    (folder / "README.md").write_text(text)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def own_sampler(folder: Path, steps: int) -> Sampler:
@@ -78,7 +78,7 @@ def diffusers_sampler(folder: Path, steps: int) -> Sampler:
     import torch
     from diffusers import ZImagePipeline
 
-    card = json.loads((folder / "card.json").read_text())
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
     pipeline = ZImagePipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     size = {"width": card["default_width"], "height": card["default_height"]}
@@ -150,7 +150,7 @@ def main() -> None:
             sampler = SAMPLERS[options.sampler](folder, options.steps)
             report[name] = {level: measure(sampler, name, level, options) for level in options.levels}
     if options.write_card:
-        card = json.loads((model / "card.json").read_text())
+        card = json.loads((model / "card.json").read_text(encoding="utf-8"))
         write_card(model, {**card, "evaluation": report[AS_IT_IS]})
     print(json.dumps(report))
 

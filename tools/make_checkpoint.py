@@ -63,6 +63,8 @@ def main() -> None:
     parser.add_argument("--layout", choices=("diffusers", "comfyui"), default="diffusers")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.out.exists():
+        parser.error(f"{args.out} exists already")
     make_checkpoint(args.out, args.size, args.dtype, args.layout, args.seed)
 
 
@@ -72,8 +74,8 @@ def make_checkpoint(
     """Write a whole model folder. Raises FileExistsError."""
     out.mkdir(parents=True)
     write = write_diffusers if layout == "diffusers" else write_comfyui
+    write_tokenizer(out / "tokenizer", size)  # first: it may lack its package
     write(out, SIZES[size], DTYPES[dtype], seed)
-    write_tokenizer(out / "tokenizer", size)
 
 
 def component_shapes(config: TransformerConfig | TextEncoderConfig | VaeConfig) -> dict[str, tuple[int, ...]]:

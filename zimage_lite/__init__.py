@@ -1,6 +1,6 @@
 """zimage-lite: Z-Image-Turbo inside the memory you name. Importing this loads no torch; the names below do, when used.
 
-from zimage_lite import load, quantize
+from zimage_lite import GenerateOptions, load, quantize
 quantize("Z-Image-Turbo", "out", to="q8_0")
 pipeline = load("out", ram="8GB")
 image = pipeline.generate([GenerateOptions("a red circle")])[0]

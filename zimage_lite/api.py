@@ -1,4 +1,4 @@
-"""The two calls for scripts and notebooks. They take what the command line takes."""
+"""The two calls for scripts and notebooks. Arguments are named and mean as on the command line."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def load(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    backend: str = "auto",
     vram: str | None = None,
     ram: str | None = None,
     transformer: StrPath | None = None,
@@ -37,6 +38,7 @@ def load(
     options = RuntimeOptions(
         device=device,
         dtype=dtype,
+        backend=backend,
         vram_bytes=parse_bytes(vram) if vram else None,
         ram_bytes=parse_bytes(ram) if ram else None,
     )

@@ -16,6 +16,12 @@ PATCH_SIZE = 2  # latent pixels per token, each way
 VAE_FACTOR = 8  # image pixels per latent pixel, each way
 SIZE_MULTIPLE = VAE_FACTOR * PATCH_SIZE
 MAX_PROMPT_TOKENS = 512  # as diffusers truncates
+DEFAULT_SIZE = 1024  # pixels each way, where the model's card names no other
+MAX_STEPS = 1000  # as many as the model was trained with
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("auto", "bf16", "fp16", "fp32")
+BACKENDS = ("auto", "triton", "reference")
 
 _INFINITE = 1e30  # no setting is this large; also refuses NaN, which compares with nothing
 _Config = TypeVar("_Config")
@@ -85,6 +91,8 @@ class TextEncoderConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self)
+        if self.max_position_embeddings >= 2**32:
+            raise UserError("max_position_embeddings", got=self.max_position_embeddings, expected="less than 2^32")
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2 or self.num_hidden_layers < 2:
             raise UserError(
                 "text encoder config does not add up",
@@ -124,24 +132,35 @@ class SchedulerConfig:
 
     shift: float = 3.0
 
+    def __post_init__(self) -> None:
+        _require_positive(self)
+
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """One image, as asked for. `guidance` counts as in diffusers: 0 is off."""
+    """One image, as asked for. `guidance` counts as in diffusers: 0 is off. None: what the model says of itself."""
 
     prompt: str = ""
-    width: int = 1024
-    height: int = 1024
+    width: int | None = None
+    height: int | None = None
     steps: int = 8
     seed: int = 0
     guidance: float = 0.0
     negative: str = ""
-    shift: float | None = None  # None: what the checkpoint's scheduler says
+    shift: float | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, once they are known."""
+        assert self.width is not None and self.height is not None, "Pipeline.complete fills them in"
+        return self.width, self.height
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UserError("--steps", got=self.steps, expected="at least 1 (Turbo is made for 8)")
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise UserError("--steps", got=self.steps, expected=f"a number from 1 to {MAX_STEPS} (Turbo is made for 8)")
         for flag, pixels in (("--width", self.width), ("--height", self.height)):
+            if pixels is None:
+                continue
             if pixels < SIZE_MULTIPLE or pixels % SIZE_MULTIPLE:
                 below = max(pixels // SIZE_MULTIPLE, 1) * SIZE_MULTIPLE
                 near = f"{below} or {below + SIZE_MULTIPLE}" if pixels > SIZE_MULTIPLE else f"{below}"
@@ -163,6 +182,11 @@ class RuntimeOptions:
     backend: str = "auto"
     vram_bytes: int | None = None
     ram_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (("device", DEVICES), ("dtype", DTYPES), ("backend", BACKENDS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"--{name}", got=repr(getattr(self, name)), expected=f"one of {', '.join(known)}")
 
 
 def from_mapping(kind: type[_Config], values: Mapping[str, Any], where: str) -> _Config:

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from .checkpoint.checkpoint import Checkpoint, weight_files
+from .checkpoint.checkpoint import WEIGHT_SUFFIXES, Checkpoint, weight_files
 from .checkpoint.detect import COMPONENTS
 from .checkpoint.diffusers_config import config_json, model_index
 from .checkpoint.model_card import CARD
 from .checkpoint.model_files import find_component, scheduler_config
+from .checkpoint.output import replacing, require_absent, require_space
 from .checkpoint.tokenizer import PromptTokenizer, tokenizer_from_folder, tokenizer_to_gguf
-from .checkpoint.writer import replacing, require_absent, require_space
 from .errors import UserError
 from .loading import open_complete
 from .quant.convert import container_of, convert, output_tensors
@@ -29,6 +29,7 @@ from .quant.formats import Format, target_format
 from .quant.tensor import rows_columns
 
 KEEP = "keep"
+_ENTRIES = {*COMPONENTS, "tokenizer", "scheduler", "model_index.json", CARD}  # of an output folder
 
 Progress = Callable[[int, int], None]  # source bytes done, in all
 
@@ -80,11 +81,12 @@ def quantize(
         if single is None:
             raise UserError(f"{source} has no {component}/", expected=f"a model folder with a {COMPONENTS[component]}")
     if single is not None:
-        return [
-            _quantize_file(
-                single, out, target, source, None if component == "all" else component, device, overwrite, progress
+        if component == "text_encoder" and text_encoder_to not in (None, KEEP, to):
+            raise UserError(
+                "--to and --text-encoder-to disagree", fix="with --component text_encoder, name one of them"
             )
-        ]
+        part = None if component == "all" else component
+        return [_quantize_file(single, out, target, source, part, device, overwrite, progress)]
     return _quantize_folder(source, out, target, encoder, device, overwrite, progress)
 
 
@@ -95,11 +97,15 @@ def _quantize_file(
     checkpoint = open_complete(path, component)
     if checkpoint.component == "vae":
         raise UserError(f"{path}: a VAE stays as it is", fix="quantize the transformer and the text encoder")
-    out = out or Path(
-        f"{source.stem if source.is_file() else source.resolve().name}-{target.name}.{container_of(target)}"
-    )
+    suffix = f".{container_of(target)}"
+    stem = source.stem if source.is_file() else f"{source.resolve().name}-{checkpoint.component}"
+    out = out or Path(f"{stem}-{target.name}{suffix}")
     if out.is_dir():
         raise UserError(f"{out} is a folder", fix="name the file to write with -o")
+    if out.suffix in WEIGHT_SUFFIXES and out.suffix != suffix:
+        raise UserError(
+            f"{out}: other programs go by the name's end", got=out.suffix, expected=f"{suffix} for {target.name}"
+        )
     require_absent(out, overwrite)
     _require_apart(out, checkpoint)
     meter = _Meter(progress, _source_bytes(checkpoint, target.name))
@@ -114,11 +120,10 @@ def _quantize_folder(
 ) -> list[Written]:
     out = out or Path(f"{source.resolve().name}-{target.name}")
     require_absent(out, overwrite)
+    _require_replaceable(out)
     targets: dict[str, str] = {"transformer": target.name, "text_encoder": encoder, "vae": KEEP}
     checkpoints = {component: _open_part(source, component) for component in targets}
     _require_apart(out, *checkpoints.values())
-    if out.is_dir() and any(out.iterdir()) and find_component(out, "transformer") is None:
-        raise UserError(f"{out} is a folder without a model, so it is not replaced", fix="choose another name with -o")
     meter = _Meter(progress, sum(_source_bytes(checkpoints[part], to) for part, to in targets.items()))
     require_space(out.resolve().parent, sum(_estimate(checkpoints[part], to) for part, to in targets.items()))
     written = []
@@ -132,6 +137,17 @@ def _quantize_folder(
             written.append(Written(component, to, out / component / name, checkpoints[component].nbytes, size))
         _carry_over(source, partial)
     return written
+
+
+def _require_replaceable(out: Path) -> None:
+    """Raise UserError if `out` holds anything that this program does not write."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file, and a model folder comes out as a folder", fix="choose another name with -o")
+    foreign = [entry.name for entry in out.iterdir() if entry.name not in _ENTRIES] if out.exists() else []
+    if foreign:
+        raise UserError(
+            f"{out} holds more than a model, so it is not replaced", got=foreign[0], fix="choose another name with -o"
+        )
 
 
 def _require_apart(out: Path, *sources: Checkpoint) -> None:

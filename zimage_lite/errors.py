@@ -6,7 +6,6 @@ Everything else that is raised is our own fault and keeps its traceback.
 from __future__ import annotations
 
 EXIT_OK = 0
-EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_BUDGET = 3
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count

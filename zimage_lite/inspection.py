@@ -32,8 +32,8 @@ def inspect(path: Path) -> list[Part]:
     parts do not go together."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    places = {component: find_component(path, component) for component in COMPONENTS} if path.is_dir() else {}
-    parts = [_part(component, place, component) for component, place in places.items() if place is not None]
+    found = (_found(path, component) for component in COMPONENTS if path.is_dir())
+    parts = [part for part in found if part is not None]
     if not parts:
         return [_part(path.name, path, None)]
     if not any(part.refusal for part in parts):
@@ -42,6 +42,15 @@ def inspect(path: Path) -> list[Part]:
         except UserError as error:
             parts.append(Part(path.name, refusal=str(error)))
     return parts
+
+
+def _found(model: Path, component: str) -> Part | None:
+    """The component of a model folder, if it has one."""
+    try:
+        place = find_component(model, component)
+    except UserError as error:
+        return Part(component, refusal=str(error))
+    return _part(component, place, component) if place else None
 
 
 def _part(name: str, path: Path, component: str | None) -> Part:

@@ -42,21 +42,24 @@ _OWN_UNPACKING, _GGUF_PY_UNPACKING = 6, 16  # bytes per weight while one is unpa
 
 @dataclass(frozen=True)
 class Budget:
-    """The ceiling of the memory that weights live in, and the flag that sets it."""
+    """The ceiling of the memory that weights live in, and what sets it: a flag, or what the machine has."""
 
     total_bytes: int
     used_bytes: int  # by the process already, and counted against the ceiling
-    flag: str
+    limit: str
 
 
 def budget(options: RuntimeOptions, hardware: Hardware) -> Budget:
-    """Device memory where there is a GPU of its own, else what the process may hold."""
+    """Device memory where there is a GPU of its own, else what the process may hold. Never more than is free."""
     if hardware.device.type == "cuda":
-        free = hardware.vram_free_bytes - VRAM_MARGIN_BYTES
-        given = options.vram_bytes - CUDA_CONTEXT_BYTES if options.vram_bytes else free
-        return Budget(min(given, free), torch.cuda.memory_allocated(hardware.device), "--vram")
-    used = rss_bytes()
-    return Budget(options.ram_bytes or used + hardware.ram_free_bytes - RAM_MARGIN_BYTES, used, "--ram")
+        used = CUDA_CONTEXT_BYTES + torch.cuda.memory_allocated(hardware.device)
+        given, flag, kind = options.vram_bytes, "--vram", "the free GPU memory"
+        most = used + hardware.vram_free_bytes - VRAM_MARGIN_BYTES
+    else:
+        used = rss_bytes()
+        given, flag, kind = options.ram_bytes, "--ram", "the free memory"
+        most = used + hardware.ram_free_bytes - RAM_MARGIN_BYTES
+    return Budget(given, used, flag) if given and given <= most else Budget(most, used, kind)
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class Component:
     def plan(self, hardware: Hardware, limit: Budget) -> Plan:
         """Raises BudgetError."""
         fixed = self.fixed_bytes(hardware, limit)
-        return plan_blocks(self.checkpoint.component, self.block_bytes(), fixed, limit.total_bytes, limit.flag)
+        return plan_blocks(self.checkpoint.component, self.block_bytes(), fixed, limit.total_bytes, limit.limit)
 
 
 @contextmanager
@@ -154,7 +157,7 @@ def loaded(component: Component, hardware: Hardware, limit: Budget) -> Iterator[
     except torch.OutOfMemoryError as error:
         raise BudgetError(
             f"{component.checkpoint.component}: the GPU ran out of memory",
-            got=f"{limit.flag} {format_gb(limit.total_bytes)}",
+            got=f"{limit.limit} of {format_gb(limit.total_bytes)}",
             fix="name a smaller --vram, a smaller image or a smaller format",
         ) from error
     finally:

@@ -5,10 +5,12 @@ encode: prompts -> embeddings     denoise: noise -> latents, 8 steps     decode:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +29,10 @@ from .model.text_encoder import TextEncoder
 from .model.transformer import Caption, Transformer
 from .model.vae import Decoder, to_pixels
 
-TOKENS_PER_PASS = 4096  # prompts are encoded together up to this many tokens
+TOKENS_PER_PASS = 1024  # prompts are encoded and refined together up to this many tokens
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
+_Item = TypeVar("_Item")
 
 
 def silent(phase: str, done: int, total: int) -> None:
@@ -54,6 +57,9 @@ class Pipeline:
     @torch.inference_mode()
     def generate(self, requests: Sequence[GenerateOptions], progress: Progress = silent) -> list[Tensor]:
         """-> one [height, width, 3] uint8 tensor per request, on the CPU."""
+        if not requests:
+            return []
+        requests = [self.complete(request) for request in requests]
         texts = list(dict.fromkeys(text for request in requests for text in _texts(request)))
         self.limit = self._sufficient_budget(requests, texts)
         try:
@@ -62,9 +68,19 @@ class Pipeline:
             with self.meter.phase("denoise"):
                 latents = self.denoise(requests, embeddings, progress)
             with self.meter.phase("decode"):
-                return [to_pixels(image) for image in self.decode(latents, progress)]
+                return self.decode(latents, progress)
         finally:
             self.limit = None
+
+    def complete(self, request: GenerateOptions) -> GenerateOptions:
+        """What was left open is what the model says of itself."""
+        width, height = self.model.default_size
+        return replace(
+            request,
+            width=width if request.width is None else request.width,
+            height=height if request.height is None else request.height,
+            shift=self.model.scheduler.shift if request.shift is None else request.shift,
+        )
 
     def encode(self, texts: Sequence[str], progress: Progress = silent) -> list[Tensor]:
         """-> the embedding of each text: [tokens, width] on the device, in the compute dtype."""
@@ -89,7 +105,9 @@ class Pipeline:
         assert isinstance(transformer, Transformer)
         done, total, latents = 0, sum(request.steps for request in requests), []
         with self._open(component) as stream:
-            refined = transformer.refine_captions(list(embeddings.values()), stream)
+            refined: list[Caption] = []
+            for batch in _batches(embeddings.values()):
+                refined += transformer.refine_captions(batch, stream)
             captions = dict(zip(embeddings, refined, strict=True))
             for request in requests:
                 latent = torch.empty(0)
@@ -101,14 +119,15 @@ class Pipeline:
         return latents
 
     def decode(self, latents: Sequence[Tensor], progress: Progress = silent) -> list[Tensor]:
-        """-> images [3, height, width] in about [-1, 1], on the CPU."""
-        component = self._decoder(max(latent.shape[1] * latent.shape[2] for latent in latents) * VAE_FACTOR**2)
+        """-> images [height, width, 3] uint8, on the CPU."""
+        component = self._decoder([latent.shape[1] * latent.shape[2] * VAE_FACTOR**2 for latent in latents])
         images = []
         with self._open(component):
             for latent in latents:
-                images.append(component.model.get_submodule("decoder")(latent).cpu())
+                image = component.model.get_submodule("decoder")(latent)
+                _require_finite([image], component.checkpoint, "the decoded image")
+                images.append(to_pixels(image).cpu())
                 progress("decode", len(images), len(latents))
-        _require_finite(images, component.checkpoint, "the decoded image")
         return images
 
     def _steps(
@@ -116,9 +135,10 @@ class Pipeline:
     ) -> Iterator[Tensor]:
         """The Euler loop of one image; yields the latent after each step. captions: positive, negative if guided."""
         device, dtype = self.hardware.device, self.hardware.dtype
-        height, width = request.height // VAE_FACTOR, request.width // VAE_FACTOR
+        width, height = (pixels // VAE_FACTOR for pixels in request.size)
+        shift = self.model.scheduler.shift if request.shift is None else request.shift
         latent = initial_noise(request.seed, transformer.config.in_channels, height, width).to(device)
-        for sigma, sigma_next in pairwise(sigmas(request.steps, request.shift or self.model.scheduler.shift)):
+        for sigma, sigma_next in pairwise(sigmas(request.steps, shift)):
             outputs = transformer([latent.to(dtype)] * len(captions), captions, model_time(sigma).to(device), stream)
             wide = [output.float() for output in outputs]
             denoising = guided(wide[0], wide[1], request.guidance) if request.guidance else wide[0]
@@ -131,35 +151,37 @@ class Pipeline:
         components = (
             self._text_encoder(list(_batches(prompts.values()))),
             self._transformer(requests, {text: len(ids) for text, ids in prompts.items()}),
-            self._decoder(max(request.width * request.height for request in requests)),
+            self._decoder([math.prod(request.size) for request in requests]),
         )
         limit = budget(self.options, self.hardware)
         max(components, key=lambda component: component.least_bytes(self.hardware, limit)).plan(self.hardware, limit)
         return limit
 
     def _text_encoder(self, batches: Sequence[list[list[int]]]) -> Component:
-        c = self.model.text_encoder.config
-        working = activation_bytes(
-            max(sum(map(len, batch)) for batch in batches),
-            c.hidden_size,
-            c.intermediate_size,
-            c.num_attention_heads,
-            self.hardware.dtype.itemsize,
+        c, item_bytes = self.model.text_encoder.config, self.hardware.dtype.itemsize
+        tokens = [sum(map(len, batch)) for batch in batches]
+        activations = activation_bytes(
+            max(tokens), c.hidden_size, c.intermediate_size, c.num_attention_heads, item_bytes
         )
-        return Component(TextEncoder(c), self.model.text_encoder, ("layers",), working)
+        results = sum(tokens) * c.hidden_size * item_bytes
+        return Component(TextEncoder(c), self.model.text_encoder, ("layers",), activations + results)
 
     def _transformer(self, requests: Sequence[GenerateOptions], lengths: Mapping[str, int]) -> Component:
         """lengths: text -> tokens."""
-        c = self.model.transformer.config
-        tokens = max(sum(_tokens(request, lengths[text]) for text in _texts(request)) for request in requests)
-        working = activation_bytes(tokens, c.dim, c.ffn_dim, c.n_heads, self.hardware.dtype.itemsize)
+        c, item_bytes = self.model.transformer.config, self.hardware.dtype.itemsize
+        largest = max(sum(_tokens(request, lengths[text]) for text in _texts(request)) for request in requests)
+        together = max(sum(map(_padded, batch)) for batch in _batches(lengths.values(), length=int))
+        activations = activation_bytes(max(largest, together), c.dim, c.ffn_dim, c.n_heads, item_bytes)
+        captions = sum(_padded(length) * c.dim + length * c.cap_feat_dim for length in lengths.values()) * item_bytes
         blocks = ("context_refiner", "noise_refiner", "layers")
-        return Component(Transformer(c), self.model.transformer, blocks, working)
+        return Component(Transformer(c), self.model.transformer, blocks, activations + captions)
 
-    def _decoder(self, pixels: int) -> Component:
+    def _decoder(self, pixels: Sequence[int]) -> Component:
+        """pixels: of each image."""
         c = self.model.vae.config
-        working = decode_bytes(pixels, c.block_out_channels[1], self.hardware.dtype.itemsize)
-        return Component(nn.ModuleDict({"decoder": Decoder(c)}), self.model.vae, (), working)
+        working = decode_bytes(max(pixels), c.block_out_channels[1], self.hardware.dtype.itemsize)
+        results = 3 * sum(pixels)
+        return Component(nn.ModuleDict({"decoder": Decoder(c)}), self.model.vae, (), working + results)
 
     @contextmanager
     def _open(self, component: Component) -> Iterator[Stream]:
@@ -175,19 +197,23 @@ def _texts(request: GenerateOptions) -> list[str]:
 
 def _tokens(request: GenerateOptions, caption_tokens: int) -> int:
     """Length of the transformer's sequence, pads included."""
-    image_tokens = request.width * request.height // (VAE_FACTOR * PATCH_SIZE) ** 2
-    return sum(-(-length // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE for length in (image_tokens, caption_tokens))
+    image_tokens = math.prod(request.size) // (VAE_FACTOR * PATCH_SIZE) ** 2
+    return _padded(image_tokens) + _padded(caption_tokens)
 
 
-def _batches(prompts: Iterable[list[int]]) -> Iterator[list[list[int]]]:
-    """Prompts in order, together while they have at most TOKENS_PER_PASS tokens."""
-    batch: list[list[int]] = []
-    for prompt in prompts:
-        if batch and sum(map(len, batch)) + len(prompt) > TOKENS_PER_PASS:
+def _batches(items: Iterable[_Item], length: Callable[[Any], int] = len) -> Iterator[list[_Item]]:
+    """Prompts, embeddings or whatever has a length, in order, together while they have at most TOKENS_PER_PASS."""
+    batch: list[_Item] = []
+    for item in items:
+        if batch and sum(map(length, batch)) + length(item) > TOKENS_PER_PASS:
             yield batch
             batch = []
-        batch.append(prompt)
+        batch.append(item)
     yield batch
+
+
+def _padded(length: int) -> int:
+    return -(-length // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
 
 
 def _require_finite(results: Sequence[Tensor], checkpoint: Checkpoint, what: str) -> None:

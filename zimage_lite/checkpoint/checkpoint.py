@@ -114,6 +114,10 @@ def open_checkpoint(path: Path, component: str | None = None) -> Checkpoint:
     return Checkpoint(found, path, _layout(found, files, prefix, names), tensors, config, metadata)
 
 
+def is_weight_file(path: Path) -> bool:
+    return path.suffix in WEIGHT_SUFFIXES and not path.name.startswith(".")  # macOS leaves ._x.safetensors about
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The weight files of a component folder: the shards of an index, or the one file there is."""
     for index in sorted(folder.glob("*.safetensors.index.json")):
@@ -125,9 +129,7 @@ def weight_files(folder: Path) -> list[Path]:
             if not shard.exists():
                 raise UserError(f"{shard}: this shard is missing", fix="download the folder again")
         return shards
-    found = sorted(
-        file for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES and not file.name.startswith(".")
-    )
+    found = sorted(filter(is_weight_file, folder.iterdir()))
     if len(found) > 1:  # diffusers keeps variants such as model.fp16.safetensors beside the plain file
         found = [file for file in found if file.stem.count(".") == 0] or found
     if len(found) != 1:

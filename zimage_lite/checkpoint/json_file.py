@@ -12,7 +12,7 @@ from ..errors import FileFormatError, UserError
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises UserError."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:

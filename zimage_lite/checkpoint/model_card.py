@@ -6,7 +6,7 @@ from importlib.resources import files
 from os import PathLike, fspath
 from pathlib import Path
 
-from ..config import GenerateOptions
+from ..config import DEFAULT_SIZE
 from ..errors import FileFormatError
 from .json_file import read_json
 
@@ -23,8 +23,8 @@ def default_size(folder: Path | None) -> tuple[int, int]:
     """Width and height that the model draws best: what its card says, or those of the true model. Raises UserError."""
     card = folder / CARD if folder else None
     values = read_json(card) if card and card.exists() else {}
-    width = values.get("default_width", GenerateOptions.width)
-    height = values.get("default_height", GenerateOptions.height)
+    width = values.get("default_width", DEFAULT_SIZE)
+    height = values.get("default_height", DEFAULT_SIZE)
     if not isinstance(width, int) or not isinstance(height, int):
         raise FileFormatError(f"{card}: default size", got=f"{width} by {height}", expected="whole numbers")
     return width, height

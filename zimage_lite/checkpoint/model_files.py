@@ -12,9 +12,10 @@ from typing import Any
 
 from ..config import SchedulerConfig, from_mapping
 from ..errors import UserError, WrongModelError
-from .checkpoint import WEIGHT_SUFFIXES, Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, is_weight_file, open_checkpoint
 from .detect import COMPONENTS
 from .json_file import read_json
+from .model_card import default_size
 from .tokenizer import PromptTokenizer, tokenizer_from_folder, tokenizer_from_gguf
 
 # Component -> ComfyUI's folders for it, new and old.
@@ -36,6 +37,7 @@ class ModelFiles:
     vae: Checkpoint
     tokenizer: PromptTokenizer
     scheduler: SchedulerConfig
+    default_size: tuple[int, int]  # width and height
 
 
 def open_model(model: Path | None, overrides: Mapping[str, Path | None] | None = None) -> ModelFiles:
@@ -67,17 +69,18 @@ def open_model(model: Path | None, overrides: Mapping[str, Path | None] | None =
             expected=f"{wanted}, as the transformer has",
         )
     tokenizer = _tokenizer(model, chosen.get("tokenizer"), parts["text_encoder"])
-    tokens, rows = tokenizer.tokenizer.get_vocab_size(), parts["text_encoder"].config.vocab_size
-    if tokens > rows:
+    highest, rows = max(tokenizer.tokenizer.get_vocab().values()), parts["text_encoder"].config.vocab_size
+    if highest >= rows:
         raise WrongModelError(
-            f"{tokenizer.source}: size of the vocabulary",
-            got=tokens,
-            expected=f"at most {rows}, as the encoder has rows",
+            f"{tokenizer.source}: the highest token",
+            got=highest,
+            expected=f"less than {rows}, as the encoder has rows",
         )
     return ModelFiles(
         name=(model or parts["transformer"].source).resolve().name,
         tokenizer=tokenizer,
         scheduler=scheduler_config(model),
+        default_size=default_size(model),
         **parts,
     )
 
@@ -90,11 +93,7 @@ def find_component(model: Path | None, component: str) -> Path | None:
     if folder.is_dir() and (folder / "config.json").exists():
         return folder
     for name in COMFY_FOLDERS[component]:
-        files = (
-            [f for f in sorted((model / name).glob("*")) if f.suffix in WEIGHT_SUFFIXES]
-            if (model / name).is_dir()
-            else []
-        )
+        files = [f for f in sorted((model / name).glob("*")) if is_weight_file(f)] if (model / name).is_dir() else []
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
             raise UserError(

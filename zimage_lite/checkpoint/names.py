@@ -164,4 +164,4 @@ OLD_DIFFUSERS_VAE = NameMap(
 
 def natural_order(name: str) -> list[tuple[int, int, str]]:
     """Sort key under which layers.2 comes before layers.10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+    return [(0, int(part), "") if part.isdecimal() and len(part) < 10 else (1, 0, part) for part in name.split(".")]

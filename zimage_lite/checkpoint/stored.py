@@ -58,7 +58,7 @@ class StoredTensor:
         for suffix, (dtype, shape) in layout.items():
             entry = self.parts[suffix]
             row_bytes = DTYPE_BYTES[dtype] * shape[1]
-            if entry.nbytes == row_bytes < shape[0] * row_bytes:  # one scale for all rows
+            if suffix and entry.nbytes == row_bytes:  # one scale for all rows
                 parts[suffix] = entry.read().view(TORCH_DTYPES[dtype]).expand(shape)
                 continue
             raw = entry.read((self.first_row + start) * row_bytes, shape[0] * row_bytes, into)

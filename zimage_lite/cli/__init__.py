@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from importlib import import_module
 from typing import Any
@@ -52,6 +53,7 @@ def main(args: list[str] | None = None) -> None:
     # The demo model took 0.84 s instead of 0.02 s per step beside one, on two cores; alone, spinning gained nothing
     # that a person would notice.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # unfinished outputs are removed then as on Ctrl-C
     sys.exit(run(args))
 
 
@@ -68,6 +70,11 @@ def run(args: list[str] | None = None) -> int:
     except UserError as error:
         say(f"error: {error}")
         return error.exit_code
+    except OSError as error:
+        if error.filename is None:
+            raise
+        say(f"error: {error.filename}: {error.strerror}")  # a name too long, a folder that may not be read
+        return EXIT_USER
     except (KeyboardInterrupt, click.Abort):
         say("interrupted; nothing was left half-written")
         return EXIT_INTERRUPTED
@@ -75,10 +82,10 @@ def run(args: list[str] | None = None) -> int:
 
 
 def say(text: str) -> None:
-    """A line for people."""
-    click.echo(text, err=True)
+    """A line for people. What comes from file names and headers may not break it, nor steer the terminal."""
+    click.echo("".join(char if char.isprintable() else " " for char in text), err=True)
 
 
 def print_json(result: dict[str, Any]) -> None:
     """The one JSON object, on the last line of stdout."""
-    click.echo(json.dumps(result, ensure_ascii=False))
+    click.echo(json.dumps(result))  # in ASCII: a redirected stdout on Windows takes little else

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,9 @@ import click
 
 from .. import __version__
 from ..checkpoint.detect import COMPONENTS
-from ..checkpoint.model_card import DEMO, default_size, model_folder
-from ..config import GenerateOptions, RuntimeOptions
+from ..checkpoint.model_card import DEMO, model_folder
+from ..checkpoint.output import replacing, require_absent
+from ..config import BACKENDS, DEVICES, DTYPES, GenerateOptions, RuntimeOptions
 from ..errors import UserError
 from ..memory.meter import peak_rss_bytes
 from ..units import format_gb, parse_bytes
@@ -72,17 +73,17 @@ _MAX_IMAGES = 10_000
 @click.option("--text-encoder", type=_PATH, metavar="FILE", help="Use this text encoder.")
 @click.option("--vae", type=_PATH, metavar="FILE", help="Use this VAE.")
 @click.option("--tokenizer", type=_PATH, metavar="DIR", help="Use this tokenizer.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
+@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
 @click.option(
     "--dtype",
-    type=click.Choice(["auto", "bf16", "fp16", "fp32"]),
+    type=click.Choice(DTYPES),
     default="auto",
     show_default=True,
     help="What to compute in; fp32 on the CPU.",
 )
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "triton", "reference"]),
+    type=click.Choice(BACKENDS),
     default="auto",
     show_default=True,
     help="Kernels to compute with.",
@@ -99,8 +100,7 @@ def command(
     """
     parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
     folder = _model_folder(model, parts)
-    base = GenerateOptions(**_with_size(image, folder))
-    requests = _requests(prompts, prompt_file, base, count)
+    requests = _requests(prompts, prompt_file, GenerateOptions(**image), count)
     options = RuntimeOptions(
         device, dtype, backend, parse_bytes(vram) if vram else None, parse_bytes(ram) if ram else None
     )
@@ -111,12 +111,9 @@ def command(
     from .progress import phase_progress
 
     pipeline = Pipeline(open_model(folder, parts), options)
-    if vram and pipeline.hardware.device.type != "cuda":
-        say(f"note: --vram has no effect on {pipeline.hardware.device.type}")
-    if folder == model_folder(DEMO):
-        say(
-            f"note: the built-in demo draws one simple shape, {base.width}x{base.height}; Z-Image-Turbo: --model FOLDER"
-        )
+    requests = [pipeline.complete(request) for request in requests]
+    for note in _notes(folder, pipeline, requests):
+        say(f"note: {note}")
     with phase_progress() as progress:
         images = pipeline.generate(requests, progress)
     for path, request, pixels in zip(paths, requests, images, strict=True):
@@ -141,10 +138,17 @@ def _model_folder(model: str | None, parts: Mapping[str, Path | None]) -> Path |
     return None
 
 
-def _with_size(image: dict[str, Any], folder: Path | None) -> dict[str, Any]:
-    """Width and height that were not given are the model's own."""
-    sides = zip(("width", "height"), default_size(folder), strict=True)
-    return {**image, **{name: size for name, size in sides if image[name] is None}}
+def _notes(folder: Path | None, pipeline: Pipeline, requests: Sequence[GenerateOptions]) -> Iterator[str]:
+    """What the user might not expect."""
+    device = pipeline.hardware.device.type
+    idle = "--ram" if device == "cuda" else "--vram"
+    if getattr(pipeline.options, f"{idle[2:]}_bytes"):
+        yield f"{idle} has no effect on {device}"
+    if requests[0].negative and not requests[0].guidance:
+        yield "--negative has no effect without --guidance"
+    if folder == model_folder(DEMO):
+        width, height = pipeline.model.default_size
+        yield f"the built-in demo draws one simple shape at {width}x{height}; for Z-Image-Turbo, name it with --model"
 
 
 def _requests(
@@ -165,7 +169,7 @@ def _read_prompts(path: Path, base: GenerateOptions) -> list[GenerateOptions]:
     fields = {"prompt": str, "seed": int, "width": int, "height": int}
     requests = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold what splitlines would split at
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
@@ -176,7 +180,7 @@ def _read_prompts(path: Path, base: GenerateOptions) -> list[GenerateOptions]:
         where = f"{path}, line {number}"
         try:
             values = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON") from error
         if not isinstance(values, dict) or "prompt" not in values:
             raise UserError(where, got=line[:60], expected='an object such as {"prompt": "...", "seed": 1}')
@@ -195,21 +199,20 @@ def _output_paths(out: Path, count: int) -> list[Path]:
     """out itself, or out-1, out-2, ... ; checked before any work is done."""
     if out.suffix.lower() != ".png":
         raise UserError("-o", got=str(out), expected="a name that ends in .png")
-    folder = out.resolve().parent
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder", fix="make it first, or choose another place with -o")
-    if count == 1:
-        return [out]
-    width = len(str(count))
-    return [out.with_name(f"{out.stem}-{i:0{width}}{out.suffix}") for i in range(1, count + 1)]
+    digits = len(str(count))
+    numbered = [out.with_name(f"{out.stem}-{i:0{digits}}{out.suffix}") for i in range(1, count + 1)]
+    paths = [out] if count == 1 else numbered
+    for path in paths:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder", fix="choose another name with -o")
+    require_absent(paths[0], overwrite=True)
+    return paths
 
 
 def save_png(path: Path, pixels: Tensor, request: GenerateOptions, pipeline: Pipeline) -> None:
     """pixels: [height, width, 3] uint8. The file carries what it takes to draw it again."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
-
-    from ..checkpoint.writer import replacing
 
     info = PngInfo()
     for key, value in _recipe(request, pipeline).items():
@@ -224,10 +227,10 @@ def _recipe(request: GenerateOptions, pipeline: Pipeline) -> dict[str, Any]:
         "prompt": request.prompt,
         "seed": request.seed,
         "steps": request.steps,
-        "size": f"{request.width}x{request.height}",
+        "size": "{}x{}".format(*request.size),
         "guidance": request.guidance,
         "negative": request.negative,
-        "shift": request.shift or model.scheduler.shift,
+        "shift": request.shift,
         "model": model.name,
         "format": model.transformer.main_format,
         "version": f"zimage-lite {__version__}",

@@ -27,7 +27,7 @@ def command(path: str, as_json: bool) -> None:
         _describe(part)
     if as_json:
         print_json({"path": path, "parts": [_as_json(part) for part in report]})
-    if all(part.refusal for part in report):
+    if any(part.refusal for part in report):
         raise click.exceptions.Exit(2)
 
 

@@ -10,8 +10,6 @@ import torch
 from ..errors import UserError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DEVICES = ("auto", "cpu", "cuda", "mps")
-DTYPES = ("auto", *_DTYPES)
 
 RAM_MARGIN_BYTES = 500_000_000  # left to the rest of the system when no --ram is given
 
@@ -27,7 +25,7 @@ class Hardware:
 
 
 def probe(device: str = "auto", dtype: str = "auto") -> Hardware:
-    """device: one of DEVICES; dtype: one of DTYPES. An explicit device that is not there raises UserError."""
+    """device, dtype: as in config.DEVICES and DTYPES. An explicit device that is not there raises UserError."""
     chosen = _choose_device(device)
     free = psutil.virtual_memory().available
     vram = torch.cuda.mem_get_info(chosen)[0] if chosen.type == "cuda" else 0

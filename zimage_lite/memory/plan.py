@@ -22,14 +22,11 @@ class Plan:
     streamed: tuple[str, ...]
     predicted_bytes: int
 
-    @property
-    def streamed_share(self) -> float:
-        return len(self.streamed) / max(len(self.resident) + len(self.streamed), 1)
 
-
-def plan_blocks(phase: str, block_bytes: Mapping[str, int], fixed_bytes: int, budget_bytes: int, flag: str) -> Plan:
+def plan_blocks(phase: str, block_bytes: Mapping[str, int], fixed_bytes: int, budget_bytes: int, limit: str) -> Plan:
     """block_bytes: block -> its packed size, in the order they run. fixed_bytes: all else that is held at once
-    (the process, other weights, activations, the unpacked copy of one weight).
+    (the process, other weights, activations, the unpacked copy of one weight). limit: the flag that sets the budget, or
+    what else does.
 
     Raises BudgetError, naming the smallest budget that works, if one block at a time is too much.
     """
@@ -39,11 +36,10 @@ def plan_blocks(phase: str, block_bytes: Mapping[str, int], fixed_bytes: int, bu
         return Plan(frozenset(block_bytes), (), fixed_bytes + total)
     least = fixed_bytes + largest
     if least > budget_bytes:
-        raise BudgetError(
-            f"{phase} does not fit {flag}",
-            got=format_gb(budget_bytes),
-            fix=f"the smallest that works is {flag} {_round_up(least)}",
-        )
+        fix = f"the smallest that works is {limit} {_round_up(least)}"
+        if not limit.startswith("--"):
+            fix = f"it takes {_round_up(least)}, so close other programs, or use a smaller format or image"
+        raise BudgetError(f"{phase} does not fit {limit}", got=format_gb(budget_bytes), fix=fix)
     # One slot of the largest size is kept free for whichever block is passing through.
     spare = budget_bytes - least
     names = list(block_bytes)

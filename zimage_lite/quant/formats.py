@@ -1,8 +1,8 @@
 """The table of formats: one row says all that the rest of the program needs to know about a way to store weights.
 
-Rows are plain data, so that `--help` can list them without loading torch. The arithmetic of a row is in the codec
-module of its family (`plain`, `ggml`, `int8`), found by name when it is first needed. A new format is a row here and
-a codec there; nothing else changes.
+Rows are plain data, so that the command line can name them without loading torch. The arithmetic of a row is in the
+codec module of its family (`plain`, `ggml`, `int8`), found by name when it is first needed. A new format is a row here
+and a codec there; nothing else changes.
 
 Every tensor is seen as `rows` x `columns`: a 1-D tensor is one row, a convolution kernel flattens all but its first
 axis. A format cuts each row into parts, and a part's bytes for some rows depend on those rows alone.

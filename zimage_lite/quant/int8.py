@@ -60,10 +60,14 @@ class Int8Codec:
         return hadamard_rotate(wide, options["group"]) if options["group"] else wide
 
     def linear(self, x: Tensor, parts: Parts, options: Mapping[str, Any]) -> Tensor:
-        """Rotates x (few rows) instead of W (thousands), and scales the product instead of the weight."""
+        """Rotates x (few rows) instead of W (thousands), and scales the product instead of the weight.
+
+        Codes are divided by 128 first, which is exact, so that float16 sums stay as small as the weight's own scale.
+        """
         if options["group"]:
             x = hadamard_rotate(x, options["group"])
-        return F.linear(x, parts[""].to(x.dtype)) * parts["_scale"].squeeze(1).to(x.dtype)
+        fractions = parts[""].to(x.dtype).div_(128)
+        return F.linear(x, fractions) * (parts["_scale"].squeeze(1) * 128).to(x.dtype)
 
 
 def codec(row: Format) -> Int8Codec:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .formats import FORMATS, Format, Parts
+from .formats import Format, Parts
 
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -40,12 +40,6 @@ class QTensor:
     shape: tuple[int, ...]
     parts: Parts
     options: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def plain(cls, tensor: Tensor) -> QTensor:
-        """Wrap an ordinary float tensor."""
-        name = next(row for row, dtype in TORCH_DTYPES.items() if dtype == tensor.dtype)
-        return cls(FORMATS[name.lower()], tuple(tensor.shape), {"": tensor.reshape(rows_columns(tuple(tensor.shape)))})
 
     @property
     def nbytes(self) -> int:
