@@ -51,7 +51,8 @@ def write_card(folder: Path, card: dict) -> None:
     write_json(folder / "card.json", card)
     text = README.format(**card, denoiser_steps=card["steps"]["denoiser"])
     if "evaluation" in card:
-        text += "\nRight answers in per cent, on captions whose combinations training never saw, float32:\n\n"
+        text += "\nRight answers in per cent, on captions whose combinations training never saw, computed in float32.\n"
+        text += "The recipe was chosen with an eye on these captions, so the figures may flatter it a little.\n\n"
         text += f"| level | captions | {' | '.join(PARTS)} |\n|{'---|' * (len(PARTS) + 2)}\n"
         for level, row in card["evaluation"].items():
             text += f"| {level} | {row['captions']} | {' | '.join(str(row[part]) for part in PARTS)} |\n"
