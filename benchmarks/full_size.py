@@ -37,29 +37,29 @@ def main() -> None:
     args = parser.parse_args()
     runs = []
     for name in args.formats:
-        model = args.work / name
-        runs.append(run("quantize", args.checkpoint, "-o", model, "--to", name))
+        runs.append(run(args.work, "quantize", args.checkpoint.resolve(), "-o", name, "--to", name))
         size = ("--width", args.size, "--height", args.size, "--steps", args.steps)
-        image = args.work / f"{name}.png"
-        runs.append(run("generate", "a red circle", "--model", model, "--ram", args.ram, *size, "-o", image))
-        shutil.rmtree(model)
+        image = ("--model", name, "-o", f"{name}.png")
+        runs.append(run(args.work, "generate", "a red circle", *image, "--ram", args.ram, *size))
+        shutil.rmtree(args.work / name)
     report = {"machine": machine(), "version": __version__, "commit": commit(), "ram": args.ram, "runs": runs}
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
 
 
-def run(*args: object) -> dict[str, Any]:
-    """One command -> what it printed as JSON, with wall time and peak memory as seen from outside."""
+def run(work: Path, *args: object) -> dict[str, Any]:
+    """One command in the folder `work` -> what it printed as JSON, with wall time and peak memory seen from outside."""
     command = [sys.executable, "-m", "zimage_lite", *map(str, args), "--json"]
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     printed = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"failed: {' '.join(command)}")
     outside = {"wall_seconds": round(time.perf_counter() - start, 1), "max_rss_bytes": usage.ru_maxrss * 1024}
-    return {"command": [str(arg) for arg in args if not isinstance(arg, Path)], **outside, **json.loads(printed)}
+    told = [arg.name if isinstance(arg, Path) else str(arg) for arg in args]  # where it lies is nobody's business
+    return {"command": told, **outside, **json.loads(printed)}
 
 
 def machine() -> dict[str, Any]:

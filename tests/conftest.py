@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-# Before torch: OpenMP threads that spin while they wait made these tests 15 times slower beside any other program.
+# Before torch: threads that spin while they wait made these tests 15 times slower beside another program on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from collections.abc import Callable

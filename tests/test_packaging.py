@@ -163,7 +163,9 @@ def test_help_is_light(arguments: list[str]) -> None:
 
 
 def test_public_names_are_there() -> None:
-    loaded_by("import zimage_lite\nassert all(hasattr(zimage_lite, name) for name in zimage_lite.__all__)")
+    """Looking one up is what loads torch."""
+    loaded = loaded_by("import zimage_lite\nfor name in zimage_lite.__all__:\n    getattr(zimage_lite, name)")
+    assert {"torch", "zimage_lite"} <= loaded
 
 
 # --- What is installed

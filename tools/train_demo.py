@@ -50,7 +50,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """All settings of a training run; the defaults are the `cpu` preset (two cores, about an hour and a half)."""
+    """All settings of a training run; the defaults are the `cpu` preset (two cores, under three hours)."""
 
     device: str = "cpu"
     size: int = 64  # pixels, square

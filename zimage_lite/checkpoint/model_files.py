@@ -54,20 +54,7 @@ def open_model(model: Path | None, overrides: Mapping[str, Path | None] | None =
             place = f"{model} has no {component}/" if model else f"no {COMPONENTS[component]}"
             raise UserError(place, fix=f"name one with {_FLAGS[component]} FILE")
         parts[component] = open_checkpoint(path, component)
-    width, wanted = parts["text_encoder"].config.hidden_size, parts["transformer"].config.cap_feat_dim
-    if width != wanted:
-        raise WrongModelError(
-            f"{parts['text_encoder'].source}: width of the text encoder",
-            got=width,
-            expected=f"{wanted}, as the transformer takes",
-        )
-    channels, wanted = parts["vae"].config.latent_channels, parts["transformer"].config.in_channels
-    if channels != wanted:
-        raise WrongModelError(
-            f"{parts['vae'].source}: latent channels of the VAE",
-            got=channels,
-            expected=f"{wanted}, as the transformer has",
-        )
+    _require_fit(**parts)
     tokenizer = _tokenizer(model, chosen.get("tokenizer"), parts["text_encoder"])
     highest, rows = max(tokenizer.tokenizer.get_vocab().values()), parts["text_encoder"].config.vocab_size
     if highest >= rows:
@@ -83,6 +70,17 @@ def open_model(model: Path | None, overrides: Mapping[str, Path | None] | None =
         default_size=default_size(model),
         **parts,
     )
+
+
+def _require_fit(transformer: Checkpoint, text_encoder: Checkpoint, vae: Checkpoint) -> None:
+    """Raise WrongModelError unless the parts have the sizes that the transformer works with."""
+    wanted = transformer.config
+    for part, what, got, expected, verb in (
+        (text_encoder, "width of the text encoder", text_encoder.config.hidden_size, wanted.cap_feat_dim, "takes"),
+        (vae, "latent channels of the VAE", vae.config.latent_channels, wanted.in_channels, "has"),
+    ):
+        if got != expected:
+            raise WrongModelError(f"{part.source}: {what}", got=got, expected=f"{expected}, as the transformer {verb}")
 
 
 def find_component(model: Path | None, component: str) -> Path | None:

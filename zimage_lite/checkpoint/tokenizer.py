@@ -1,5 +1,5 @@
 """The prompt as token ids. Runs on `tokenizers`, the engine inside transformers' own fast tokenizers: it starts in
-40 ms where importing transformers takes seconds, and gives the same ids.
+10 ms where importing transformers takes a second, and gives the same ids.
 
 Qwen's tokenizer is a byte-level BPE over NFC text. It is found as tokenizer.json, as vocab.json and merges.txt, or in
 the metadata of a Qwen3 GGUF file.

@@ -1,6 +1,7 @@
 """Buffers that weights are read into, one large allocation each: freeing it returns every byte to the system.
 
-Allocated tensor by tensor, blocks that came and went left holes in the C heap: 340 MB of them after 8 steps in 6 GB.
+Allocated tensor by tensor, blocks that came and went left holes in the C heap: 8 steps of the full model planned for
+6 GB ended at 6.09 GB (2-core Zen 4, glibc), and at 5.83 GB since.
 """
 
 from __future__ import annotations
