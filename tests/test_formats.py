@@ -19,7 +19,7 @@ from zimage_lite.checkpoint.packed import stored_tensors
 from zimage_lite.errors import FileFormatError, UserError
 from zimage_lite.quant import int8
 from zimage_lite.quant import tensor as tensor_module
-from zimage_lite.quant.formats import FORMATS, GGML_TYPES, TARGETS, target_format
+from zimage_lite.quant.formats import FORMATS, GGML_TYPES
 from zimage_lite.quant.tensor import TORCH_DTYPES, QTensor
 
 OURS = ("q8_0", "q4_0", "q4_1")  # ggml types with a codec of our own

@@ -51,6 +51,11 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("headers") / "weights"
 
 
+def our_name(kind: gguf_py.GGMLQuantizationType) -> str:
+    """ComfyUI's nvfp4 is another format than ggml's."""
+    return {"NVFP4": "nvfp4_ggml"}.get(kind.name, kind.name.lower())
+
+
 def content(file: TensorFile, name: str) -> bytes:
     return file.entries[name].read().numpy().tobytes()
 
@@ -95,7 +100,7 @@ def test_safetensors_of_the_library(path: Path) -> None:
 
 def test_safetensors_without_metadata_or_tensors(path: Path) -> None:
     save_file({}, path)
-    assert open_tensor_file(path) == TensorFile(path, "safetensors", {}, {})
+    assert open_tensor_file(path) == TensorFile(path, "safetensors", {}, {}, stamp(path))
 
 
 @pytest.mark.parametrize("header_bytes", [640, 896, 1152, 1408, 0x10280])
@@ -158,7 +163,7 @@ def test_gguf_of_gguf_py(path: Path, version: int, alignment: int | None) -> Non
     assert (file.entries["one"].kind, file.entries["one"].shape) == ("f32", (1,))
     for kind, (block, _) in GGML_TYPES.items():
         entry = file.entries[f"blk.0.{kind.name.lower()}"]
-        assert (entry.kind, entry.shape) == (kind.name.lower(), (3, 2 * block))
+        assert (entry.kind, entry.shape) == (our_name(kind), (3, 2 * block))
 
 
 def test_gguf_without_metadata(path: Path) -> None:
@@ -214,7 +219,7 @@ def test_gguf_py_reads_our_gguf(
     arrays: dict[str, tuple[gguf_py.GGMLQuantizationType, tuple[int, ...]]],
     metadata: dict[str, Any],
 ) -> None:
-    tensors = [(name, kind.name.lower(), (*shape, 2 * GGML_TYPES[kind][0])) for name, (kind, shape) in arrays.items()]
+    tensors = [(name, our_name(kind), (*shape, 2 * GGML_TYPES[kind][0])) for name, (kind, shape) in arrays.items()]
     header, offsets = gguf.encode_header(tensors, metadata)
     scratch.write_bytes(header + random.Random(7).randbytes(sum(offsets) + 2**18))
 
@@ -225,7 +230,7 @@ def test_gguf_py_reads_our_gguf(
         assert truth.fields[key].types[0].name == types[type(value).__name__]
     assert [tensor.name for tensor in truth.tensors] == list(arrays)
     for tensor, (_, kind, shape), offset in zip(truth.tensors, tensors, offsets, strict=True):
-        assert (tensor.tensor_type.name.lower(), tuple(reversed(tensor.shape.tolist()))) == (kind, shape)
+        assert (our_name(tensor.tensor_type), tuple(reversed(tensor.shape.tolist()))) == (kind, shape)
         assert tensor.data_offset == offset
     assert gguf_as_told(scratch) == open_tensor_file(scratch)
 
@@ -251,7 +256,7 @@ def safetensors_as_told(path: Path) -> TensorFile:
         assert 8 + header_bytes + end <= len(raw)
         at = 8 + header_bytes + begin
         entries[name] = safetensors.Entry(path, name, told["dtype"], tuple(told["shape"]), at, end - begin)
-    return TensorFile(path, "safetensors", entries, metadata)
+    return TensorFile(path, "safetensors", entries, metadata, stamp(path))
 
 
 def gguf_as_told(path: Path) -> TensorFile:
@@ -260,11 +265,17 @@ def gguf_as_told(path: Path) -> TensorFile:
     metadata = {key: field.contents() for key, field in truth.fields.items() if not key.startswith("GGUF.")}
     entries = {}
     for tensor in truth.tensors:
-        kind, name = tensor.tensor_type.name.lower(), tensor.name
+        kind, name = our_name(tensor.tensor_type), tensor.name
         shape = metadata.get(f"comfy.gguf.orig_shape.{name}") or list(reversed(tensor.shape.tolist()))
         assert tensor.data_offset + tensor.n_bytes <= path.stat().st_size
         entries[name] = gguf.Entry(path, name, kind, tuple(shape), tensor.data_offset, int(tensor.n_bytes))
-    return TensorFile(path, "gguf", entries, metadata)
+    return TensorFile(path, "gguf", entries, metadata, stamp(path))
+
+
+def stamp(path: Path) -> tuple[int, int, int]:
+    """By which a file that changes while it is read is noticed."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def assert_disjoint(file: TensorFile) -> None:

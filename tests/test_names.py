@@ -27,7 +27,7 @@ from zimage_lite.checkpoint.names import (
 )
 from zimage_lite.checkpoint.tokenizer import tokenizer_from_folder
 from zimage_lite.config import TextEncoderConfig, TransformerConfig, VaeConfig
-from zimage_lite.errors import UserError, WrongModelError
+from zimage_lite.errors import FileFormatError, UserError, WrongModelError
 
 Shape = tuple[int, ...]
 
@@ -338,16 +338,37 @@ def test_other_model_is_named(tmp_path: Path, shapes: dict[str, Shape], message:
 
 LAYER = "layers.0.feed_forward.w1"
 FORMATS: dict[str, tuple[dict[str, tuple[str, Shape]], str]] = {
-    "bitsandbytes nf4": (
+    "bitsandbytes nf4 without its state": (
         {".weight": ("U8", (8, 1)), ".weight.quant_map": ("F32", (16,)), ".weight.absmax": ("U8", (1,))},
-        "bitsandbytes 4-bit",
+        "w1.weight is U8, and nothing in the file says how to read it",
     ),
-    "bitsandbytes int8": ({".weight": ("I8", (4, 4)), ".SCB": ("F32", (4,))}, "bitsandbytes 8-bit"),
-    "quanto int8": ({".weight._data": ("I8", (4, 4)), ".weight._scale": ("BF16", (4, 1))}, "quanto"),
-    "quanto int4": ({".weight._data._data": ("U8", (4, 4)), ".weight._shift": ("BF16", (4, 1))}, "quanto"),
-    "torchao": ({"._weight_qdata": ("I8", (4, 4)), "._weight_scale": ("F32", (4, 1))}, "torchao"),
+    "bitsandbytes int8 for one GPU": (
+        {".weight": ("I8", (4, 4)), ".SCB": ("F32", (4,)), ".weight_format": ("U8", ())},
+        "w1.weight_format tells of a layout for one GPU: expected 0, plain rows",
+    ),
+    "quanto of an unknown dtype": (
+        {".weight._data": ("I16", (4, 4)), ".weight._scale": ("BF16", (4, 1))},
+        "w1.weight._data: got I16, expected I8 or F8_E4M3, and a ._scale",
+    ),
+    "quanto int8 without a scale": ({".weight._data": ("I8", (4, 4))}, "w1.weight._data: got I8, expected I8 or F8"),
+    "quanto int4 without a scale": (
+        {".weight._data._data": ("U8", (4, 4)), ".weight._shift": ("BF16", (4, 1))},
+        "w1.weight._data._data needs a ._scale and a ._shift beside it",
+    ),
+    "torchao without a scale": (
+        {"._weight_qdata": ("I8", (4, 4))},
+        "w1._weight_qdata: got I8, expected I8 or F8_E4M3, and a _weight_scale",
+    ),
+    "torchao of an unknown dtype": (
+        {"._weight_qdata": ("I32", (4, 4)), "._weight_scale": ("F32", (4, 1))}, "w1._weight_qdata: got I32"
+    ),
     "nunchaku": ({".qweight": ("I8", (4, 4)), ".wscales": ("BF16", (1, 4))}, "nunchaku"),
-    "scaled fp8": ({".weight": ("F8_E4M3", (4, 4)), ".scale_weight": ("F32", ())}, "ComfyUI's scaled fp8"),
+    "scaled fp8 with a scale per row": (
+        {".weight": ("F8_E4M3", (4, 4)), ".scale_weight": ("F32", (4,))}, "w1.scale_weight is no F32 scale of a weight"
+    ),
+    "scaled fp8 of bytes": (
+        {".weight": ("U8", (4, 4)), ".scale_weight": ("F32", ())}, "w1.weight: got U8, expected F8_E4M3 or F8_E5M2"
+    ),
     "fp8 with a scale but no marker": (
         {".weight": ("F8_E4M3", (4, 4)), ".weight_scale": ("F32", ())},
         "w1.weight_scale scales a weight, and no .comfy_quant marker says in which format",
@@ -377,16 +398,19 @@ def write_layer(path: Path, arrays: dict[str, tuple[str, Shape]], contents: dict
 def test_format_that_cannot_be_read_is_named(
     tmp_path: Path, arrays: dict[str, tuple[str, Shape]], message: str
 ) -> None:
-    with pytest.raises(WrongModelError) as refused:
-        open_checkpoint(write_layer(tmp_path / "x.safetensors", arrays))
+    contents = {".weight_format": b"\1"} if ".weight_format" in arrays else None
+    with pytest.raises((WrongModelError, FileFormatError)) as refused:
+        open_checkpoint(write_layer(tmp_path / "x.safetensors", arrays, contents))
     assert message in str(refused.value)
+    assert str(tmp_path / "x.safetensors") in str(refused.value)
 
 
 @pytest.mark.parametrize(
     ("marker", "message"),
     [
-        (b'{"format": "nvfp4"}', "quantized as 'nvfp4', which cannot be read yet"),
-        (b'{"format": "float8_e4m3fn"}', "quantized as 'float8_e4m3fn', which cannot be read yet"),
+        (b'{"format": "mxfp6"}', "quantized as 'mxfp6': expected int8_tensorwise, asym_w4a8_int8, convrot_w4a4, "),
+        (b'{"format": "nvfp4"}', "weight_scale: got F32 of shape (4, 1), expected F8_E4M3 of shape (128, 32)"),
+        (b'{"format": "float8_e4m3fn"}', "weight_scale: got F32 of shape (4, 1), expected F32 of shape ()"),
         (b'{"format": null}', "quantized as 'None'"),
         (b"{}", "quantized as 'None'"),
         (b"[]", "not a JSON object"),
@@ -397,7 +421,7 @@ def test_format_that_cannot_be_read_is_named(
         (b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 32}', "convrot_groupsize: got 32"),
         (b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 1024}', "convrot_groupsize: got 1024"),
         (b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 16.0}', "convrot_groupsize: got 16.0"),
-        (b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": "16"}', "convrot_groupsize: got 16"),
+        (b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": "16"}', "convrot_groupsize: got '16'"),
         (b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": [16]}', "convrot_groupsize: got [16]"),
     ],
 )
@@ -411,11 +435,12 @@ def test_comfy_quant_marker(tmp_path: Path, marker: bytes, message: str) -> None
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({".weight": ("I8", (4, 256))}, "needs an I8 .weight and an F32 .weight_scale"),
-        ({".weight_scale": ("F32", (4, 1))}, "needs an I8 .weight and an F32 .weight_scale"),
-        ({".weight": ("BF16", (4, 256)), ".weight_scale": ("F32", (4, 1))}, "needs an I8 .weight"),
-        ({".weight": ("I8", (4, 256)), ".weight_scale": ("BF16", (4, 1))}, "needs an I8 .weight"),
-        ({".weight": ("I8", (4, 256)), ".weight_scale": ("F32", (3, 1))}, "weight_scale: got (3, 1)"),
+        ({".weight": ("I8", (4, 256))}, "w1.weight_scale is missing: expected F32 of shape (4, 1)"),
+        ({".weight_scale": ("F32", (4, 1))}, "int8_tensorwise needs a matrix .weight"),
+        ({".weight": ("I8", (1024,)), ".weight_scale": ("F32", (4, 1))}, "int8_tensorwise needs a matrix .weight"),
+        ({".weight": ("BF16", (4, 256)), ".weight_scale": ("F32", (4, 1))}, "w1.weight: got BF16 of shape (4, 256)"),
+        ({".weight": ("I8", (4, 256)), ".weight_scale": ("I32", (4, 1))}, "weight_scale: got I32 of shape (4, 1)"),
+        ({".weight": ("I8", (4, 256)), ".weight_scale": ("F32", (3, 1))}, "weight_scale: got F32 of shape (3, 1)"),
     ],
 )
 def test_comfy_int8_needs_its_parts(tmp_path: Path, arrays: dict[str, tuple[str, Shape]], message: str) -> None:

@@ -195,7 +195,7 @@ def test_every_package_is_installed() -> None:
 def test_all_data_is_installed(name: str) -> None:
     patterns = setuptools_options().get("package-data", {}).get(name, [])
     installed = {file for pattern in patterns for file in TREES[name].glob(pattern)}
-    data = {file for file in TREES[name].rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+    data = {file for file in TREES[name].rglob("*") if file.is_file() and "__pycache__" not in file.parts and file.suffix != ".py"}
     assert data <= installed
 
 

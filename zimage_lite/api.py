@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
 from .checkpoint.model_card import DEMO, model_folder
-from .checkpoint.model_files import open_model
+from .checkpoint.model_files import ModelFiles, open_model
 from .config import RuntimeOptions
 from .conversion import Written
 from .conversion import quantize as _quantize
+from .hub import is_hub_id, snapshot
 from .pipeline import Pipeline
 from .units import parse_bytes
 
@@ -29,12 +32,13 @@ def load(
     vae: StrPath | None = None,
     tokenizer: StrPath | None = None,
 ) -> Pipeline:
-    """Open a model folder, or the built-in demo. Nothing is loaded before `Pipeline.generate`. Raises UserError.
+    """Open a model folder, one of the Hub, or the built-in demo. Raises UserError.
 
-    vram, ram: ceilings such as "6GB"; the other paths replace parts of the model.
+    Nothing is loaded before `Pipeline.generate`. vram, ram: ceilings such as "6GB"; the other paths replace parts of
+    the model.
     """
     replaced = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
-    files = open_model(model_folder(model), {name: Path(path) for name, path in replaced.items() if path is not None})
+    files = open_named(model, {name: Path(path) for name, path in replaced.items() if path is not None})
     options = RuntimeOptions(
         device=device,
         dtype=dtype,
@@ -45,8 +49,40 @@ def load(
     return Pipeline(files, options)
 
 
+def open_named(model: StrPath | None, parts: Mapping[str, Path | None]) -> ModelFiles:
+    """What MODEL means: a folder, an all-in-one file, "demo", or as text a Hub id, which is downloaded first.
+
+    parts: "transformer", "text_encoder", "vae" or "tokenizer" -> what replaces the model's. Raises UserError.
+    """
+    if isinstance(model, str) and is_hub_id(model):
+        return replace(open_model(snapshot(model), parts), name=model)  # else its name would be the commit's
+    return open_model(None if model is None else model_folder(model), parts)
+
+
 def quantize(
-    source: StrPath, out: StrPath, to: str, *, text_encoder_to: str | None = None, overwrite: bool = False
+    source: StrPath,
+    out: StrPath,
+    to: str,
+    *,
+    text_encoder_to: str | None = None,
+    keep: Sequence[str] = (),
+    tensors: Sequence[str] = (),
+    effort: str = "reference",
+    measure: bool = False,
+    overwrite: bool = False,
 ) -> list[Written]:
-    """Convert a model folder or a single weights file to format `to`. Raises UserError."""
-    return _quantize(model_folder(source), Path(out), to, text_encoder_to=text_encoder_to, overwrite=overwrite)
+    """Convert a model (also one of the Hub) or a single weights file to format `to`. Raises UserError.
+
+    keep: patterns of tensors that stay 16-bit; tensors: "PATTERN=FORMAT"; measure: fill `Written.errors`.
+    """
+    return _quantize(
+        source if isinstance(source, str) and is_hub_id(source) else model_folder(source),
+        Path(out),
+        to,
+        text_encoder_to=text_encoder_to,
+        keep=keep,
+        tensors=tensors,
+        effort=effort,
+        measure=measure,
+        overwrite=overwrite,
+    )

@@ -1,142 +1,218 @@
-"""`quantize` for whatever the user has: one file, one component of a model, or a whole model folder.
+"""`quantize` for whatever the user has: one file, one component of a model, or a whole model.
 
-A model folder comes out as a model folder: transformer and text encoder converted, VAE, tokenizer, schedule and
-configs carried over.
+A model comes out as a model folder: transformer and text encoder converted, VAE, tokenizer, schedule and configs
+carried over.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .checkpoint.checkpoint import WEIGHT_SUFFIXES, Checkpoint, weight_files
+from .checkpoint.checkpoint import WEIGHT_SUFFIXES, Checkpoint, components_in, weight_files
 from .checkpoint.detect import COMPONENTS
 from .checkpoint.diffusers_config import config_json, model_index
 from .checkpoint.model_card import CARD
 from .checkpoint.model_files import find_component, scheduler_config
-from .checkpoint.output import replacing, require_absent, require_space
+from .checkpoint.output import clear_leftovers, replacing, require_absent
 from .checkpoint.tokenizer import PromptTokenizer, tokenizer_from_folder, tokenizer_to_gguf
 from .errors import UserError
+from .hub import LocalFiles, hub_files, is_hub_id
 from .loading import open_complete
-from .quant.convert import container_of, convert, output_tensors
-from .quant.formats import Format, target_format
-from .quant.tensor import rows_columns
+from .quant import convert as _convert
+from .quant.fidelity import TensorError
+from .quant.formats import EFFORTS, FORMATS
+from .quant.output_file import output_tensors, quantization_config, require_overrides_fit
+from .quant.recipe import KEEP, Target, as_it_is, overridden, target
 
-KEEP = "keep"
 _ENTRIES = {*COMPONENTS, "tokenizer", "scheduler", "model_index.json", CARD}  # of an output folder
+_DIFFUSERS_NAMES = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 
 Progress = Callable[[int, int], None]  # source bytes done, in all
+Note = Callable[[str], None]  # a line for people
 
 
 @dataclass(frozen=True)
 class Written:
-    """One component of the output. format: a name from the table, or "keep"."""
+    """One component of the output. format: a recipe's name, or "keep". errors: of each tensor, if measured."""
 
     component: str
     format: str
     path: Path
     source_bytes: int
     bytes: int
+    errors: Sequence[TensorError] = ()
 
 
-def encoder_target(transformer: Format) -> str:
-    """Text encoders stay weight-only, in a format of about the transformer's size."""
-    if not transformer.lossy:
-        return KEEP
-    return "q8_0" if transformer.bits_per_weight() > 6 else "q4_0"
+@dataclass(frozen=True)
+class Job:
+    """What to make, and how. The paths of sources and outputs are given apart."""
+
+    target: Target
+    text_encoder: Target | None  # None: copied as it is
+    options: _convert.Options = field(default_factory=_convert.Options)
+    overwrite: bool = False
+    progress: Progress = lambda done, total: None
+    note: Note = lambda line: None
+    files: LocalFiles = field(default_factory=lambda: LocalFiles(Path()))
+
+    def target_of(self, component: str) -> Target | None:
+        if component == "vae":
+            return None
+        return self.target if component == "transformer" else self.text_encoder
 
 
 def quantize(
-    source: Path,
+    source: Path | str,
     out: Path | None,
     to: str,
     *,
     text_encoder_to: str | None = None,
     component: str = "all",
+    keep: Sequence[str] = (),
+    tensors: Sequence[str] = (),
+    effort: str = "reference",
     device: str = "cpu",
+    measure: bool = False,
+    verify: bool = False,
+    revision: str | None = None,
+    discard_source: bool = False,
     overwrite: bool = False,
     progress: Progress = lambda done, total: None,
+    downloaded: Callable[[int], None] = lambda n_bytes: None,
+    note: Note = lambda line: None,
 ) -> list[Written]:
-    """Convert `source`, a weights file or a model folder, and return what was written. Raises UserError.
+    """Convert `source`, a weights file or a model, and return what was written. Raises UserError.
 
-    out: default is the source's name with the format added, in the current folder.
+    source: a path, or as text the id of a model on the Hub; then revision is a branch, tag or commit, discard_source
+    keeps one of its files at a time and none in the end, and downloaded is told of bytes.
+
+    out: default is the source's name with the format added, in the current folder. keep: patterns of tensors that stay
+    16-bit; tensors: PATTERN=FORMAT. measure: decode everything again and compare; verify: read it back as well.
     """
-    target = target_format(to)
-    encoder = text_encoder_to or encoder_target(target)
-    if encoder != KEEP:
-        target_format(encoder, "--text-encoder-to", also=(KEEP,))
+    chosen = overridden(target(to), keep, tensors)
+    encoder = text_encoder_to or chosen.text_encoder_to
+    part = overridden(target(encoder, "--text-encoder-to", also=(KEEP,)), keep) if encoder != KEEP else None
+    if effort not in EFFORTS:
+        raise UserError("--effort", got=repr(effort), expected=", ".join(EFFORTS))
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device cuda: torch {torch.__version__} sees no such device", fix="use --device cpu")
-    if not source.exists():
-        raise UserError(f"{source}: no such file or folder")
-    single = source if source.is_file() else None
-    if single is None and component != "all":
-        single = find_component(source, component)
+    if out is not None:
+        require_absent(out, overwrite)
+    options = _convert.Options(device, effort, measure or verify, verify)
+    parts = tuple(COMPONENTS) if component == "all" else (component,)
+    with _files(source, revision, discard_source, out, parts, downloaded) as files:
+        job = Job(chosen, part, options, overwrite, progress, note, files)
+        single = _single_file(files.path, component)
         if single is None:
-            raise UserError(f"{source} has no {component}/", expected=f"a model folder with a {COMPONENTS[component]}")
-    if single is not None:
+            return _quantize_model(files.path, out, job)
         if component == "text_encoder" and text_encoder_to not in (None, KEEP, to):
             raise UserError(
                 "--to and --text-encoder-to disagree", fix="with --component text_encoder, name one of them"
             )
-        part = None if component == "all" else component
-        return [_quantize_file(single, out, target, source, part, device, overwrite, progress)]
-    return _quantize_folder(source, out, target, encoder, device, overwrite, progress)
+        return [_quantize_file(single, out, files.path, None if component == "all" else component, job)]
 
 
-def _quantize_file(
-    path: Path, out: Path | None, target: Format, source: Path, component: str | None,
-    device: str, overwrite: bool, progress: Progress,
-) -> Written:  # fmt: skip
-    checkpoint = open_complete(path, component)
+@contextmanager
+def _files(
+    source: Path | str, revision: str | None, discard: bool, out: Path | None, components: tuple[str, ...],
+    downloaded: Callable[[int], None],
+) -> Iterator[LocalFiles]:  # fmt: skip
+    """The source's files, wherever they are."""
+    if isinstance(source, str) and is_hub_id(source):
+        beside = (out or Path("x")).resolve().parent
+        with hub_files(
+            source, revision, beside=beside, discard=discard, components=components, on_bytes=downloaded
+        ) as files:
+            yield files
+        return
+    for flag, given in (("--revision", revision), ("--discard-source", discard)):
+        if given:
+            raise UserError(f"{flag}: {source} is a path here", fix=f"{flag} is for a model on the Hub, OWNER/NAME")
+    if not Path(source).exists():
+        raise UserError(f"{source}: no such file or folder")
+    yield LocalFiles(Path(source))
+
+
+def _single_file(source: Path, component: str) -> Path | None:
+    """What to convert if one component is meant; None if all are."""
+    if component == "all":
+        return source if source.is_file() and len(components_in(source)) == 1 else None
+    if source.is_file():
+        return source
+    found = find_component(source, component)
+    if found is None:
+        raise UserError(f"{source} has no {component}/", expected=f"a model folder with a {COMPONENTS[component]}")
+    return found
+
+
+def _quantize_file(path: Path, out: Path | None, source: Path, component: str | None, job: Job) -> Written:
+    checkpoint = open_complete(path, component, job.files.file_bytes)
     if checkpoint.component == "vae":
         raise UserError(f"{path}: a VAE stays as it is", fix="quantize the transformer and the text encoder")
-    suffix = f".{container_of(target)}"
-    stem = source.stem if source.is_file() else f"{source.resolve().name}-{checkpoint.component}"
-    out = out or Path(f"{stem}-{target.name}{suffix}")
+    suffix = job.target.suffix
+    stem = source.stem if source.is_file() and component is None else f"{_name(source)}-{checkpoint.component}"
+    out = out or Path(f"{stem}-{job.target.name}{suffix}")
     if out.is_dir():
         raise UserError(f"{out} is a folder", fix="name the file to write with -o")
     if out.suffix in WEIGHT_SUFFIXES and out.suffix != suffix:
         raise UserError(
-            f"{out}: other programs go by the name's end", got=out.suffix, expected=f"{suffix} for {target.name}"
+            f"{out}: other programs go by the name's end", got=out.suffix, expected=f"{suffix} for {job.target.name}"
         )
-    require_absent(out, overwrite)
-    _require_apart(out, checkpoint)
-    meter = _Meter(progress, _source_bytes(checkpoint, target.name))
-    convert(
-        checkpoint, target, out, metadata=_tokenizer_metadata(checkpoint, source, target), device=device, on_bytes=meter
-    )
-    return Written(checkpoint.component, target.name, out, checkpoint.nbytes, out.stat().st_size)
+    _prepare(out, [checkpoint], job)
+    _note_lossy(checkpoint, job.target, job.note)
+    _expect(out, [checkpoint], _estimate(checkpoint, job.target), job)
+    meter = _Meter(job.progress, _source_bytes(checkpoint, job.target))
+    extra = _tokenizer_metadata(checkpoint, source, job.target)
+    errors = _converted(checkpoint, job.target, out, extra, job, meter)
+    return Written(checkpoint.component, job.target.name, out, checkpoint.nbytes, out.stat().st_size, errors)
 
 
-def _quantize_folder(
-    source: Path, out: Path | None, target: Format, encoder: str, device: str, overwrite: bool, progress: Progress
-) -> list[Written]:
-    out = out or Path(f"{source.resolve().name}-{target.name}")
-    require_absent(out, overwrite)
+def _quantize_model(source: Path, out: Path | None, job: Job) -> list[Written]:
+    out = out or Path(f"{_name(source)}-{job.target.name}")
+    checkpoints = {component: _open_part(source, component, job) for component in COMPONENTS}
+    _prepare(out, list(checkpoints.values()), job)
     _require_replaceable(out)
-    targets: dict[str, str] = {"transformer": target.name, "text_encoder": encoder, "vae": KEEP}
-    checkpoints = {component: _open_part(source, component) for component in targets}
-    _require_apart(out, *checkpoints.values())
-    meter = _Meter(progress, sum(_source_bytes(checkpoints[part], to) for part, to in targets.items()))
-    require_space(out.resolve().parent, sum(_estimate(checkpoints[part], to) for part, to in targets.items()))
+    sizes = {part: _source_bytes(checkpoint, job.target_of(part)) for part, checkpoint in checkpoints.items()}
+    meter = _Meter(job.progress, sum(sizes.values()))
+    out_bytes = sum(_estimate(checkpoint, job.target_of(part)) for part, checkpoint in checkpoints.items())
+    _expect(out, list(checkpoints.values()), out_bytes, job)
     written = []
     with replacing(out) as partial:
         partial.mkdir()
-        for component, to in targets.items():
+        for component, checkpoint in checkpoints.items():
             folder = partial / component
             folder.mkdir()
-            name = _write_part(checkpoints[component], to, folder, source, device, meter)
+            name, errors = _write_part(checkpoint, folder, source, job, meter)
             size = sum(file.stat().st_size for file in folder.iterdir())
-            written.append(Written(component, to, out / component / name, checkpoints[component].nbytes, size))
+            to = job.target_of(component)
+            written.append(
+                Written(
+                    component, to.name if to else KEEP, out / component / name, checkpoint.nbytes, size, tuple(errors)
+                )
+            )
         _carry_over(source, partial)
     return written
+
+
+def _name(source: Path) -> str:
+    return source.stem if source.is_file() else source.resolve().name
+
+
+def _prepare(out: Path, sources: list[Checkpoint], job: Job) -> None:
+    """All that can be refused before anything is written, and what an earlier, killed run left behind."""
+    require_absent(out, job.overwrite)
+    _require_apart(out, *sources)
+    require_overrides_fit(job.target, sources)
+    for leftover in clear_leftovers(out):
+        job.note(f"an earlier run was killed before it had finished: {leftover.name} was cleared away")
 
 
 def _require_replaceable(out: Path) -> None:
@@ -158,36 +234,66 @@ def _require_apart(out: Path, *sources: Checkpoint) -> None:
             raise UserError(f"{out}: the output would replace its own source", fix="choose another name with -o")
 
 
-def _open_part(source: Path, component: str) -> Checkpoint:
+def _open_part(source: Path, component: str, job: Job) -> Checkpoint:
     path = find_component(source, component)
     if path is None:
         raise UserError(
             f"{source} has no {component}/", expected="a model folder with transformer/, text_encoder/ and vae/"
         )
-    return open_complete(path, component)
+    return open_complete(path, component, job.files.file_bytes)
 
 
-def _write_part(checkpoint: Checkpoint, to: str, folder: Path, source: Path, device: str, meter: _Meter) -> str:
+def _write_part(
+    checkpoint: Checkpoint, folder: Path, source: Path, job: Job, meter: _Meter
+) -> tuple[str, list[TensorError]]:
     """Convert or copy one component into `folder`; returns the name of its (first) weights file."""
-    _write_json(folder / "config.json", _config(checkpoint))
-    if to == KEEP:
+    to = job.target_of(checkpoint.component)
+    config = _config(checkpoint)
+    if to is None and checkpoint.source != source:
+        _write_json(folder / "config.json", config)
         files = weight_files(checkpoint.source) if checkpoint.source.is_dir() else [checkpoint.source]
         indices = checkpoint.source.glob("*.safetensors.index.json") if checkpoint.source.is_dir() else []
         for file in (*files, *indices):
+            job.files.fetch(file)
             shutil.copyfile(file, folder / file.name)
+            job.files.release(file)
+        checkpoint.require_unchanged()
         meter(checkpoint.nbytes)
-        return files[0].name
-    target = target_format(to)
-    name = f"{checkpoint.component}-{to}.{container_of(target)}"
-    convert(
-        checkpoint,
-        target,
-        folder / name,
-        metadata=_tokenizer_metadata(checkpoint, source, target),
-        device=device,
-        on_bytes=meter,
-    )
-    return name
+        return files[0].name, []
+    to = to or as_it_is()  # out of an all-in-one file
+    config.pop("quantization_config", None)
+    _write_json(folder / "config.json", {**config, **quantization_config(to, output_tensors(checkpoint, to))})
+    _note_lossy(checkpoint, to, job.note)
+    standard = to.container in ("bnb", "quanto") or to.name == KEEP
+    name = (_DIFFUSERS_NAMES[checkpoint.component] if standard else f"{checkpoint.component}-{to.name}") + to.suffix
+    extra = _tokenizer_metadata(checkpoint, source, to)
+    return name, _converted(checkpoint, to, folder / name, extra, job, meter)
+
+
+def _converted(
+    checkpoint: Checkpoint, to: Target, out: Path, extra: Mapping[str, Any], job: Job, meter: _Meter
+) -> list[TensorError]:
+    files = job.files if job.files.file_bytes else None  # else they are here all along
+    return _convert.convert(checkpoint, to, out, extra=extra, options=job.options, files=files, on_bytes=meter)
+
+
+def _expect(out: Path, sources: list[Checkpoint], out_bytes: int, job: Job) -> None:
+    """Name the files that will be read, in order. Raises UserError if they and the output do not fit on the disk."""
+    tensors = [
+        [entry.path for tensor in source.tensors.values() for entry in tensor.parts.values()] for source in sources
+    ]
+    paths = [path for files in tensors for path in sorted(set(files))]
+    job.files.expect(paths, out.resolve().parent, out_bytes)
+
+
+def _note_lossy(checkpoint: Checkpoint, to: Target, note: Note) -> None:
+    """Say that what a smaller format lost does not come back."""
+    main = checkpoint.main_format
+    if FORMATS[main].lossy and to.name != KEEP and main != to.recipes[checkpoint.component].format:
+        note(
+            f"{checkpoint.component}: the source is {main} already, so {to.name} keeps its losses and adds its own; "
+            "start from 16-bit weights where you can"
+        )
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -218,9 +324,9 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _tokenizer_metadata(checkpoint: Checkpoint, source: Path, target: Format) -> dict[str, Any]:
+def _tokenizer_metadata(checkpoint: Checkpoint, source: Path, to: Target) -> dict[str, Any]:
     """A text encoder in a GGUF file carries its tokenizer, when one is at hand."""
-    if checkpoint.component != "text_encoder" or container_of(target) != "gguf":
+    if checkpoint.component != "text_encoder" or to.container != "gguf":
         return {}
     inside = {key: value for key, value in checkpoint.metadata.items() if key.startswith("tokenizer.")}
     folder = source / "tokenizer"
@@ -230,23 +336,16 @@ def _tokenizer_metadata(checkpoint: Checkpoint, source: Path, target: Format) ->
     return tokenizer_to_gguf(tokenizer, checkpoint.config.vocab_size)
 
 
-def _source_bytes(checkpoint: Checkpoint, to: str) -> int:
+def _source_bytes(checkpoint: Checkpoint, to: Target | None) -> int:
     """Bytes that will be read, which leaves out what no output needs."""
-    if to == KEEP:
+    if to is None:
         return checkpoint.nbytes
-    return sum(part.nbytes for tensor in output_tensors(checkpoint, target_format(to)) for part in tensor.sources)
+    return sum(part.nbytes for tensor in output_tensors(checkpoint, to) for part in tensor.sources)
 
 
-def _estimate(checkpoint: Checkpoint, to: str) -> int:
+def _estimate(checkpoint: Checkpoint, to: Target | None) -> int:
     """Bytes that the component will take on the disk, headers aside."""
-    if to == KEEP:
-        return checkpoint.nbytes
-    tensors = output_tensors(checkpoint, target_format(to))
-    bits = 0.0
-    for tensor in tensors:
-        rows, columns = rows_columns(tensor.shape)
-        bits += rows * columns * tensor.format.bits_per_weight(columns)
-    return int(bits / 8)
+    return checkpoint.nbytes if to is None else sum(tensor.nbytes for tensor in output_tensors(checkpoint, to))
 
 
 class _Meter:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .checkpoint.checkpoint import components_in
 from .checkpoint.detect import COMPONENTS
 from .checkpoint.model_files import find_component, open_model
 from .errors import UserError
@@ -32,16 +33,24 @@ def inspect(path: Path) -> list[Part]:
     parts do not go together."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    found = (_found(path, component) for component in COMPONENTS if path.is_dir())
+    found = (_found(path, component) for component in COMPONENTS if path.is_dir() or _holds_all(path))
     parts = [part for part in found if part is not None]
     if not parts:
         return [_part(path.name, path, None)]
-    if not any(part.refusal for part in parts):
+    if path.is_dir() and not any(part.refusal for part in parts):
         try:
             open_model(path)
         except UserError as error:
             parts.append(Part(path.name, refusal=str(error)))
     return parts
+
+
+def _holds_all(path: Path) -> bool:
+    """Whether a file is an all-in-one checkpoint. What is no checkpoint at all is refused later, with a reason."""
+    try:
+        return len(components_in(path)) > 1
+    except UserError:
+        return False
 
 
 def _found(model: Path, component: str) -> Part | None:

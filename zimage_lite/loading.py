@@ -5,7 +5,6 @@ A component owns its whole budget while it is open and gives everything back whe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,9 +69,12 @@ class Loaded:
     plan: Plan
 
 
-def open_complete(path: Path, component: str | None = None) -> Checkpoint:
-    """Open a checkpoint that has, in the right shape, every tensor `generate` would ask of it. Raises UserError."""
-    checkpoint = open_checkpoint(path, component)
+def open_complete(path: Path, component: str | None = None, file_bytes: Mapping[Path, int] | None = None) -> Checkpoint:
+    """Open a checkpoint that has, in the right shape, every tensor `generate` would ask of it. Raises UserError.
+
+    file_bytes: as in `open_checkpoint`.
+    """
+    checkpoint = open_checkpoint(path, component, file_bytes)
     checkpoint.restricted_to(shapes(skeleton(checkpoint)))
     return checkpoint
 
@@ -190,9 +192,10 @@ def read_into(module: nn.Module, tensors: Mapping[str, StoredTensor], hardware: 
 
 def unpacking_bytes(checkpoint: Checkpoint, device: torch.device) -> int:
     """The most that unpacking one weight takes for a moment."""
-    most = CPU_PIECE_WEIGHTS if device.type == "cpu" else math.inf
     peaks = [
-        min(tensor.rows * tensor.columns, most) * (_OWN_UNPACKING if tensor.format.writable else _GGUF_PY_UNPACKING)
+        (tensor.piece_rows(CPU_PIECE_WEIGHTS) if device.type == "cpu" else tensor.rows)
+        * tensor.columns
+        * (_OWN_UNPACKING if tensor.format.writable else _GGUF_PY_UNPACKING)
         for tensor in checkpoint.tensors.values()
     ]
     return int(max(peaks, default=0))
@@ -204,7 +207,7 @@ def raise_if_damaged(checkpoint: Checkpoint) -> None:
     Called when a result is not finite: looking at all weights beforehand would read 12 GB for nothing.
     """
     for tensor in checkpoint.tensors.values():
-        step = max(CHUNK_WEIGHTS // tensor.columns, 1)
+        step = tensor.piece_rows(CHUNK_WEIGHTS)
         for start in range(0, tensor.rows, step):
             tensor.read_float(start, min(start + step, tensor.rows))
 

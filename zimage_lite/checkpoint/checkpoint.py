@@ -16,8 +16,8 @@ from ..config import TextEncoderConfig, TransformerConfig, VaeConfig
 from ..errors import FileFormatError, UserError, WrongModelError
 from ..quant.tensor import rows_columns
 from . import configs
-from .container import TensorFile, open_tensor_file
-from .detect import COMPONENTS, detect, refuse_relatives
+from .container import TensorFile, file_stamp, open_tensor_file
+from .detect import contents, detect, refuse_relatives
 from .json_file import read_json
 from .names import LLAMA_CPP_QWEN3, NATIVE_TRANSFORMER, OLD_DIFFUSERS_VAE, NameMap, flux_vae
 from .packed import stored_tensors
@@ -39,6 +39,15 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
     config: Any
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    stamps: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)  # of the files when they were opened
+
+    def require_unchanged(self) -> None:
+        """Raise UserError if a file was written to or replaced since it was opened."""
+        for path, stamp in self.stamps.items():
+            if file_stamp(path) != stamp:
+                raise FileFormatError(
+                    f"{path} changed while it was read", fix="wait until it is complete, then try again"
+                )
 
     @property
     def nbytes(self) -> int:
@@ -91,17 +100,20 @@ def _shaped(tensor: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
     return replace(tensor, shape=shape)
 
 
-def open_checkpoint(path: Path, component: str | None = None) -> Checkpoint:
-    """Open a weights file, or a folder with one component. Raises UserError if it is not `component`."""
+def open_checkpoint(
+    path: Path, component: str | None = None, file_bytes: Mapping[Path, int] | None = None
+) -> Checkpoint:
+    """Open a weights file, or a folder with one component. Raises UserError if it is not `component`.
+
+    file_bytes: sizes of files of which only the header is there so far.
+    """
     folder = path if path.is_dir() else None
-    files = [open_tensor_file(file) for file in (weight_files(path) if folder else [path])]
+    files = [open_tensor_file(file, file_bytes) for file in (weight_files(path) if folder else [path])]
     raw = [tensor for file in files for tensor in stored_tensors(file)]
     names = {tensor.name for tensor in raw}
     if len(names) < len(raw):
         raise FileFormatError(f"{path}: two files of this checkpoint hold the same tensor")
-    found, prefix = detect(names, str(path))
-    if component not in (None, found):
-        raise WrongModelError(f"{path}", got=f"a {COMPONENTS[found]}", expected=f"a {COMPONENTS[component or found]}")
+    found, prefix = detect(names, str(path), component)
     canonical = [
         tensor for stored in raw if stored.name.startswith(prefix) for tensor in _canonical(found, stored, prefix)
     ]
@@ -111,7 +123,13 @@ def open_checkpoint(path: Path, component: str | None = None) -> Checkpoint:
     metadata = files[0].metadata
     given = read_json(folder / "config.json") if folder and (folder / "config.json").exists() else None
     config = _config(found, tensors, _embedded_config(files[0]) if given is None else given, str(path))
-    return Checkpoint(found, path, _layout(found, files, prefix, names), tensors, config, metadata)
+    stamps = {file.path: file.stamp for file in files if file.path not in (file_bytes or {})}
+    return Checkpoint(found, path, _layout(found, files, prefix, names), tensors, config, metadata, stamps)
+
+
+def components_in(path: Path) -> tuple[str, ...]:
+    """What a weights file holds: one component, or all of them if it is an all-in-one checkpoint. Raises UserError."""
+    return tuple(contents(open_tensor_file(path).entries, str(path)))
 
 
 def is_weight_file(path: Path) -> bool:

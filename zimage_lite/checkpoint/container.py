@@ -7,7 +7,7 @@ open map forbids replacing the file.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -67,6 +67,16 @@ class TensorFile:
     container: str  # "safetensors" or "gguf"
     entries: dict[str, Entry]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    stamp: tuple[int, ...] = ()  # of the file when the header was read
+
+
+def file_stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written to or replaced: size, time of the last change, inode. () if it is gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def is_natural(value: object) -> TypeGuard[int]:
@@ -92,8 +102,11 @@ def check_ranges(path: Path, entries: list[Entry], file_bytes: int, data_start: 
             )
 
 
-def open_tensor_file(path: Path) -> TensorFile:
-    """Read the header of a safetensors or GGUF file, told apart by their first bytes, not by the name."""
+def open_tensor_file(path: Path, file_bytes: Mapping[Path, int] | None = None) -> TensorFile:
+    """Read the header of a safetensors or GGUF file, told apart by their first bytes, not by the name.
+
+    file_bytes: sizes of safetensors files of which only the header is there so far.
+    """
     from . import gguf, safetensors
 
     try:
@@ -105,12 +118,13 @@ def open_tensor_file(path: Path) -> TensorFile:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if not magic:
         raise FileFormatError(f"{path}: the file is empty")
+    stamp = file_stamp(path)
     if magic.startswith(b"GGUF"):
-        return gguf.read_header(path)
+        return replace(gguf.read_header(path), stamp=stamp)
     # A safetensors header of 640 bytes begins like a pickle, with 80 02, but its JSON begins at the ninth byte.
     if magic[8:] != b"{" and magic.startswith(PICKLE_MAGIC):
         raise FileFormatError(
             f"{path}: a pickle file can run any code when it is opened, so it is refused",
             fix="get the safetensors or GGUF version",
         )
-    return safetensors.read_header(path)
+    return replace(safetensors.read_header(path, (file_bytes or {}).get(path)), stamp=stamp)

@@ -64,18 +64,37 @@ _OTHERS = {
 }
 
 
-def detect(names: Collection[str], where: str) -> tuple[str, str]:
-    """-> (component, prefix). Raises WrongModelError that says what the file seems to be instead."""
+def detect(names: Collection[str], where: str, component: str | None = None) -> tuple[str, str]:
+    """-> (component, prefix): the one asked for if it is there, else the first. Raises WrongModelError that says what
+    the file seems to be instead."""
+    found = contents(names, where)
+    if component is not None and component not in found:
+        first = next(iter(found))
+        raise WrongModelError(where, got=f"a {COMPONENTS[first]}", expected=f"a {COMPONENTS[component]}")
+    chosen = component or next(iter(found))
+    return chosen, found[chosen]
+
+
+def contents(names: Collection[str], where: str) -> dict[str, str]:
+    """Every component that the names make up -> its prefix; an all-in-one checkpoint has three. Raises
+    WrongModelError if there is none."""
     _refuse(_STRANGERS, names, where)
-    for component, signatures in _SIGNATURES.items():
-        for prefix in PREFIXES[component]:
-            if any(all(prefix + name in names for name in signature) for signature in signatures):
-                return component, prefix
+    found = {component: _prefix(component, names) for component in _SIGNATURES}
+    known = {component: prefix for component, prefix in found.items() if prefix is not None}
+    if known:
+        return known
     _refuse(_OTHERS, names, where)
     sample = ", ".join(name[:60] for name in sorted(names)[:3]) or "no tensors"
     raise WrongModelError(
         f"{where}: no model that is known here", got=f"{len(names)} tensors ({sample})", expected=_EXPECTED
     )
+
+
+def _prefix(component: str, names: Collection[str]) -> str | None:
+    for prefix in PREFIXES[component]:
+        if any(all(prefix + name in names for name in signature) for signature in _SIGNATURES[component]):
+            return prefix
+    return None
 
 
 def _refuse(others: Mapping[str, str], names: Collection[str], where: str) -> None:

@@ -1,6 +1,7 @@
 """A whole model: which files make up transformer, text encoder, VAE, tokenizer and schedule.
 
-MODEL is a folder in diffusers' layout, a folder with ComfyUI's subfolders, or nothing but the files named one by one.
+MODEL is a folder in diffusers' layout, a folder with ComfyUI's subfolders, an all-in-one file, or nothing but the files
+named one by one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from ..config import SchedulerConfig, from_mapping
 from ..errors import UserError, WrongModelError
-from .checkpoint import Checkpoint, is_weight_file, open_checkpoint
+from .checkpoint import Checkpoint, components_in, is_weight_file, open_checkpoint
 from .detect import COMPONENTS
 from .json_file import read_json
 from .model_card import default_size
@@ -45,7 +46,7 @@ def open_model(model: Path | None, overrides: Mapping[str, Path | None] | None =
     chosen = {name: path for name, path in (overrides or {}).items() if path is not None}
     if model is not None and not model.exists():
         raise UserError(f"{model}: no such model", expected="a folder with transformer/, text_encoder/ and vae/")
-    if model is not None and model.is_file():
+    if model is not None and model.is_file() and len(components_in(model)) < len(COMPONENTS):
         raise UserError(f"{model}: a model is a folder", fix=f"name a single file with {_flag_for(model)}")
     parts = {}
     for component in COMPONENTS:
@@ -84,9 +85,11 @@ def _require_fit(transformer: Checkpoint, text_encoder: Checkpoint, vae: Checkpo
 
 
 def find_component(model: Path | None, component: str) -> Path | None:
-    """The folder or file of a component inside a model folder, or None."""
+    """The folder or file of a component inside a model folder, or None. An all-in-one file is its own place."""
     if model is None:
         return None
+    if model.is_file():
+        return model if component in components_in(model) else None
     folder = model / component
     if folder.is_dir() and (folder / "config.json").exists():
         return folder

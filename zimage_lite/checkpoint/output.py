@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 from ..errors import UserError
@@ -32,6 +33,27 @@ def replacing(path: Path) -> Iterator[Path]:
         raise UserError(f"{path}: cannot be written ({error.strerror})", fix="choose another place with -o") from error
     finally:
         _remove(partial)
+
+
+def clear_leftovers(path: Path) -> list[Path]:
+    """Undo what a killed run left beside `path`: its partial outputs go, and an old folder that it had moved aside to
+    make room comes back. Returns what was there.
+    """
+    import psutil
+
+    path = path.resolve()
+    found = []
+    for kind in ("partial", "old"):
+        for leftover in sorted(path.parent.glob(f".{escape(path.name)}.*.{kind}")):
+            pid = leftover.name.split(".")[-2]
+            if not pid.isdecimal() or psutil.pid_exists(int(pid)):
+                continue  # not ours, or a run that goes on
+            found.append(leftover)
+            if kind == "old" and not path.exists():
+                os.rename(leftover, path)
+            else:
+                _remove(leftover)
+    return found
 
 
 def require_space(folder: Path, n_bytes: int) -> None:

@@ -21,9 +21,9 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 DATA_ALIGNMENT = 4096
 
 
-def read_header(path: Path) -> TensorFile:
-    """Parse and check the header of `path`. Raises FileFormatError."""
-    file_bytes = path.stat().st_size
+def read_header(path: Path, file_bytes: int | None = None) -> TensorFile:
+    """Parse and check the header of `path`, a file that will have so many bytes. Raises FileFormatError."""
+    file_bytes = path.stat().st_size if file_bytes is None else file_bytes
     with open(path, "rb") as file:
         prefix = file.read(8)
         header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0

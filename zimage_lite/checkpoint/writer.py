@@ -29,6 +29,18 @@ class TensorWriter:
         """Put a contiguous CPU tensor's bytes at `offset` of the file."""
         self._put(offset, tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
+    def holds(self, offset: int, tensor: Tensor) -> bool:
+        """Whether the file has a contiguous CPU tensor's bytes at `offset`."""
+        expected = tensor.contiguous().flatten().view(torch.uint8)
+        found = torch.empty_like(expected)
+        view = found.numpy().data
+        with self._lock:
+            self._file.seek(offset)
+            done = 0
+            while done < len(view):
+                done += self._file.readinto(view[done:]) or len(view)
+        return torch.equal(found, expected)
+
     def _put(self, offset: int, data: bytes | memoryview) -> None:
         view = memoryview(data)
         with self._lock:
@@ -42,7 +54,7 @@ def open_writer(path: Path, header: bytes, total_bytes: int) -> Iterator[TensorW
     """Yields a writer; on success the finished file replaces `path`, on any failure nothing is left."""
     with replacing(path) as partial:
         require_space(path.parent, total_bytes)
-        with open(partial, "wb", buffering=0) as file:
+        with open(partial, "w+b", buffering=0) as file:
             file.truncate(total_bytes)
             writer = TensorWriter(file)
             writer._put(0, header)

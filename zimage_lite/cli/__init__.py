@@ -22,6 +22,7 @@ _VERBS = {
     "generate": "Draw images from prompts.",
     "quantize": "Turn a checkpoint into a smaller one.",
     "inspect": "Say what a file or folder is.",
+    "formats": "List the formats, what they cost and who reads them.",
 }
 
 

@@ -12,7 +12,7 @@ import click
 
 from .. import __version__
 from ..checkpoint.detect import COMPONENTS
-from ..checkpoint.model_card import DEMO, model_folder
+from ..checkpoint.model_card import DEMO
 from ..checkpoint.output import replacing, require_absent
 from ..config import BACKENDS, DEVICES, DTYPES, GenerateOptions, RuntimeOptions
 from ..errors import UserError
@@ -39,9 +39,7 @@ _MAX_IMAGES = 10_000
     metavar="FILE.jsonl",
     help="One JSON object a line: prompt, and seed, width, height if wanted.",
 )
-@click.option(
-    "--model", help="Model folder: diffusers' layout, ComfyUI's, or an output of quantize.  [default: demo, built in]"
-)
+@click.option("--model", help="Model folder, all-in-one file, or Hub id OWNER/NAME.  [default: demo, built in]")
 @click.option(
     "-o",
     "--output",
@@ -99,20 +97,20 @@ def command(
     Give one or several PROMPTs, or a file of them; they share one loaded model.
     """
     parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
-    folder = _model_folder(model, parts)
+    model = _model(model, parts)
     requests = _requests(prompts, prompt_file, GenerateOptions(**image), count)
     options = RuntimeOptions(
         device, dtype, backend, parse_bytes(vram) if vram else None, parse_bytes(ram) if ram else None
     )
     paths = _output_paths(out, len(requests))
 
-    from ..checkpoint.model_files import open_model
+    from ..api import open_named
     from ..pipeline import Pipeline
     from .progress import phase_progress
 
-    pipeline = Pipeline(open_model(folder, parts), options)
+    pipeline = Pipeline(open_named(model, parts), options)
     requests = [pipeline.complete(request) for request in requests]
-    for note in _notes(folder, pipeline, requests):
+    for note in _notes(model, pipeline, requests):
         say(f"note: {note}")
     with phase_progress() as progress:
         images = pipeline.generate(requests, progress)
@@ -125,11 +123,11 @@ def command(
         print_json(result)
 
 
-def _model_folder(model: str | None, parts: Mapping[str, Path | None]) -> Path | None:
+def _model(model: str | None, parts: Mapping[str, Path | None]) -> str | None:
     """The demo unless something else is named; None if all parts are files of their own."""
     named = [name for name, path in parts.items() if path is not None]
     if model is not None or not named:
-        return model_folder(model or DEMO)
+        return model or DEMO
     if not set(COMPONENTS) <= set(named):
         raise UserError(
             "no model to take the other parts from",
@@ -138,7 +136,7 @@ def _model_folder(model: str | None, parts: Mapping[str, Path | None]) -> Path |
     return None
 
 
-def _notes(folder: Path | None, pipeline: Pipeline, requests: Sequence[GenerateOptions]) -> Iterator[str]:
+def _notes(model: str | None, pipeline: Pipeline, requests: Sequence[GenerateOptions]) -> Iterator[str]:
     """What the user might not expect."""
     device = pipeline.hardware.device.type
     idle = "--ram" if device == "cuda" else "--vram"
@@ -146,7 +144,7 @@ def _notes(folder: Path | None, pipeline: Pipeline, requests: Sequence[GenerateO
         yield f"{idle} has no effect on {device}"
     if requests[0].negative and not requests[0].guidance:
         yield "--negative has no effect without --guidance"
-    if folder == model_folder(DEMO):
+    if model == DEMO:
         width, height = pipeline.model.default_size
         yield f"the built-in demo draws one simple shape at {width}x{height}; for Z-Image-Turbo, name it with --model"
 

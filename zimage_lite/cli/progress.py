@@ -25,8 +25,9 @@ def _bars(*columns: ProgressColumn) -> Progress:
 
 
 @contextmanager
-def byte_progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields progress(done_bytes, total_bytes): bytes, rate and time left."""
+def byte_progress(title: str, extra: str) -> Iterator[tuple[Callable[[int, int], None], Callable[[int], None]]]:
+    """Yields progress(done_bytes, total_bytes), which shows bytes, rate and time left, and more(bytes), which adds to a
+    second line, called `extra`, that is there once something has been added."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -36,7 +37,11 @@ def byte_progress(title: str) -> Iterator[Callable[[int, int], None]]:
     )
     with _bars(*columns) as bars:
         task = bars.add_task(title, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
+        added = bars.add_task(extra, total=None, visible=False)
+        yield (
+            lambda done, total: bars.update(task, completed=done, total=total),
+            lambda n_bytes: bars.update(added, advance=n_bytes, visible=True),
+        )
 
 
 @contextmanager

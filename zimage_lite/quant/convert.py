@@ -2,255 +2,286 @@
 
 A row chunk is independent of all others, so a few threads each carry chunks from the source file to the output file,
 and peak memory is that of the chunks in flight, whatever the size of the tensors. A chunk is small enough to stay in
-the cache (4 MB of float32) while a dozen element-wise passes go over it.
+the cache (4 MB of float32) while a dozen element-wise passes go over it. Formats with a scale or a packing that spans
+the tensor take it as one chunk, and fewer are in flight.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..checkpoint import gguf, safetensors
-from ..checkpoint.checkpoint import CONFIG_KEY, Checkpoint
-from ..checkpoint.names import LLAMA_CPP_QWEN3, NATIVE_TRANSFORMER, natural_order
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.stored import StoredTensor
-from ..checkpoint.writer import open_writer
+from ..checkpoint.writer import TensorWriter, open_writer
 from ..errors import UserError
-from . import int8
-from .formats import DTYPE_BYTES, FORMATS, Format
-from .recipe import Recipe, text_encoder_recipe, transformer_recipe
-from .tensor import QTensor, rows_columns
+from .fidelity import Sums, TensorError, sums
+from .formats import Parts
+from .output_file import OutputFile, OutTensor, lay_out, metadata, output_tensors
+from .recipe import Target
+from .tensor import QTensor
 
 CHUNK_WEIGHTS = 2**20
-MARKER_ALIGNMENT = 64
+IN_FLIGHT_WEIGHTS = 100_000_000  # two of the largest tensors, in float32 and packed: 0.6 GB
 SAFE_WEIGHT = 60_000  # up to here no float16, be it a weight or a scale, overflows
-
-# llama.cpp's general.file_type
-_FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "bf16": 32}
 
 OnBytes = Callable[[int], None]  # source bytes just converted
 
 
-@dataclass(frozen=True)
-class OutTensor:
-    """A tensor of the output under its name there, and the canonical tensors whose rows it holds, in order."""
+class Files(Protocol):
+    """Brings source files when they are needed, as hub.HubFiles does."""
 
-    name: str
-    format: Format
-    shape: tuple[int, ...]
-    sources: tuple[StoredTensor, ...]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    def fetch(self, path: Path) -> None: ...
 
-    def layout(self) -> dict[str, tuple[str, tuple[int, int]]]:
-        return self.format.layout(*rows_columns(self.shape))
+    def release(self, path: Path) -> None: ...
 
 
 @dataclass(frozen=True)
-class _Array:
-    """One array of the output file."""
+class Options:
+    """How to convert. measure: decode everything again and compare; verify: read it back from the file as well."""
 
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    part: tuple[str, str] | None = None  # output tensor and part suffix
-    content: bytes = b""  # of a marker
+    device: str = "cpu"
+    effort: str = "reference"
+    measure: bool = False
+    verify: bool = False
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows [start, stop) of a source."""
+
+    source: StoredTensor
+    start: int
+    stop: int
 
     @property
     def nbytes(self) -> int:
-        if self.kind in DTYPE_BYTES:
-            rows, columns = rows_columns(self.shape)
-            return rows * columns * DTYPE_BYTES[self.kind]
-        row = FORMATS[self.kind]
-        rows, columns = rows_columns(self.shape)
-        return rows * columns // row.block * row.block_bytes
-
-
-def recipe_for(component: str, target: Format) -> Recipe:
-    return transformer_recipe(target) if component == "transformer" else text_encoder_recipe(target)
-
-
-def container_of(target: Format) -> str:
-    return "safetensors" if target.container == "safetensors" else "gguf"
-
-
-def output_tensors(source: Checkpoint, target: Format) -> list[OutTensor]:
-    """What `target` makes of a checkpoint, in execution order, under the names that other programs expect."""
-    recipe = recipe_for(source.component, target)
-    out = []
-    for name, members in _names(source, container_of(target)).items():
-        parts = tuple(source.tensors[member] for member in members)
-        shape = parts[0].shape
-        if len(parts) > 1:
-            shape = (sum(part.shape[0] for part in parts), *shape[1:])
-        if name.endswith("pad_token"):
-            shape = (1, shape[-1])  # diffusers and ComfyUI refuse [3840]; stable-diffusion.cpp takes both
-        row = recipe.format_of(members[0], shape, parts[0].format)
-        out.append(OutTensor(name, row, shape, parts, row.codec.options(rows_columns(shape)[1])))
-    return sorted(out, key=lambda tensor: (_block_order(tensor.name), -math.prod(tensor.shape), tensor.name))
-
-
-def _names(source: Checkpoint, container: str) -> dict[str, tuple[str, ...]]:
-    """Name in the output -> the canonical tensors that it holds."""
-    if source.component == "transformer":
-        return NATIVE_TRANSFORMER.to_foreign(source.tensors)
-    names = LLAMA_CPP_QWEN3.to_foreign(source.tensors)
-    # What the map does not know is a language model's head, which nobody needs: the embedding is tied.
-    known = {name: members for name, members in names.items() if members != (name,)}
-    return known if container == "gguf" else {f"model.{members[0]}": members for members in known.values()}
-
-
-def _block_order(name: str) -> tuple[int, list[tuple[int, int, str]]]:
-    """Everything outside the blocks first, then blocks in the order they run."""
-    group, _, rest = name.removeprefix("model.").partition(".")
-    groups = ("context_refiner", "noise_refiner", "layers", "blk")
-    return (groups.index(group) + 1, natural_order(rest.partition(".")[0])) if group in groups else (0, [])
-
-
-def convert(
-    source: Checkpoint,
-    target: Format,
-    out: Path,
-    *,
-    metadata: Mapping[str, Any] | None = None,
-    device: str = "cpu",
-    on_bytes: OnBytes = lambda n: None,
-) -> None:
-    """Write `source` to the file `out` in the target format. metadata: GGUF key-values to add.
-
-    Raises UserError for NaN weights, a full disk or a damaged source; then nothing is left of the output.
-    """
-    tensors = output_tensors(source, target)
-    arrays = _arrays(tensors, container_of(target))
-    info = {**_metadata(source, target), **(metadata or {})}
-    specs = [(array.name, array.kind, array.shape) for array in arrays]
-    if container_of(target) == "gguf":
-        header, offsets = gguf.encode_header(specs, info)
-    else:
-        header, offsets = safetensors.encode_header(specs, {key: str(value) for key, value in info.items()})
-    places = {array.part: offset for array, offset in zip(arrays, offsets, strict=True) if array.part}
-    total = max((offset + array.nbytes for array, offset in zip(arrays, offsets, strict=True)), default=len(header))
-    with open_writer(out, header, total) as writer:
-        for array, offset in zip(arrays, offsets, strict=True):
-            if array.content:
-                writer.write(offset, torch.frombuffer(bytearray(array.content), dtype=torch.uint8))
-
-        def carry(chunk: _Chunk) -> int:
-            for suffix, part in _encode(chunk, device).items():
-                row_bytes = part.nbytes // (chunk.stop - chunk.start)
-                writer.write(places[chunk.tensor.name, suffix] + chunk.first_row * row_bytes, part)
-            return chunk.source_bytes
-
-        for n_bytes in _run(carry, _chunks(tensors)):
-            on_bytes(n_bytes)
-
-
-def _arrays(tensors: list[OutTensor], container: str) -> list[_Array]:
-    if container == "gguf":
-        return [_Array(tensor.name, tensor.format.name, tensor.shape, (tensor.name, "")) for tensor in tensors]
-    arrays = []
-    for tensor in tensors:
-        for suffix, (dtype, shape) in tensor.layout().items():
-            arrays.append(_Array(tensor.name + suffix, dtype, shape if suffix else tensor.shape, (tensor.name, suffix)))
-        if tensor.format.family == "int8":
-            text = json.dumps(int8.to_marker(tensor.options), separators=(",", ":"))
-            text += " " * (-len(text) % MARKER_ALIGNMENT)  # so that what follows stays aligned
-            layer = tensor.name.removesuffix(".weight")
-            arrays.append(_Array(f"{layer}.comfy_quant", "U8", (len(text),), content=text.encode()))
-    # Inside a block the large arrays come first: their sizes are round, so everything after them is aligned as well.
-    return sorted(arrays, key=lambda array: (_block_order(array.name), -array.nbytes))
-
-
-def _metadata(source: Checkpoint, target: Format) -> dict[str, Any]:
-    config = json.dumps(asdict(source.config))
-    if source.component == "transformer":
-        info: dict[str, Any] = {"general.architecture": "lumina2", "general.name": "Z-Image"}
-    else:
-        c = source.config
-        info = {
-            "general.architecture": "qwen3",
-            "general.name": "Qwen3",
-            "qwen3.block_count": c.num_hidden_layers,
-            "qwen3.context_length": c.max_position_embeddings,
-            "qwen3.embedding_length": c.hidden_size,
-            "qwen3.feed_forward_length": c.intermediate_size,
-            "qwen3.attention.head_count": c.num_attention_heads,
-            "qwen3.attention.head_count_kv": c.num_key_value_heads,
-            "qwen3.attention.key_length": c.head_dim,
-            "qwen3.attention.value_length": c.head_dim,
-            "qwen3.attention.layer_norm_rms_epsilon": c.rms_norm_eps,
-            "qwen3.rope.freq_base": c.rope_theta,
-        }
-    if container_of(target) == "gguf":
-        info |= {"general.quantization_version": 2, "general.file_type": _FILE_TYPES[target.name]}
-        return info | {CONFIG_KEY: config}
-    return {"format": "pt", CONFIG_KEY: config}
+        return self.source.nbytes * (self.stop - self.start) // self.source.rows
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Rows [start, stop) of a source; they become the rows from `first_row` on of an output tensor."""
+    """Pieces that become the rows from `first_row` on of an output tensor."""
 
     tensor: OutTensor
-    source: StoredTensor
-    start: int
-    stop: int
+    pieces: tuple[_Piece, ...]
     first_row: int
 
     @property
+    def rows(self) -> int:
+        return sum(piece.stop - piece.start for piece in self.pieces)
+
+    @property
+    def weights(self) -> int:
+        return self.rows * self.tensor.columns
+
+    @property
     def source_bytes(self) -> int:
-        return self.source.nbytes * (self.stop - self.start) // self.source.rows
+        return sum(piece.nbytes for piece in self.pieces)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Where its pieces lie."""
+        return tuple(sorted({entry.path for piece in self.pieces for entry in piece.source.parts.values()}))
+
+    @property
+    def passes(self) -> bool:
+        """Whether the bytes are in the wanted format already and need no arithmetic."""
+        tensor, source = self.tensor, self.pieces[0].source
+        same = tensor.format == source.format and tensor.options == source.options
+        complete = set(tensor.layout) == set(source.parts)
+        whole = len(self.pieces) == 1 and source.first_row == 0 and self.rows == tensor.rows
+        return same and complete and (whole or not tensor.format.per_tensor)
+
+
+def convert(
+    source: Checkpoint,
+    target: Target,
+    out: Path,
+    *,
+    extra: Mapping[str, Any] | None = None,
+    options: Options | None = None,
+    files: Files | None = None,
+    on_bytes: OnBytes = lambda n: None,
+) -> list[TensorError]:
+    """Write `source` to the file `out` as the target says. extra: metadata to add; files: brings those of the source.
+
+    Returns what was measured, if anything was asked for. Raises UserError for NaN weights, a full disk, a damaged
+    source or one that changes meanwhile; then nothing is left of the output.
+    """
+    options = options or Options()
+    tensors = output_tensors(source, target)
+    file = lay_out(tensors, target, {**metadata(source, target), **(extra or {})})
+    with open_writer(out, file.header, file.total_bytes) as writer:
+        for offset, content in file.markers.items():
+            writer.write(offset, torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        carrier = _Carrier(writer, file, options)
+        for chunks in _brought(_chunks(tensors), files):
+            for chunk, found in _run(carrier, chunks):
+                carrier.add(chunk, found)
+                on_bytes(chunk.source_bytes)
+        source.require_unchanged()
+    return carrier.errors
 
 
 def _chunks(tensors: list[OutTensor]) -> Iterator[_Chunk]:
     for tensor in tensors:
+        if not tensor.columns:
+            continue
+        if tensor.format.per_tensor:
+            yield _Chunk(tensor, tuple(_Piece(source, 0, source.rows) for source in tensor.sources), 0)
+            continue
         first = 0
         for source in tensor.sources:
-            step = max(CHUNK_WEIGHTS // max(source.columns, 1), 1)
-            for start in range(0, source.rows if source.columns else 0, step):
-                yield _Chunk(tensor, source, start, min(start + step, source.rows), first + start)
+            step = source.piece_rows(CHUNK_WEIGHTS)
+            for start in range(0, source.rows, step):
+                stop = min(start + step, source.rows)
+                yield _Chunk(tensor, (_Piece(source, start, stop),), first + start)
             first += source.rows
 
 
-def _encode(chunk: _Chunk, device: str) -> Mapping[str, Tensor]:
-    """The chunk's parts as they go into the file. Raises UserError for NaN or infinity."""
-    tensor, source = chunk.tensor, chunk.source
-    if tensor.format == source.format and tensor.options == source.options:
-        packed = source.read(chunk.start, chunk.stop)
+def _brought(chunks: Iterator[_Chunk], files: Files | None) -> Iterator[Iterable[_Chunk]]:
+    """The chunks in groups that read from the same files, whose files are there while their group is worked on."""
+    if files is None:
+        yield chunks
+        return
+    groups: dict[tuple[Path, ...], list[_Chunk]] = {}
+    for chunk in chunks:
+        groups.setdefault(chunk.files, []).append(chunk)
+    here: set[Path] = set()
+    for wanted in sorted(groups):
+        for path in here.difference(wanted):
+            files.release(path)
+        for path in wanted:
+            files.fetch(path)
+        here = set(wanted)
+        yield groups[wanted]
+    for path in here:
+        files.release(path)
+
+
+class _Carrier:
+    """Takes a chunk from the source to the output; several threads call it at once."""
+
+    def __init__(self, writer: TensorWriter, file: OutputFile, options: Options) -> None:
+        self.writer, self.file, self.options = writer, file, options
+        self._sums: dict[str, tuple[OutTensor, Sums]] = {}
+
+    def __call__(self, chunk: _Chunk) -> Sums | None:
+        """What was measured of the chunk."""
+        if chunk.passes:
+            parts = self._passed_on(chunk)
+            self._write(chunk.tensor, parts, chunk.first_row)
+            return self._measured(chunk, None, parts, chunk.rows)
+        wide = _read_wide(chunk)
+        tensor, found = chunk.tensor, None
+        step = chunk.rows if tensor.format.per_tensor else max(CHUNK_WEIGHTS // tensor.columns, 1)
+        for start in range(0, chunk.rows, step):
+            rows = wide[start : start + step]
+            parts = _encode(tensor, rows, chunk.pieces[0].source, self.options)
+            self._write(tensor, parts, chunk.first_row + start)
+            more = self._measured(chunk, rows, parts, len(rows))
+            found = more if found is None or more is None else found + more
+        return found
+
+    def add(self, chunk: _Chunk, found: Sums | None) -> None:
+        if found is not None:
+            before = self._sums.get(chunk.tensor.name, (chunk.tensor, Sums()))[1]
+            self._sums[chunk.tensor.name] = chunk.tensor, before + found
+
+    @property
+    def errors(self) -> list[TensorError]:
+        return [
+            TensorError(tensor.name, tensor.sources[0].name, tensor.format.name, tensor.nbytes, total)
+            for tensor, total in self._sums.values()
+        ]
+
+    def _passed_on(self, chunk: _Chunk) -> Parts:
+        piece = chunk.pieces[0]
+        packed = piece.source.read(piece.start, piece.stop)
         if not packed.is_finite():
-            raise source.not_finite()
+            raise piece.source.not_finite()
         return packed.parts
-    wide = source.read_float(chunk.start, chunk.stop).to(device)
-    parts = tensor.format.codec.quantize(wide, tensor.options)
+
+    def _write(self, tensor: OutTensor, parts: Parts, first_row: int) -> None:
+        for suffix, part in parts.items():
+            offset = self.file.places[tensor.name, suffix]
+            shape = tensor.layout[suffix][1]
+            if len(shape) == 2:
+                offset += first_row * part.element_size() * shape[1]
+            self.writer.write(offset, part)
+            if self.options.verify and not self.writer.holds(offset, part):
+                raise UserError(
+                    f"{tensor.name}: what was written reads back differently", fix="the disk is failing, use another"
+                )
+
+    def _measured(self, chunk: _Chunk, wide: Tensor | None, parts: Parts, rows: int) -> Sums | None:
+        """wide: the weights before they were encoded; None: they were passed on as they are."""
+        if not self.options.measure:
+            return None
+        tensor = chunk.tensor
+        decoded = QTensor(tensor.format, (rows, tensor.columns), dict(parts), tensor.options).dequantize()
+        return sums(decoded if wide is None else wide, decoded)
+
+
+def _read_wide(chunk: _Chunk) -> Tensor:
+    """[rows, columns] float32. Raises UserError for NaN or infinity."""
+    if len(chunk.pieces) == 1 and chunk.weights <= 2 * CHUNK_WEIGHTS:
+        piece = chunk.pieces[0]
+        return piece.source.read_float(piece.start, piece.stop)
+    wide = torch.empty(chunk.rows, chunk.tensor.columns)
+    at = 0
+    for piece in chunk.pieces:
+        step = piece.source.piece_rows(CHUNK_WEIGHTS)
+        for start in range(piece.start, piece.stop, step):
+            stop = min(start + step, piece.stop)
+            wide[at : at + stop - start] = piece.source.read_float(start, stop)
+            at += stop - start
+    return wide
+
+
+def _encode(tensor: OutTensor, wide: Tensor, source: StoredTensor, options: Options) -> Parts:
+    """The parts as they go into the file, on the CPU. Raises UserError for weights that the format cannot hold."""
+    parts = tensor.format.codec.quantize(wide.to(options.device), tensor.options, options.effort)
     low, high = torch.aminmax(wide)
-    if max(-low, high) > SAFE_WEIGHT and not QTensor(tensor.format, tuple(wide.shape), parts).is_finite():
+    if (
+        max(-low, high) > SAFE_WEIGHT
+        and not QTensor(tensor.format, tuple(wide.shape), parts, tensor.options).is_finite()
+    ):
         largest = f"{max(-low, high):.3g}"
         raise UserError(f"{source.where} is too large for {tensor.format.name}", got=largest, fix="choose bf16 or int8")
     return {suffix: part.cpu() for suffix, part in parts.items()}
 
 
-def _run(work: Callable[[_Chunk], int], chunks: Iterator[_Chunk]) -> Iterator[int]:
-    """Results of the work, on as many threads as there are cores, with two chunks waiting for each."""
-    workers = min(os.cpu_count() or 1, 8)
+def _run(carrier: _Carrier, chunks: Iterable[_Chunk]) -> Iterator[tuple[_Chunk, Sums | None]]:
+    """Chunks as they are done, on as many threads as there are cores and one more, which reads while they compute."""
+    workers = min((os.cpu_count() or 1) + 1, 8)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     pool = ThreadPoolExecutor(workers)
-    pending: set[Future[int]] = set()
+    pending: dict[Future[Sums | None], _Chunk] = {}
     try:
         for chunk in chunks:
-            if len(pending) >= 2 * workers:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-            pending.add(pool.submit(work, chunk))
-        yield from (future.result() for future in as_completed(pending))
+            while pending and (
+                len(pending) >= 2 * workers
+                or sum(other.weights for other in pending.values()) + chunk.weights > IN_FLIGHT_WEIGHTS
+            ):
+                yield from _finished(pending)
+            pending[pool.submit(carrier, chunk)] = chunk
+        while pending:
+            yield from _finished(pending)
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
+
+
+def _finished(pending: dict[Future[Sums | None], _Chunk]) -> list[tuple[_Chunk, Sums | None]]:
+    done, _ = wait(pending, return_when=FIRST_COMPLETED)
+    return [(pending.pop(future), future.result()) for future in done]

@@ -1,22 +1,21 @@
 """The table of formats: one row says all that the rest of the program needs to know about a way to store weights.
 
-Rows are plain data, so that the command line can name them without loading torch. The arithmetic of a row is in the
-codec module of its family (`plain`, `ggml`, `int8`), found by name when it is first needed. A new format is a row here
-and a codec there; nothing else changes.
+Rows are plain data, so that they can be named without loading torch. The arithmetic and the layout of a row are in the
+codec module of its family (`ggml`, `int8`, `bnb`, ...), found by name when they are first needed. A new format is a row
+here and a codec there; nothing else changes. Which tensor of a model gets which format is another matter: see `recipe`.
 
 Every tensor is seen as `rows` x `columns`: a 1-D tensor is one row, a convolution kernel flattens all but its first
-axis. A format cuts each row into parts, and a part's bytes for some rows depend on those rows alone.
+axis. A format cuts it into parts. 2-D parts are cut by rows, so some rows can be read alone; any other part is shared.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
-
-from ..errors import UserError
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,25 +33,50 @@ GGML_TYPES = {
     "q6_k": (14, 256, 210), "iq2_xxs": (16, 256, 66), "iq2_xs": (17, 256, 74), "iq3_xxs": (18, 256, 98),
     "iq1_s": (19, 256, 50), "iq4_nl": (20, 32, 18), "iq3_s": (21, 256, 110), "iq2_s": (22, 256, 82),
     "iq4_xs": (23, 256, 136), "iq1_m": (29, 256, 56), "tq1_0": (34, 256, 54), "tq2_0": (35, 256, 66),
-    "mxfp4": (39, 32, 17), "nvfp4": (40, 64, 36),
+    "mxfp4": (39, 32, 17), "nvfp4_ggml": (40, 64, 36),
 }  # fmt: skip
 GGML_NAMES = {number: name for name, (number, _, _) in GGML_TYPES.items()}
 
-Layout = dict[str, tuple[str, tuple[int, int]]]  # part suffix -> (dtype, [rows, columns])
+EFFORTS = ("fast", "reference", "best")
+
+Layout = dict[str, tuple[str, tuple[int, ...]]]  # part suffix -> (dtype, shape)
+Shapes = dict[str, tuple[int, ...]]
+Options = Mapping[str, Any]
 Parts = dict[str, "Tensor"]
 
 
-class Codec(Protocol):
-    """The arithmetic of a format, on whole rows."""
+class Codec:
+    """The arithmetic of a format, on whole rows. Parts with two axes are cut by rows, all others are shared."""
 
-    def options(self, columns: int) -> Mapping[str, Any]:
-        """What a tensor with rows of this length is written with; `quantize` and `dequantize` take it back."""
+    names: ClassVar[Mapping[str, str]] = {}  # suffix -> leaf in the file, where it is not "weight" + suffix
 
-    def quantize(self, x: Tensor, options: Mapping[str, Any]) -> Parts:
-        """x: [rows, columns] float32 -> one tensor per part, typed and shaped as the format's layout says."""
+    def options(self, columns: int) -> Options:
+        """What a tensor with rows of this length is written with; the other functions take it back."""
+        return {}
 
-    def dequantize(self, parts: Parts, columns: int, options: Mapping[str, Any]) -> Tensor:
-        """The inverse: [rows, columns] float32."""
+    def at_row(self, options: Options, row: int) -> Options:
+        """The options of parts that begin at this row of what they were."""
+        return options
+
+    def layout(self, rows: int, columns: int, options: Options) -> Layout:
+        """Part suffix -> dtype and shape, for a tensor of rows x columns."""
+        raise NotImplementedError
+
+    def stored(self, rows: int, columns: int, options: Options) -> Shapes:
+        """The shapes that other programs expect in the file: the same bytes."""
+        return {suffix: shape for suffix, (_, shape) in self.layout(rows, columns, options).items()}
+
+    def marker(self, options: Options) -> dict[str, Any]:
+        """What ComfyUI's `<layer>.comfy_quant` says of a tensor with these options."""
+        raise NotImplementedError
+
+    def quantize(self, x: Tensor, options: Options, effort: str = "reference") -> Parts:
+        """x: [rows, columns] float32 -> one tensor per part, typed and shaped as the layout says."""
+        raise NotImplementedError
+
+    def dequantize(self, parts: Parts, columns: int, options: Options) -> Tensor:
+        """The inverse: [rows, columns] float32. There may be rows of padding after the last."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -61,32 +85,34 @@ class Format:
 
     name: str
     family: str  # the module with the codec
-    container: str  # "gguf", "safetensors" (ComfyUI's names and markers), or "any"
-    summary: str
+    container: str  # "gguf", "comfy", "bnb", "quanto", "torchao", or "any"
+    summary: str = ""
     dtype: str = "U8"  # of the main part
     block: int = 1  # columns must be a multiple of this
-    block_bytes: int = 0
-    row_bytes: int = 0  # of scales beside the main part, per row
+    row_group: int = 1  # rows are read in multiples of this; 0: only all together
+    per_tensor: bool = False  # to quantize some rows, all must be known
     writable: bool = False
-    target: bool = False  # offered as `quantize --to`
-    read_by: tuple[str, ...] = field(default=())
 
     def fits(self, columns: int) -> bool:
         return columns % self.block == 0
 
-    def layout(self, rows: int, columns: int) -> Layout:
+    def layout(self, rows: int, columns: int, options: Options | None = None) -> Layout:
         """Part suffix -> dtype and shape, for a tensor of rows x columns."""
-        if self.family == "ggml":
-            return {"": ("U8", (rows, columns // self.block * self.block_bytes))}
-        parts: Layout = {"": (self.dtype, (rows, columns))}
-        if self.row_bytes:
-            parts["_scale"] = ("F32", (rows, 1))
-        return parts
+        return self.codec.layout(rows, columns, self.codec.options(columns) if options is None else options)
+
+    def nbytes(self, rows: int, columns: int, options: Options | None = None) -> int:
+        """Bytes of all parts together."""
+        layout = self.layout(rows, columns, options).values()
+        return sum(DTYPE_BYTES[dtype] * math.prod(shape) for dtype, shape in layout)
 
     def bits_per_weight(self, columns: int = 3840) -> float:
-        """Bits per weight, scales included, for rows of this length."""
-        total = sum(DTYPE_BYTES[dtype] * shape[1] for dtype, shape in self.layout(1, columns).values())
-        return total * 8 / columns
+        """Bits per weight of a square tensor, scales included."""
+        return self.nbytes(columns, columns) * 8 / columns**2
+
+    def part_name(self, tensor: str, suffix: str) -> str:
+        """What a part is called in the file. tensor: "<layer>.weight"."""
+        leaf = self.codec.names.get(suffix)
+        return tensor + suffix if leaf is None else tensor.removesuffix("weight") + leaf
 
     @cached_property
     def codec(self) -> Codec:
@@ -94,47 +120,45 @@ class Format:
 
     @property
     def lossy(self) -> bool:
-        return self.family != "plain"
+        return self.family != "plain" or self.dtype.startswith("F8")
 
 
-def _plain(name: str, dtype: str, summary: str, **kwargs: Any) -> Format:
-    return Format(name, "plain", "any", summary, dtype=dtype, block_bytes=DTYPE_BYTES[dtype], writable=True, **kwargs)
+def _plain(name: str, dtype: str, summary: str) -> Format:
+    return Format(name, "plain", "any", summary, dtype=dtype, writable=True)
 
 
-def _ggml(name: str, summary: str = "", **kwargs: Any) -> Format:
-    _, block, block_bytes = GGML_TYPES[name]
-    return Format(name, "ggml", "gguf", summary or f"ggml {name}", block=block, block_bytes=block_bytes, **kwargs)
+def _ggml(name: str, writable: bool = False) -> Format:
+    return Format(name, "ggml", "gguf", f"ggml {name}", block=GGML_TYPES[name][1], writable=writable)
 
-
-_GGUF_READERS = ("ComfyUI-GGUF", "stable-diffusion.cpp", "diffusers (single file)")
-_WRITTEN = {"writable": True, "target": True, "read_by": _GGUF_READERS}
 
 _ROWS = (
     _plain("f32", "F32", "as on the Hub"),
-    _plain("bf16", "BF16", "half the size of f32, same range", target=True, read_by=_GGUF_READERS),
-    _plain("f16", "F16", "half the size of f32, for GPUs without bf16", target=True, read_by=_GGUF_READERS),
+    _plain("bf16", "BF16", "half the size of f32, same range"),
+    _plain("f16", "F16", "half the size of f32, for GPUs without bf16"),
     _plain("f64", "F64", "never needed, but legal"),
     _plain("f8_e4m3", "F8_E4M3", "a plain cast to 8-bit float"),
     _plain("f8_e5m2", "F8_E5M2", "a plain cast to 8-bit float"),
-    _ggml("q8_0", "8 bits in blocks of 32: the closest to bf16", **_WRITTEN),
-    _ggml("q4_0", "4 bits in blocks of 32, feed-forward w2 in q4_1", **_WRITTEN),
-    _ggml("q4_1", "4 bits in blocks of 32 with a minimum", writable=True, read_by=_GGUF_READERS),
-    Format(
-        "int8", "int8", "safetensors", "8-bit integers per row, Hadamard-rotated: for 8-bit matrix units",
-        dtype="I8", block_bytes=1, row_bytes=4, writable=True, target=True,
-        read_by=("ComfyUI 0.27", "stable-diffusion.cpp"),
+    *(
+        _ggml(name, writable=True)
+        for name in ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "q3_k", "q2_k")
     ),
+    Format("int8", "int8", "comfy", "8-bit integers per row, Hadamard-rotated", dtype="I8", writable=True),
+    Format("int4", "comfy_int", "comfy", "4-bit codes that expand to rotated int8", block=16, writable=True),
+    Format("convrot_w4a4", "comfy_int", "comfy", "4-bit integers per row, rotated"),
+    Format("fp8", "comfy_float", "comfy", "8-bit floats with one scale", per_tensor=True, writable=True),
+    Format("fp8_e5m2", "comfy_float", "comfy", "the same with more range and less precision"),
+    Format("mxfp8", "comfy_float", "comfy", "8-bit floats, a power of two for 32", row_group=128),
+    Format("nvfp4", "comfy_float", "comfy", "4-bit floats, an 8-bit float for 16", row_group=128),
+    Format("nf4", "bnb", "bnb", "4 bits at the quantiles of a Gaussian", block=64, per_tensor=True, writable=True),
+    Format("fp4", "bnb", "bnb", "4-bit floats in blocks of 64"),
+    Format("bnb-int8", "bnb", "bnb", "8-bit integers per row", writable=True),
+    Format("qint8", "quanto", "quanto", "8-bit integers per row", writable=True),
+    Format("qfloat8", "quanto", "quanto", "8-bit floats per row", writable=True),
+    Format("qint4", "quanto", "quanto", "4 bits with a shift", block=32, row_group=0, per_tensor=True, writable=True),
+    Format("qint2", "quanto", "quanto", "2 bits with a shift", row_group=0),
+    Format("torchao-int8", "torchao", "torchao", "8-bit integers"),
+    Format("torchao-fp8", "torchao", "torchao", "8-bit floats"),
 )  # fmt: skip
 FORMATS: dict[str, Format] = {row.name: row for row in _ROWS}
 FORMATS |= {name: _ggml(name) for name in GGML_TYPES if name not in FORMATS}
 PLAIN_BY_DTYPE = {row.dtype: row for row in FORMATS.values() if row.family == "plain"}
-TARGETS = tuple(row.name for row in FORMATS.values() if row.target)
-
-
-def target_format(name: str, flag: str = "--to", also: tuple[str, ...] = ()) -> Format:
-    """The row that `quantize` can write, or a UserError that lists them all. also: what else the flag takes."""
-    row = FORMATS.get(name.lower())
-    if row is None or not row.target:
-        known = ", ".join(TARGETS + also)
-        raise UserError(f"{flag}: not a format that can be written", got=repr(name), expected=known)
-    return row

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from .formats import Format, Parts
+from .formats import Codec, Format, Layout, Options, Parts
 from .tensor import TORCH_DTYPES
 
 
 @dataclass(frozen=True)
-class PlainCodec:
-    dtype: torch.dtype
+class PlainCodec(Codec):
+    dtype: str
 
-    def options(self, columns: int) -> Mapping[str, Any]:
-        return {}
+    def layout(self, rows: int, columns: int, options: Options) -> Layout:
+        return {"": (self.dtype, (rows, columns))}
 
-    def quantize(self, x: Tensor, options: Mapping[str, Any]) -> Parts:
-        return {"": x.to(self.dtype)}
+    def quantize(self, x: Tensor, options: Options, effort: str = "reference") -> Parts:
+        return {"": x.to(TORCH_DTYPES[self.dtype])}
 
-    def dequantize(self, parts: Parts, columns: int, options: Mapping[str, Any]) -> Tensor:
+    def dequantize(self, parts: Parts, columns: int, options: Options) -> Tensor:
         return parts[""].float()
 
 
 def codec(row: Format) -> PlainCodec:
-    return PlainCodec(TORCH_DTYPES[row.dtype])
+    return PlainCodec(row.dtype)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .formats import Format, Parts
+from .formats import Format, Options, Parts
 
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -34,12 +32,14 @@ def rows_columns(shape: tuple[int, ...]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class QTensor:
-    """One logical tensor, packed. parts: suffix -> [rows, ...] as `format.layout` says, on any device."""
+    """One logical tensor, packed. parts: as `format.layout` says, on any device. first_row: where the tensor starts in
+    parts that cannot be cut and hold more than it."""
 
     format: Format
     shape: tuple[int, ...]
     parts: Parts
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
+    first_row: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -49,15 +49,16 @@ class QTensor:
         """Unpack to `shape` in `dtype`. A plain tensor that has the dtype already is returned without a copy."""
         if self.format.family == "plain":
             return self.parts[""].to(dtype).reshape(self.shape)
-        wide = self.format.codec.dequantize(self.parts, rows_columns(self.shape)[1], self.options)
-        return wide.to(dtype).reshape(self.shape)
+        rows, columns = rows_columns(self.shape)
+        wide = self.format.codec.dequantize(self.parts, columns, self.options)
+        return wide[self.first_row : self.first_row + rows].to(dtype).reshape(self.shape)
 
     def linear(self, x: Tensor) -> Tensor:
         """x @ W.T. x: [tokens, columns] in the compute dtype -> [tokens, rows] in the same."""
         rows, columns = self.shape
-        step = rows
-        if x.device.type == "cpu" and self.parts[""].dtype != x.dtype:
-            step = max(CPU_PIECE_WEIGHTS // columns, 1)
+        step, group = rows, self.format.row_group
+        if x.device.type == "cpu" and self.parts[""].dtype != x.dtype and group and self.parts[""].ndim == 2:
+            step = max(CPU_PIECE_WEIGHTS // columns // group, 1) * group
         pieces = [self._rows(start, min(start + step, rows))._linear(x) for start in range(0, rows, step)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
 
@@ -69,8 +70,16 @@ class QTensor:
 
     def _rows(self, start: int, stop: int) -> QTensor:
         """Rows [start, stop), as views."""
-        parts = {suffix: part[start:stop] for suffix, part in self.parts.items()}
-        return replace(self, shape=(stop - start, *self.shape[1:]), parts=parts)
+        rows, columns = self.shape
+        if (start, stop) == (0, rows):
+            return self
+        layout = self.format.layout(stop - start, columns, self.options)
+        parts = {
+            suffix: part[start : start + layout[suffix][1][0]] if part.ndim == 2 else part
+            for suffix, part in self.parts.items()
+        }
+        options = self.format.codec.at_row(self.options, start)
+        return replace(self, shape=(stop - start, columns), parts=parts, options=options)
 
     def is_finite(self) -> bool:
         """Whether every weight is a number. Looks at the float parts where there are any, else unpacks."""

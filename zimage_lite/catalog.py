@@ -1,0 +1,84 @@
+"""What each format costs on the true model: bits, bytes, and which group of tensors gets what. Nothing is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.stored import StoredTensor
+from .config import TextEncoderConfig, TransformerConfig
+from .model.linear import shapes
+from .model.text_encoder import TextEncoder
+from .model.transformer import Transformer
+from .quant.fidelity import Sums, TensorError, by_group
+from .quant.formats import FORMATS, Format
+from .quant.output_file import OutTensor, output_tensors
+from .quant.recipe import Target, target, targets
+
+_CONTAINERS = ("gguf", "comfy", "bnb", "quanto")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Some tensors of the true model in the formats that a recipe gives them."""
+
+    name: str
+    formats: tuple[str, ...]
+    weights: int
+    bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.bytes * 8 / self.weights
+
+
+def costs(chosen: Target, component: str = "transformer") -> list[Cost]:
+    """One for each group of tensors, and one for all together."""
+    tensors = output_tensors(_true_model(component), chosen)
+    entries = [
+        TensorError(t.name, t.sources[0].name, t.format.name, t.nbytes, Sums(t.rows * t.columns)) for t in tensors
+    ]
+    found = [_cost(group, members) for group, members in by_group(entries).items()]
+    return [*found, _cost("all", entries)]
+
+
+def _cost(name: str, entries: list[TensorError]) -> Cost:
+    formats = tuple(sorted({entry.format for entry in entries}))
+    return Cost(name, formats, sum(entry.sums.count for entry in entries), sum(entry.nbytes for entry in entries))
+
+
+def all_targets() -> list[tuple[Target, Cost]]:
+    """Every recipe and what its transformer takes: by container, the largest first."""
+    found = [(target(name), costs(target(name))[-1]) for name in targets()]
+    return sorted(found, key=lambda item: (_CONTAINERS.index(item[0].container), -item[1].bytes))
+
+
+def kept(chosen: Target, component: str = "transformer") -> tuple[int, int]:
+    """What stays 16-bit although it could shrink: its bytes, and what they would be in the recipe's main format."""
+    row = FORMATS[chosen.recipes[component].format]
+    able = [
+        t for t in output_tensors(_true_model(component), chosen) if t.format.family == "plain" and _shrinks(t, row)
+    ]
+    return sum(t.nbytes for t in able), sum(row.nbytes(t.rows, t.columns) for t in able)
+
+
+def _shrinks(tensor: OutTensor, row: Format) -> bool:
+    matrix = tensor.name.endswith(".weight") and tensor.rows > 1
+    return row.lossy and matrix and row.fits(tensor.columns)
+
+
+@cache
+def _true_model(component: str) -> Checkpoint:
+    """Names and shapes of the released model, in bfloat16, without files."""
+    if component == "transformer":
+        config: TransformerConfig | TextEncoderConfig = TransformerConfig()
+        wanted = shapes(Transformer(TransformerConfig()))
+    else:
+        config = TextEncoderConfig()
+        # The runtime leaves out the last layer and gathers embedding rows from the file; the file has both.
+        wanted = shapes(TextEncoder(replace(config, num_hidden_layers=config.num_hidden_layers + 1)))
+        wanted["embed_tokens.weight"] = (config.vocab_size, config.hidden_size)
+    tensors = {name: StoredTensor(name, FORMATS["bf16"], shape, {}) for name, shape in wanted.items()}
+    return Checkpoint(component, Path(), "", tensors, config)

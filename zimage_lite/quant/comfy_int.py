@@ -1,0 +1,176 @@
+"""ComfyUI's 4-bit integers: `int4` (asym_w4a8_int8) and `convrot_w4a4`.
+
+int4   rows are rotated by ConvRot; 16 columns share an e4m3 scale and a row a float32 one. A code names one of 16
+       levels, and level x group scale is rounded to an integer below 128, so that the multiplication can run in int8:
+           W H = round(codebook[code] * s_rel) * s_channel
+       A byte holds an even column in its low nibble. Without a codebook the levels are code - 8. Files made
+       by others may have 6-bit codes (a plane of low nibbles, then one of the 2 high bits; levels code - 32), and
+       a correction to add to each group.
+convrot_w4a4  signed nibbles and one scale per row, rotated
+
+Source of layouts and codebook: comfy-kitchen 0.2.40. The group scales are chosen better than there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from zimage_kernels import hadamard_rotate
+
+from .formats import Codec, Format, Layout, Options, Parts, Shapes
+from .int8 import rotation_group
+from .pieces import by_pieces, count_below, unpack_nibbles, widen
+
+SCALE_GROUP = 16
+
+# The 16 levels that lose least of a Gaussian whose groups are divided by their largest value. comfy-kitchen writes
+# these for every rotated weight that looks Gaussian, and its fastest kernels know no others.
+_CODEBOOK = (
+    -0.980602, -0.794529, -0.638165, -0.500986, -0.377321, -0.263187, -0.155210, -0.050720,
+    0.052541, 0.156985, 0.265284, 0.379533, 0.502636, 0.638953, 0.794876, 0.980671,
+)  # fmt: skip
+
+# Group scales to try, in e4m3 steps (6 to 12 %) from max|w|. Relative error of a Gaussian: 7.31 % in comfy-kitchen,
+# 7.20 % with three, 7.11 % with seven.
+_STEPS = {"fast": (0, 1), "reference": (0, -1, 1), "best": (0, -1, 1, -2, 2, -3, 3)}
+_E4M3_LARGEST = 0x7E
+
+# The nearest level is read from a table of cells, evenly from -_REACH to _REACH.
+_CELLS, _REACH = 4096, 1.0625
+
+
+class Int4Codec(Codec):
+    def options(self, columns: int) -> Options:
+        return {"group": rotation_group(columns), "scale_group": SCALE_GROUP}
+
+    def marker(self, options: Options) -> dict[str, Any]:
+        """ComfyUI needs no "convrot", but SGLang refuses a marker without it."""
+        group, scale_group = options["group"], options["scale_group"]
+        return {"format": "asym_w4a8_int8", "group_size": scale_group, "convrot": True, "convrot_groupsize": group}
+
+    def layout(self, rows: int, columns: int, options: Options) -> Layout:
+        """What `quantize` writes. In the files of others "bits" may be 6, and `_codebook` absent."""
+        bits = options.get("bits", 4)
+        return {
+            "": ("I8", (rows, columns * bits // 8)),
+            "_s_rel": ("F8_E4M3", (rows, columns // options["scale_group"])),
+            "_s_channel": ("F32", (rows, 1)),
+            "_codebook": ("F32", (16,)),
+        }
+
+    def stored(self, rows: int, columns: int, options: Options) -> Shapes:
+        return super().stored(rows, columns, options) | {"_s_channel": (rows,)}
+
+    def quantize(self, x: Tensor, options: Options, effort: str = "reference") -> Parts:
+        codebook = torch.tensor(_CODEBOOK, device=x.device)
+        group = options["scale_group"]
+
+        def pack(piece: slice) -> Parts:
+            return _pack_int4(hadamard_rotate(x[piece], options["group"]), group, codebook, effort)
+
+        return {**by_pieces(x.shape[0], x.shape[1], pack), "_codebook": codebook}
+
+    def dequantize(self, parts: Parts, columns: int, options: Options) -> Tensor:
+        packed, group = parts[""].view(torch.uint8), options["scale_group"]
+        relative = parts["_s_rel"].view(torch.float8_e4m3fn) if parts["_s_rel"].itemsize == 1 else parts["_s_rel"]
+        channel = parts["_s_channel"].reshape(-1, 1, 1)
+
+        def unpack(piece: slice) -> Tensor:
+            levels = _levels(packed[piece], columns, parts.get("_codebook")).view(-1, columns // group, group)
+            wide = levels.mul_(relative[piece].float().unsqueeze(2)).round_().clamp_(-127, 127).mul_(channel[piece])
+            return hadamard_rotate(wide.view(-1, columns), options["group"])
+
+        return widen(packed.shape[0], columns, unpack)
+
+
+def _levels(packed: Tensor, columns: int, codebook: Tensor | None) -> Tensor:
+    """Bytes as stored -> the level that each code names: [rows, columns] float32."""
+    codes = torch.arange(16, dtype=torch.float32, device=packed.device)
+    if packed.shape[1] * 2 == columns:
+        return unpack_nibbles(packed, codes - 8 if codebook is None else codebook.float(), high_first=False)
+    low = unpack_nibbles(packed[:, : columns // 2], codes - 32, high_first=False)
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device)
+    high = (packed[:, columns // 2 :].unsqueeze(2) >> shifts) & 3
+    return low.add_(high.view(-1, columns), alpha=16)
+
+
+def _pack_int4(rotated: Tensor, group: int, codebook: Tensor, effort: str) -> Parts:
+    """Works on [columns of a group, groups]: sums over a group are then sums of long rows."""
+    rows, columns = rotated.shape
+    x = rotated.view(-1, group).t().contiguous()
+    extreme = x.abs().amax(0).view(rows, -1)
+    # The row's largest level becomes 127. Below 1e-30 everything is 0.
+    channel = (extreme.amax(1, keepdim=True) * (codebook.abs().amax() / 127)).clamp_(min=1e-30)
+    x.view(group, rows, -1).div_(channel)
+    scale = _best_scale(x, (extreme / channel).flatten().to(torch.float8_e4m3fn), codebook, _STEPS[effort])
+    if effort == "best":
+        levels = (codebook.unsqueeze(1) * scale.float()).round_().clamp_(-127, 127)
+        codes = count_below(x, (levels[1:] + levels[:-1]).div_(2))
+    else:  # loses 0.2 % of the error, and takes a sixth of the time
+        codes = _nearest_codes(codebook).index_select(0, _cells(x, scale.float()).flatten()).view(x.shape)
+    packed = codes[0::2] | (codes[1::2] << 4)
+    return {
+        "": packed.t().reshape(rows, columns // 2).view(torch.int8),
+        "_s_rel": scale.view(rows, -1),
+        "_s_channel": channel,
+    }
+
+
+def _best_scale(x: Tensor, start: Tensor, codebook: Tensor, steps: tuple[int, ...]) -> Tensor:
+    """For each group the e4m3 scale near `start` that reproduces it best. x: [columns of a group, groups]."""
+    nearest = codebook[_nearest_codes(codebook).int()]
+    best_scale, best_error = start.view(torch.uint8), torch.full_like(x[0], torch.inf)
+    for step in steps:
+        scale = (start.view(torch.uint8).short() + step).clamp_(0, _E4M3_LARGEST).byte()
+        wide = scale.view(torch.float8_e4m3fn).float()
+        levels = nearest.index_select(0, _cells(x, wide).flatten()).view(x.shape)
+        error = levels.mul_(wide).round_().clamp_(-127, 127).sub_(x).square_().sum(0)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+    return best_scale.view(torch.float8_e4m3fn)
+
+
+def _cells(x: Tensor, scale: Tensor) -> Tensor:
+    """Where x / scale lies in the table of nearest codes."""
+    factor = (_CELLS / 2 / _REACH) / scale.clamp(min=2**-9)  # the smallest e4m3 number, for groups of zeros
+    return (x * factor).add_(_CELLS / 2).clamp_(0, _CELLS - 1).int()
+
+
+def _nearest_codes(codebook: Tensor) -> Tensor:
+    """[_CELLS] uint8: the code of the level nearest to the middle of each cell."""
+    middles = (torch.arange(_CELLS, device=codebook.device) + 0.5) * (2 * _REACH / _CELLS) - _REACH
+    return count_below(middles, (codebook[1:] + codebook[:-1]) / 2)
+
+
+class ConvrotW4A4Codec(Codec):
+    def options(self, columns: int) -> Options:
+        return {"group": rotation_group(columns)}
+
+    def marker(self, options: Options) -> dict[str, Any]:
+        return {"format": "convrot_w4a4", "convrot_groupsize": options["group"]}
+
+    def layout(self, rows: int, columns: int, options: Options) -> Layout:
+        return {"": ("I8", (rows, columns // 2)), "_scale": ("F32", (rows, 1))}
+
+    def stored(self, rows: int, columns: int, options: Options) -> Shapes:
+        return {"": (rows, columns // 2), "_scale": (rows,)}
+
+    def dequantize(self, parts: Parts, columns: int, options: Options) -> Tensor:
+        packed, scale = parts[""], parts["_scale"].reshape(-1, 1)
+        values = torch.tensor([*range(8), *range(-8, 0)], dtype=torch.float32, device=packed.device)
+
+        def unpack(piece: slice) -> Tensor:
+            wide = unpack_nibbles(packed[piece], values, high_first=False).mul_(scale[piece])
+            return hadamard_rotate(wide, options["group"])
+
+        return widen(packed.shape[0], columns, unpack)
+
+
+CODECS: dict[str, Codec] = {"int4": Int4Codec(), "convrot_w4a4": ConvrotW4A4Codec()}
+
+
+def codec(row: Format) -> Codec:
+    return CODECS[row.name]
