@@ -103,13 +103,17 @@ def randomize(model: torch.nn.Module) -> None:
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command line that must be refused: exit code 2, one line on stderr, no traceback. Returns the line."""
+    """Runs a command line that must be refused: exit code 2, one line on stderr, no traceback. Returns the line.
 
-    def call(*args: object, code: int = 2) -> str:
+    notes: lines that may come first."""
+
+    def call(*args: object, code: int = 2, notes: int = 0) -> str:
         capsys.readouterr()
         assert run([str(arg) for arg in args]) == code
         captured = capsys.readouterr()
         lines = captured.err.strip().splitlines()
+        assert all(line.startswith("note: ") for line in lines[:notes]), captured.err
+        del lines[:notes]
         assert len(lines) == 1, captured.err
         assert lines[0].startswith("error: ")
         assert captured.out == ""

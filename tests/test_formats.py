@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from zimage_kernels.rotation import hadamard_matrix
 from zimage_lite.checkpoint.container import open_tensor_file
 from zimage_lite.checkpoint.packed import stored_tensors
 from zimage_lite.errors import FileFormatError, UserError
-from zimage_lite.quant import int8
 from zimage_lite.quant import tensor as tensor_module
-from zimage_lite.quant.formats import FORMATS, GGML_TYPES
+from zimage_lite.quant.comfy import from_marker
+from zimage_lite.quant.formats import DTYPE_BYTES, FORMATS, GGML_TYPES
+from zimage_lite.quant.recipe import target, targets
 from zimage_lite.quant.tensor import TORCH_DTYPES, QTensor
 
-OURS = ("q8_0", "q4_0", "q4_1")  # ggml types with a codec of our own
+OURS = ("q8_0", "q4_0", "q4_1")  # the simplest of ggml's types; the others have a test file of their own
 WRITABLE = tuple(name for name, row in FORMATS.items() if row.writable)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # gguf-py divides by zero and overflows in passing
@@ -41,7 +43,8 @@ def pack(name: str, x: np.ndarray) -> np.ndarray:
 def unpack(name: str, blocks: np.ndarray) -> np.ndarray:
     row = FORMATS[name]
     part = torch.from_numpy(blocks.copy()).view(TORCH_DTYPES[row.dtype])
-    columns = blocks.shape[1] // row.block_bytes * row.block
+    _, block, block_bytes = GGML_TYPES[name]
+    columns = blocks.shape[1] // block_bytes * block
     return row.codec.dequantize({"": part}, columns, {}).numpy()
 
 
@@ -131,8 +134,8 @@ def test_a_type_that_gguf_py_cannot_unpack_is_refused(monkeypatch: pytest.Monkey
         raise NotImplementedError
 
     monkeypatch.setattr(gguf, "dequantize", refuse)
-    with pytest.raises(UserError, match="ggml type q6_k"):
-        unpack("q6_k", np.zeros((1, 210), dtype=np.uint8))
+    with pytest.raises(UserError, match="ggml type iq3_xxs"):
+        unpack("iq3_xxs", np.zeros((1, 98), dtype=np.uint8))
 
 
 @pytest.mark.parametrize("name", GGML_TYPES)
@@ -165,36 +168,49 @@ def quantized(name: str, x: torch.Tensor) -> QTensor:
 
 @pytest.mark.parametrize(
     ("name", "bits"),
-    [("f32", 32), ("bf16", 16), ("f16", 16), ("q8_0", 8.5), ("q4_0", 4.5), ("q4_1", 5), ("int8", 8 + 32 / 3840)],
-)
+    [("f32", 32), ("bf16", 16), ("f16", 16), ("q8_0", 8.5), ("q4_0", 4.5), ("q4_1", 5), ("int8", 8 + 32 / 3840),
+     ("q6_k", 6.5625), ("q5_k", 5.5), ("q5_1", 6), ("q5_0", 5.5), ("q4_k", 4.5), ("q3_k", 3.4375), ("q2_k", 2.625),
+     ("iq4_nl", 4.5), ("iq4_xs", 4.25), ("bnb-int8", 8 + (32 * 3840 + 8) / 3840**2), ("fp8", 8 + 32 / 3840**2)],
+)  # fmt: skip
 def test_bits_per_weight(name: str, bits: float) -> None:
     assert FORMATS[name].bits_per_weight() == pytest.approx(bits, rel=1e-12)
 
 
-@pytest.mark.parametrize("columns", [32, 768])
+@pytest.mark.parametrize("blocks", [1, 3, 24])
 @pytest.mark.parametrize("name", WRITABLE)
-def test_layout_says_what_the_codec_makes(name: str, columns: int) -> None:
+def test_layout_says_what_the_codec_makes(name: str, blocks: int) -> None:
+    columns = blocks * FORMATS[name].block
     packed = quantized(name, torch.randn(6, columns))
     layout = FORMATS[name].layout(6, columns)
     assert {suffix: (part.dtype, tuple(part.shape)) for suffix, part in packed.parts.items()} == {
         suffix: (TORCH_DTYPES[dtype], shape) for suffix, (dtype, shape) in layout.items()
     }
-    assert packed.nbytes * 8 == FORMATS[name].bits_per_weight(columns) * 6 * columns
+    assert all(DTYPE_BYTES[dtype] == TORCH_DTYPES[dtype].itemsize for dtype, _ in layout.values())
+    assert packed.nbytes == FORMATS[name].nbytes(6, columns)
     assert packed.dequantize().shape == (6, columns)
 
 
-@pytest.mark.parametrize("name", ["q9_0", "", "q4_1", "q6_k", "f64", "f32"])
+@pytest.mark.parametrize("name", WRITABLE)
+def test_stored_shapes_are_of_the_same_bytes(name: str) -> None:
+    row = FORMATS[name]
+    options = row.codec.options(768)
+    layout, stored = row.layout(256, 768, options), row.codec.stored(256, 768, options)
+    assert {suffix: math.prod(shape) for suffix, shape in stored.items()} == {
+        suffix: math.prod(shape) for suffix, (_, shape) in layout.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["q9_0", "", "q4_k", "iq3_xxs", "nvfp4", "f64", "f32", "../formats", "keep"])
 def test_unknown_target_names_the_known_ones(name: str) -> None:
     with pytest.raises(UserError) as caught:
-        target_format(name, "--some-flag")
+        target(name, "--some-flag")
     line = str(caught.value)
-    assert line.startswith("--some-flag") and repr(name) in line
-    assert set(TARGETS) == {"bf16", "f16", "q8_0", "q4_0", "int8"}
-    assert all(target in line for target in TARGETS)
+    assert line.startswith("--some-flag") and f"got {name!r}, expected " in line
+    assert line.rpartition("expected ")[2].split(", ") == list(targets())
 
 
 def test_targets_may_be_spelled_in_capitals() -> None:
-    assert [target_format(name.upper()).name for name in TARGETS] == list(TARGETS)
+    assert [target(name.upper()).name for name in targets()] == list(targets())
 
 
 # int8: ComfyUI's int8_tensorwise with ConvRot, from its description alone (formats.md, section 5.2).
@@ -287,18 +303,19 @@ def test_hadamard_groups_are_powers_of_four(group: int) -> None:
 
 @pytest.mark.parametrize("columns", [3840, 10240, 512, 192, 80, 682, 16, 8])
 def test_int8_marker_says_how_to_undo_the_rotation(columns: int) -> None:
-    options = FORMATS["int8"].codec.options(columns)
-    marker = int8.to_marker(options)
+    codec = FORMATS["int8"].codec
+    options = codec.options(columns)
+    marker = codec.marker(options)
     assert marker["format"] == "int8_tensorwise"
     assert ("convrot" in marker) == (columns % 16 == 0)
-    assert int8.from_marker(marker, columns, "here") == options
-    assert int8.from_marker({"format": "int8_tensorwise", "params": marker}, columns, "here") == options
+    assert from_marker(marker, columns, "here") == options
+    assert from_marker({"format": "int8_tensorwise", "params": marker}, columns, "here") == options
 
 
 @pytest.mark.parametrize("group", [0, -256, 32, 1024, "256", 256.0, None, [256]])
 def test_int8_marker_with_an_impossible_group_is_refused(group: object) -> None:
     with pytest.raises(FileFormatError, match="convrot_groupsize"):
-        int8.from_marker({"convrot": True, "convrot_groupsize": group}, 512, "here")
+        from_marker({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": group}, 512, "here")
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -38,12 +38,15 @@ from zimage_lite.model.linear import shapes
 from zimage_lite.model.transformer import Transformer
 from zimage_lite.pipeline import Pipeline
 from zimage_lite.quant import convert
-from zimage_lite.quant.formats import TARGETS
+from zimage_lite.quant.recipe import target as recipe
+from zimage_lite.quant.recipe import targets
 
 Weights = dict[str, torch.Tensor]
 
-GGUF_TARGETS = ("q8_0", "q4_0", "f16", "bf16")
-SUFFIX = {name: "safetensors" if name == "int8" else "gguf" for name in TARGETS}
+GGUF_TARGETS = ("q8_0", "q4_0", "f16", "bf16")  # those that gguf-py can write as well
+TARGETS = (*GGUF_TARGETS, "q4_k_m", "q2_k", "int8", "int4", "fp8", "nf4", "qint4")  # of every container and codec
+# What most bytes of `model` are in, whose rows of 96 weights not every format divides.
+MAIN = {"q4_k_m": "q5_0", "q2_k": "iq4_nl", "nf4": "bf16"}
 BLOCKS = ["", *(f"{refiner}_refiner.{n}" for refiner in ("context", "noise") for n in range(2))]
 BLOCKS += [f"layers.{n}" for n in range(12)]
 KEPT = ("t_embedder.", "x_embedder.", "final_layer.", "cap_embedder.")
@@ -58,7 +61,7 @@ LLAMA_NAMES = (
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Float32 as on the Hub, sizes that every format divides as those of the true model, and more than ten layers."""
+    """Float32 as on the Hub, sizes that most formats divide as those of the true model, and more than ten layers."""
     folder = tmp_path_factory.mktemp("source") / "small"
     folder.mkdir()
     transformer = TransformerConfig(
@@ -124,7 +127,7 @@ def gguf_type(name: str, tensor: torch.Tensor, target: str) -> str:
     """Of a transformer's tensor, as formats.md 2.4 says."""
     if tensor.ndim == 1 or name.endswith("pad_token"):
         return "F32"
-    if name.startswith((*KEPT, "context_refiner.", "noise_refiner.")):
+    if target != "f16" and name.startswith((*KEPT, "context_refiner.", "noise_refiner.")):
         return "BF16"
     return "Q4_1" if target == "q4_0" and ".w2." in name else target.upper()
 
@@ -168,15 +171,37 @@ def test_gguf_transformer(model: Path, outputs: dict[str, Path], target: str) ->
     assert file.stat().st_size - end < 32
 
 
-@pytest.mark.parametrize(("target", "others"), [("q8_0", "Q8_0"), ("q4_0", "Q4_0"), ("int8", "Q8_0")])
-def test_gguf_text_encoder(model: Path, outputs: dict[str, Path], target: str, others: str) -> None:
+@pytest.mark.parametrize(("target", "to"), [("q8_0", None), ("int8", None), ("q4_0", "q4_0"), ("q8_0", "q5_0")])
+def test_gguf_text_encoder(model: Path, outputs: dict[str, Path], target: str, to: str | None, tmp_path: Path) -> None:
     def choose(name: str, tensor: torch.Tensor) -> str:
-        return "F32" if tensor.ndim == 1 else "Q8_0" if name == "token_embd.weight" else others
+        return "F32" if tensor.ndim == 1 else "Q8_0" if name == "token_embd.weight" else (to or "q8_0").upper()
 
+    if to is not None:
+        args = ["--to", target, "--text-encoder-to", to, "-o", str(tmp_path / "out")]
+        assert run(["quantize", str(model), *args]) == 0
+        outputs = {target: tmp_path / "out"}
     file = written(outputs, target, "text_encoder")
     assert_gguf_holds(file, llama_cpp(source_weights(model, "text_encoder")), choose)
     names = [tensor.name for tensor in sorted(gguf.GGUFReader(file).tensors, key=lambda t: t.data_offset)]
     assert_in_order(names, ["", *(f"blk.{n}" for n in range(11))])
+
+
+@pytest.mark.parametrize("target", ["q4_0", "q4_k_m", "int4"])
+def test_text_encoder_beside_a_small_transformer(outputs: dict[str, Path], target: str) -> None:
+    """q4_k_m, which makes a mixture; rows of 128 weights get what llama.cpp gives them."""
+    tensors = gguf.GGUFReader(written(outputs, target, "text_encoder")).tensors
+    more = [n for n in range(11) if n < 1 or n >= 77 // 8 or (n - 1) % 3 == 2]
+    for tensor in tensors:
+        n = int(tensor.name.split(".")[1]) if tensor.name.startswith("blk.") else None
+        if tensor.name.endswith("norm.weight"):
+            wanted = "F32"
+        elif tensor.name == "token_embd.weight" or (".attn_v." in tensor.name and n in more):
+            wanted = "Q8_0"  # instead of Q6_K
+        elif ".ffn_down." in tensor.name:
+            wanted = "Q6_K" if n in more else "Q4_K"
+        else:  # instead of Q4_K, but for the one matrix with rows of 256
+            wanted = "Q4_K" if ".attn_output." in tensor.name else "Q5_0"
+        assert tensor.tensor_type.name == wanted, tensor.name
 
 
 def read_safetensors(file: Path) -> tuple[Weights, dict[str, tuple[int, int]]]:
@@ -255,12 +280,17 @@ def test_rows_that_no_block_divides(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_everything_else_is_carried_over(model: Path, outputs: dict[str, Path], target: str) -> None:
-    kept = ["vae", "tokenizer", "scheduler"] + (["text_encoder"] if target in ("f16", "bf16") else [])
+    kept = ["vae", "tokenizer", "scheduler"] + (["text_encoder"] if target in ("f16", "bf16", "qint4") else [])
     same = [file.relative_to(model) for folder in kept for file in (model / folder).iterdir()]
-    for file in (*same, "model_index.json", "transformer/config.json", "text_encoder/config.json"):
+    for file in (*same, "model_index.json"):
         assert (outputs[target] / file).read_bytes() == (model / file).read_bytes(), file
+    for component in ("transformer", "text_encoder"):
+        ours, theirs = (json.loads((x / component / "config.json").read_bytes()) for x in (outputs[target], model))
+        says_how = target == "nf4" or (target == "qint4" and component == "transformer")
+        assert (ours.pop("quantization_config", None) is not None) == says_how
+        assert ours == theirs
     opened = open_model(outputs[target])
-    assert opened.transformer.main_format == target
+    assert opened.transformer.main_format == MAIN.get(target, target)
     assert opened.transformer.config == open_model(model).transformer.config
 
 
@@ -290,13 +320,14 @@ def test_a_component_or_a_file_alone(
     (file,) = (model / component).glob("*.safetensors")
     assert run(["quantize", str(model), "--to", target, "--component", component]) == 0
     assert run(["quantize", str(file), "--to", target]) == 0
-    from_model, from_file = (Path(f"{stem}-{target}.{SUFFIX[target]}") for stem in (f"small-{component}", file.stem))
+    suffix = recipe(target).suffix
+    from_model, from_file = (Path(f"{stem}-{target}{suffix}") for stem in (f"small-{component}", file.stem))
     assert {path.name for path in tmp_path.iterdir()} == {from_model.name, from_file.name}
     if component == "transformer":
         assert from_model.read_bytes() == written(outputs, target).read_bytes()
     assert contents(from_file) == contents(from_model)
     metadata = open_checkpoint(from_model).metadata  # the tokenizer lies beside the folder, and beside no file
-    assert ("tokenizer.ggml.tokens" in metadata) == (component == "text_encoder" and target != "int8")
+    assert ("tokenizer.ggml.tokens" in metadata) == (component == "text_encoder" and suffix == ".gguf")
 
 
 def contents(file: Path) -> dict[str, bytes]:
@@ -365,15 +396,33 @@ def test_requantizing(outputs: dict[str, Path], source: str, tmp_path: Path) -> 
     assert run(["quantize", str(written(outputs, source)), "--to", "q4_0", "-o", str(out)]) == 0
     before = open_checkpoint(written(outputs, source)).tensors
     wide = native({name: tensor.read().dequantize() for name, tensor in before.items()})
-    assert_gguf_holds(out, wide, lambda name, tensor: gguf_type(name, tensor, "q4_0"))
+    kept = "F16" if source == "f16" else "BF16"  # what stays 16-bit stays what it was
+    assert_gguf_holds(out, wide, lambda name, tensor: gguf_type(name, tensor, "q4_0").replace("BF16", kept))
 
 
-def test_requantizing_to_the_same_format_copies_the_bytes(outputs: dict[str, Path], tmp_path: Path) -> None:
-    for target in TARGETS:
-        out = tmp_path / target
-        assert run(["quantize", str(outputs[target]), "--to", target, "-o", str(out)]) == 0
-        assert written({target: out}, target).read_bytes() == written(outputs, target).read_bytes()
-        assert files_below(out / "text_encoder") == files_below(outputs[target] / "text_encoder")
+@pytest.mark.parametrize("target", sorted(set(TARGETS) - {"nf4", "qint4"}))
+def test_requantizing_to_the_same_format_copies_the_bytes(
+    outputs: dict[str, Path], target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / target
+    assert run(["quantize", str(outputs[target]), "--to", target, "-o", str(out)]) == 0
+    assert written({target: out}, target).read_bytes() == written(outputs, target).read_bytes()
+    assert files_below(out / "text_encoder") == files_below(outputs[target] / "text_encoder")
+    assert "note:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_of_another_dtype_are_not_taken_for_ours(
+    outputs: dict[str, Path], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Other programs write them; copied as they are, their bytes would be read as float32."""
+    tensors = load_file(written(outputs, "int8"))
+    file, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    save_file({n: t.to(dtype) if n.endswith("weight_scale") else t for n, t in tensors.items()}, file)
+    assert run(["quantize", str(file), "--to", "int8", "-o", str(out)]) == 0
+    theirs, ours = open_checkpoint(file).tensors, open_checkpoint(out).tensors
+    for name, truth in theirs.items():
+        assert relative_error(ours[name].read_float(), truth.read_float()) <= 0.01, name
 
 
 def single(model: Path, component: str = "transformer") -> Path:
@@ -407,7 +456,9 @@ def test_a_scale_that_is_not_a_number(outputs: dict[str, Path], tmp_path: Path, 
     with open(file, "r+b") as opened:
         opened.seek(tensor.data_offset + 34 * 5)
         opened.write(b"\x00\x7e")
-    assert "layers.3.attention.qkv.weight" in refused("quantize", file, "--to", target, "-o", tmp_path / "out")
+    notes = int(target != "q8_0")  # that it was lossy already
+    line = refused("quantize", file, "--to", target, "-o", tmp_path / "out", notes=notes)
+    assert "layers.3.attention.qkv.weight" in line
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -454,9 +505,9 @@ def test_tensors_of_odd_sizes_are_no_obstacle(model: Path, tmp_path: Path, targe
     tensors = open_checkpoint(out).tensors
     for name, truth in odd.items():
         assert tensors[name].shape == tuple(truth.shape)
-        value, tolerance = tensors[name].read().dequantize(), 14 / 127 if name == "layers.0.odd.weight" else 0
-        torch.testing.assert_close(value, truth.float(), rtol=0, atol=tolerance if target == "int8" else 0)
-    if target != "int8":
+        tolerance = {"int8": 14 / 127, "fp8": 14 / 16}.get(target, 0) if name == "layers.0.odd.weight" else 0
+        torch.testing.assert_close(tensors[name].read().dequantize(), truth.float(), rtol=0, atol=tolerance)
+    if recipe(target).suffix == ".gguf":
         assert all(tensor.data_offset % 32 == 0 for tensor in gguf.GGUFReader(out).tensors)
 
 
@@ -488,9 +539,9 @@ def test_json_is_one_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_unknown_formats_are_answered_with_the_known_ones(model: Path, tmp_path: Path, refused) -> None:
     line = refused("quantize", model, "--to", "q9_0", "-o", tmp_path / "out")
-    assert "--to" in line and "'q9_0'" in line and all(target in line for target in TARGETS)
+    assert "--to" in line and "'q9_0'" in line and all(target in line for target in targets())
     line = refused("quantize", model, "--to", "q8_0", "--text-encoder-to", "q9_0", "-o", tmp_path / "out")
-    assert "--text-encoder-to" in line and all(target in line for target in (*TARGETS, "keep"))
+    assert "--text-encoder-to" in line and all(target in line for target in (*targets(), "keep"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -498,8 +549,8 @@ def test_text_encoder_to(model: Path, outputs: dict[str, Path], tmp_path: Path) 
     out = tmp_path / "kept"
     assert run(["quantize", str(model), "--to", "q8_0", "--text-encoder-to", "keep", "-o", str(out)]) == 0
     assert files_below(out / "text_encoder") == files_below(model / "text_encoder")
-    out = tmp_path / "q4_0"
-    assert run(["quantize", str(model), "--to", "q8_0", "--text-encoder-to", "q4_0", "-o", str(out)]) == 0
+    out = tmp_path / "q4_k_m"
+    assert run(["quantize", str(model), "--to", "q8_0", "--text-encoder-to", "q4_k_m", "-o", str(out)]) == 0
     assert files_below(out / "text_encoder") == files_below(outputs["q4_0"] / "text_encoder")
 
 

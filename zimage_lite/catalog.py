@@ -77,8 +77,8 @@ def _true_model(component: str) -> Checkpoint:
         wanted = shapes(Transformer(TransformerConfig()))
     else:
         config = TextEncoderConfig()
-        # The runtime leaves out the last layer and gathers embedding rows from the file; the file has both.
+        # The runtime leaves out the last layer and norm, and gathers embedding rows from the file, which has them all.
         wanted = shapes(TextEncoder(replace(config, num_hidden_layers=config.num_hidden_layers + 1)))
-        wanted["embed_tokens.weight"] = (config.vocab_size, config.hidden_size)
+        wanted |= {"embed_tokens.weight": (config.vocab_size, config.hidden_size), "norm.weight": (config.hidden_size,)}
     tensors = {name: StoredTensor(name, FORMATS["bf16"], shape, {}) for name, shape in wanted.items()}
     return Checkpoint(component, Path(), "", tensors, config)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint.checkpoint import WEIGHT_SUFFIXES, Checkpoint, components_in, weight_files
+from .checkpoint.checkpoint import WEIGHT_SUFFIXES, Checkpoint, components_in, is_weight_file, weight_files
 from .checkpoint.detect import COMPONENTS
 from .checkpoint.diffusers_config import config_json, model_index
 from .checkpoint.model_card import CARD
@@ -95,11 +95,12 @@ def quantize(
     keeps one of its files at a time and none in the end, and downloaded is told of bytes.
 
     out: default is the source's name with the format added, in the current folder. keep: patterns of tensors that stay
-    16-bit; tensors: PATTERN=FORMAT. measure: decode everything again and compare; verify: read it back as well.
+    16-bit; tensors: PATTERN=FORMAT; of a model, both are about its transformer. measure: decode everything again and
+    compare; verify: read it back as well.
     """
     chosen = overridden(target(to), keep, tensors)
     encoder = text_encoder_to or chosen.text_encoder_to
-    part = overridden(target(encoder, "--text-encoder-to", also=(KEEP,)), keep) if encoder != KEEP else None
+    part = target(encoder, "--text-encoder-to", also=(KEEP,)) if encoder != KEEP else None
     if effort not in EFFORTS:
         raise UserError("--effort", got=repr(effort), expected=", ".join(EFFORTS))
     if device == "cuda" and not torch.cuda.is_available():
@@ -143,6 +144,8 @@ def _files(
 
 def _single_file(source: Path, component: str) -> Path | None:
     """What to convert if one component is meant; None if all are."""
+    if source.is_dir() and any(map(is_weight_file, source.iterdir())):
+        return source  # one component's folder
     if component == "all":
         return source if source.is_file() and len(components_in(source)) == 1 else None
     if source.is_file():
@@ -158,7 +161,7 @@ def _quantize_file(path: Path, out: Path | None, source: Path, component: str | 
     if checkpoint.component == "vae":
         raise UserError(f"{path}: a VAE stays as it is", fix="quantize the transformer and the text encoder")
     suffix = job.target.suffix
-    stem = source.stem if source.is_file() and component is None else f"{_name(source)}-{checkpoint.component}"
+    stem = _name(source) if component is None and path == source else f"{_name(source)}-{checkpoint.component}"
     out = out or Path(f"{stem}-{job.target.name}{suffix}")
     if out.is_dir():
         raise UserError(f"{out} is a folder", fix="name the file to write with -o")
@@ -210,7 +213,7 @@ def _prepare(out: Path, sources: list[Checkpoint], job: Job) -> None:
     """All that can be refused before anything is written, and what an earlier, killed run left behind."""
     require_absent(out, job.overwrite)
     _require_apart(out, *sources)
-    require_overrides_fit(job.target, sources)
+    require_overrides_fit(job.target, sources[0])
     for leftover in clear_leftovers(out):
         job.note(f"an earlier run was killed before it had finished: {leftover.name} was cleared away")
 
@@ -289,7 +292,12 @@ def _expect(out: Path, sources: list[Checkpoint], out_bytes: int, job: Job) -> N
 def _note_lossy(checkpoint: Checkpoint, to: Target, note: Note) -> None:
     """Say that what a smaller format lost does not come back."""
     main = checkpoint.main_format
-    if FORMATS[main].lossy and to.name != KEEP and main != to.recipes[checkpoint.component].format:
+    encoded_again = any(
+        part.format.lossy and part.format != tensor.format
+        for tensor in output_tensors(checkpoint, to)
+        for part in tensor.sources
+    )
+    if FORMATS[main].lossy and encoded_again:
         note(
             f"{checkpoint.component}: the source is {main} already, so {to.name} keeps its losses and adds its own; "
             "start from 16-bit weights where you can"

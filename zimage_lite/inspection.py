@@ -7,16 +7,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checkpoint.checkpoint import components_in
+from .checkpoint.checkpoint import Checkpoint, components_in
 from .checkpoint.detect import COMPONENTS
 from .checkpoint.model_files import find_component, open_model
+from .checkpoint.stored import StoredTensor
 from .errors import UserError
 from .loading import open_complete
+from .quant.fidelity import GROUP_ORDER, group_of
+from .quant.output_file import RECIPE_KEY
 
 
 @dataclass(frozen=True)
 class Part:
-    """One component, or the reason why it is refused. formats: name -> (tensors, bytes)."""
+    """One component, or the reason why it is refused.
+
+    formats: name -> (tensors, bytes); groups: of tensors -> (formats, bytes); recipe: what made the file.
+    """
 
     name: str
     model: str = ""
@@ -24,6 +30,8 @@ class Part:
     tensors: int = 0
     bytes: int = 0
     formats: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    groups: Mapping[str, tuple[tuple[str, ...], int]] = field(default_factory=dict)
+    recipe: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     refusal: str | None = None
 
@@ -74,5 +82,19 @@ def _part(name: str, path: Path, component: str | None) -> Part:
         len(checkpoint.tensors),
         checkpoint.nbytes,
         checkpoint.bytes_by_format(),
+        _groups(checkpoint),
+        checkpoint.metadata.get(RECIPE_KEY),
         asdict(checkpoint.config),
     )
+
+
+def _groups(checkpoint: Checkpoint) -> dict[str, tuple[tuple[str, ...], int]]:
+    """Group of tensors -> the formats it is in, and its bytes."""
+    found: dict[str, list[StoredTensor]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        found.setdefault(group_of(name), []).append(tensor)
+    return {
+        group: (tuple(sorted({tensor.format.name for tensor in found[group]})), sum(t.nbytes for t in found[group]))
+        for group in GROUP_ORDER
+        if group in found
+    }

@@ -129,7 +129,7 @@ def open_checkpoint(
 
 def components_in(path: Path) -> tuple[str, ...]:
     """What a weights file holds: one component, or all of them if it is an all-in-one checkpoint. Raises UserError."""
-    return tuple(contents(open_tensor_file(path).entries, str(path)))
+    return tuple(contents({tensor.name for tensor in stored_tensors(open_tensor_file(path))}, str(path)))
 
 
 def is_weight_file(path: Path) -> bool:

@@ -6,7 +6,9 @@ open map forbids replacing the file.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -57,6 +59,13 @@ class Entry:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
         return buffer
+
+    def will_read(self, start: int, nbytes: int) -> None:
+        """Have the system read these bytes ahead, where it can be told."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        with suppress(OSError), open(self.path, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), self.offset + start, nbytes, os.POSIX_FADV_WILLNEED)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from .stored import StoredTensor, require_layout, single
 
 _MARKER = ".comfy_quant"
 _METADATA = "_quantization_metadata"
-_COMPANIONS = (_MARKER, ".input_scale", ".scale_input", "scaled_fp8")  # about activations, or read here already
+# About activations, or read here already.
+_COMPANIONS = (_MARKER, ".input_scale", ".scale_input", ".scale_weight", "scaled_fp8")
 
 _LEGACY = {"F8_E4M3": "fp8", "F8_E5M2": "fp8_e5m2"}
 # Of each format, as they follow on ".weight".

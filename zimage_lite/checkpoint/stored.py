@@ -87,7 +87,9 @@ class StoredTensor:
                 continue  # an optional one
             entry = self.parts[suffix]
             if len(part_shape) != 2:
-                parts[suffix] = entry.read().view(_dtype(entry, dtype)).view(part_shape)
+                # All of it, whatever rows are read: nf4 has scales for 256 blocks, wherever they lie.
+                shared = entry.read().view(_dtype(entry, dtype))
+                parts[suffix] = shared if part_shape else shared.view(())
                 continue
             row_bytes = _dtype(entry, dtype).itemsize * part_shape[1]
             if suffix and entry.nbytes == row_bytes:  # one scale for all rows
@@ -97,6 +99,13 @@ class StoredTensor:
             parts[suffix] = raw.view(_dtype(entry, dtype)).view(part_shape)
         options = self.format.codec.at_row(self.options, self.first_row + start)
         return QTensor(self.format, shape, parts, options)
+
+    def will_read(self, start: int, stop: int) -> None:
+        """Tell the system that these rows will be wanted soon, so that the disk works while the processor does."""
+        entry, rows = self.parts[""], max(self.rows, 1)
+        if self._cuts_at(0):
+            row_bytes = self.nbytes // rows
+            entry.will_read((self.first_row + start) * row_bytes, (stop - start) * row_bytes)
 
     def read_float(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) as [rows, columns] float32. Raises UserError if one is not a number."""
@@ -136,7 +145,7 @@ def require_layout(tensor: StoredTensor, optional: Sequence[str] = ()) -> None:
         n_bytes = _dtype(entry, dtype).itemsize * math.prod(shape)
         one_for_all = suffix and len(shape) == 2 and shape[1] == 1 and entry.nbytes == n_bytes // shape[0]
         if not _may_be(entry.kind, dtype) or (entry.nbytes != n_bytes and not one_for_all):
-            raise FileFormatError(name, got=f"{entry.kind} of shape {entry.shape}", expected=wanted)
+            raise FileFormatError(f"{entry.path}: {name}", got=f"{entry.kind} of shape {entry.shape}", expected=wanted)
 
 
 def _may_be(kind: str, dtype: str) -> bool:

@@ -43,6 +43,11 @@ class TensorWriter:
 
     def _put(self, offset: int, data: bytes | memoryview) -> None:
         view = memoryview(data)
+        if hasattr(os, "pwrite"):  # not on Windows
+            while view:
+                done = os.pwrite(self._file.fileno(), view, offset)
+                view, offset = view[done:], offset + done
+            return
         with self._lock:
             self._file.seek(offset)
             while view:

@@ -14,7 +14,7 @@ from .. import __version__
 from ..checkpoint.detect import COMPONENTS
 from ..checkpoint.model_card import DEMO
 from ..checkpoint.output import replacing, require_absent
-from ..config import BACKENDS, DEVICES, DTYPES, GenerateOptions, RuntimeOptions
+from ..config import BACKENDS, DEVICES, DTYPES, GenerateOptions, RuntimeOptions, TextEncoderConfig
 from ..errors import UserError
 from ..memory.meter import peak_rss_bytes
 from ..units import format_gb, parse_bytes
@@ -144,6 +144,9 @@ def _notes(model: str | None, pipeline: Pipeline, requests: Sequence[GenerateOpt
         yield f"{idle} has no effect on {device}"
     if requests[0].negative and not requests[0].guidance:
         yield "--negative has no effect without --guidance"
+    theta = pipeline.model.text_encoder.config.rope_theta
+    if theta != TextEncoderConfig.rope_theta:
+        yield f"the text encoder's rope_theta is {theta:g}, not 1e6: it is another Qwen3 than Z-Image's own"
     if model == DEMO:
         width, height = pipeline.model.default_size
         yield f"the built-in demo draws one simple shape at {width}x{height}; for Z-Image-Turbo, name it with --model"

@@ -37,9 +37,15 @@ def _describe(part: Any) -> None:
         return
     say(f"{part.name}: {part.model}, {part.layout}, {part.tensors} tensors, {format_gb(part.bytes)}")
     for name, (count, nbytes) in part.formats.items():
-        say(f"    {name:<8} {count:>5} tensors {format_gb(nbytes):>12}")
+        say(f"    {name:<12} {count:>5} tensors {format_gb(nbytes):>12}")
+    if len(part.formats) > 1 and part.groups:
+        for group, (formats, nbytes) in part.groups.items():
+            say(f"    {group:<19} {format_gb(nbytes):>11}  {' '.join(formats)}")
+    if part.recipe:
+        say(f"    made by the recipe {part.recipe}")
 
 
 def _as_json(part: Any) -> dict[str, Any]:
     formats = {name: {"tensors": count, "bytes": nbytes} for name, (count, nbytes) in part.formats.items()}
-    return {**asdict(part), "formats": formats}
+    groups = {name: {"formats": formats, "bytes": nbytes} for name, (formats, nbytes) in part.groups.items()}
+    return {**asdict(part), "formats": formats, "groups": groups}

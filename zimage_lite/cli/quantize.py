@@ -39,7 +39,9 @@ WORST = 5  # tensors that --verify names
     show_default=True,
     help="Write only this part, as a file.",
 )
-@click.option("--keep", multiple=True, metavar="PATTERN", help="Leave these tensors in 16 bits, e.g. 'layers.29.*'.")
+@click.option(
+    "--keep", multiple=True, metavar="PATTERN", help="Leave these transformer tensors in 16 bits, e.g. 'layers.29.*'."
+)
 @click.option(
     "--tensor", "tensors", multiple=True, metavar="PATTERN=FORMAT", help="Another format for these, e.g. '*.w2.*=q6_k'."
 )

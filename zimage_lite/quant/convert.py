@@ -26,7 +26,7 @@ from .fidelity import Sums, TensorError, sums
 from .formats import Parts
 from .output_file import OutputFile, OutTensor, lay_out, metadata, output_tensors
 from .recipe import Target
-from .tensor import QTensor
+from .tensor import TORCH_DTYPES, QTensor
 
 CHUNK_WEIGHTS = 2**20
 IN_FLIGHT_WEIGHTS = 100_000_000  # two of the largest tensors, in float32 and packed: 0.6 GB
@@ -96,7 +96,12 @@ class _Chunk:
         """Whether the bytes are in the wanted format already and need no arithmetic."""
         tensor, source = self.tensor, self.pieces[0].source
         same = tensor.format == source.format and tensor.options == source.options
-        complete = set(tensor.layout) == set(source.parts)
+        kinds = {suffix: entry.kind for suffix, entry in source.parts.items()}
+        # Scales may be stored in another float than we write; bytes of 8-bit floats may be typed as integers.
+        complete = set(kinds) == set(tensor.layout) and all(
+            kinds[suffix] == dtype or kinds[suffix] not in ("F32", "F16", "BF16")
+            for suffix, (dtype, _) in tensor.layout.items()
+        )
         whole = len(self.pieces) == 1 and source.first_row == 0 and self.rows == tensor.rows
         return same and complete and (whole or not tensor.format.per_tensor)
 
@@ -213,7 +218,8 @@ class _Carrier:
     def _write(self, tensor: OutTensor, parts: Parts, first_row: int) -> None:
         for suffix, part in parts.items():
             offset = self.file.places[tensor.name, suffix]
-            shape = tensor.layout[suffix][1]
+            dtype, shape = tensor.layout[suffix]
+            assert part.dtype == TORCH_DTYPES[dtype], f"{tensor.name}{suffix} is {part.dtype}"
             if len(shape) == 2:
                 offset += first_row * part.element_size() * shape[1]
             self.writer.write(offset, part)
@@ -274,6 +280,8 @@ def _run(carrier: _Carrier, chunks: Iterable[_Chunk]) -> Iterator[tuple[_Chunk, 
                 or sum(other.weights for other in pending.values()) + chunk.weights > IN_FLIGHT_WEIGHTS
             ):
                 yield from _finished(pending)
+            for piece in chunk.pieces:
+                piece.source.will_read(piece.start, piece.stop)
             pending[pool.submit(carrier, chunk)] = chunk
         while pending:
             yield from _finished(pending)

@@ -67,19 +67,25 @@ class TensorError:
 
     @property
     def group(self) -> str:
-        """Its group in the table of recipe.py, or what kind of tensor it is else."""
-        fits = (group for group, patterns in GROUPS.items() if any(fnmatchcase(self.source, p) for p in patterns))
-        vector = not self.source.endswith(".weight") or "norm" in self.source
-        return "norms, biases, pads" if vector else next(fits, "other")
+        return group_of(self.source)
+
+
+_VECTORS, _OTHERS = "norms, biases, pads", "other"
+GROUP_ORDER = (*GROUPS, _VECTORS, _OTHERS)
+
+
+def group_of(name: str) -> str:
+    """The group of a canonical name in the table of recipe.py, or what kind of tensor it is else."""
+    fits = (group for group, patterns in GROUPS.items() if any(fnmatchcase(name, pattern) for pattern in patterns))
+    return _VECTORS if not name.endswith(".weight") or "norm" in name else next(fits, _OTHERS)
 
 
 def by_group(errors: Iterable[TensorError]) -> dict[str, list[TensorError]]:
-    """Group -> its tensors, groups in the order of the table."""
+    """Group -> its tensors, in the order of the table."""
     found: dict[str, list[TensorError]] = {}
     for error in errors:
         found.setdefault(error.group, []).append(error)
-    order = [*GROUPS, "norms, biases, pads", "other"]
-    return dict(sorted(found.items(), key=lambda item: order.index(item[0])))
+    return dict(sorted(found.items(), key=lambda item: GROUP_ORDER.index(item[0])))
 
 
 def figures(errors: Iterable[TensorError]) -> dict[str, Any]:

@@ -40,7 +40,13 @@ class BlockCodec(Codec):
 
 
 def _pack_simple(name: str, x: Tensor, effort: str) -> Tensor:
-    return PACK_BEST[name](x) if effort == "best" else blocks.PACK[name](x)
+    if effort == "best":
+        return PACK_BEST[name](x)
+    if x.device.type == "cpu" and name in ("q8_0", "q4_0"):
+        from . import rows_cpu  # half a second of imports
+
+        return rows_cpu.PACK[name](x)
+    return blocks.PACK[name](x)
 
 
 def _unpack_with_gguf_py(name: str) -> Callable[[Tensor], Tensor]:

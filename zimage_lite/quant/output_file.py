@@ -101,14 +101,9 @@ def output_tensors(source: Checkpoint, target: Target) -> list[OutTensor]:
     return sorted(out, key=lambda tensor: (_block_order(tensor.name), -math.prod(tensor.shape), tensor.name))
 
 
-def require_overrides_fit(target: Target, sources: Iterable[Checkpoint]) -> None:
+def require_overrides_fit(target: Target, source: Checkpoint) -> None:
     """Raise UserError if a pattern of the user's fits no tensor: it would be a typing error without a trace."""
-    names = [
-        (*members, name)
-        for source in sources
-        for name, members in _names(source, target.container).items()
-        if source.component in target.recipes
-    ]
+    names = [(*members, name) for name, members in _names(source, target.container).items()]
     for rule in target.overrides:
         if not any(rule.fits(spellings, 0) for spellings in names):
             sample = ", ".join(names[len(names) // 2][-2:])

@@ -80,19 +80,23 @@ class Recipe:
     vectors: str | None = None
 
     def format_of(self, names: tuple[str, ...], shape: tuple[int, ...], source: Format, n_layers: int) -> Format:
-        """The format a tensor is written in. names: those it may be called by. What is kept stays 16-bit."""
+        """The format a tensor is written in. names: those it may be called by."""
+        row, kept = self.wanted(names, shape, source, n_layers), _kept(source)
+        if not row.fits(shape[-1]):
+            row = FORMATS[_SHORT_ROWS.get(row.name, kept.name)]
+        return row if row.fits(shape[-1]) else kept
+
+    def wanted(self, names: tuple[str, ...], shape: tuple[int, ...], source: Format, n_layers: int) -> Format:
+        """The same, whether or not its blocks fit into the rows. What is kept stays 16-bit."""
         if self.format == KEEP and source.writable and source.container in ("any", "comfy"):
             return source
-        kept = FORMATS["f16" if source.name == "f16" else "bf16"]
+        kept = _kept(source)
         if len([size for size in shape if size > 1]) < 2:  # vectors, and the pad tokens, [1, dim]
             return FORMATS[self.vectors] if self.vectors else kept
         if not names[0].endswith(".weight"):
             return kept
-        wanted = next((rule.to for rule in self._all_rules if rule.fits(names, n_layers)), self.format)
-        row = kept if wanted == KEEP else FORMATS[wanted]
-        if not row.fits(shape[-1]):
-            row = FORMATS[_SHORT_ROWS.get(row.name, kept.name)]
-        return row if row.fits(shape[-1]) else kept
+        name = next((rule.to for rule in self._all_rules if rule.fits(names, n_layers)), self.format)
+        return kept if name == KEEP else FORMATS[name]
 
     @property
     def _all_rules(self) -> tuple[Rule, ...]:
@@ -167,6 +171,10 @@ def _holds(chosen: Target, row: Format) -> bool:
     """bitsandbytes and quanto describe a whole folder in one config, so there only their own format fits."""
     mixes = chosen.container in ("gguf", "comfy") and row.writable and row.container == chosen.container
     return mixes or row.name in (*_GUESTS, chosen.recipes["transformer"].format)
+
+
+def _kept(source: Format) -> Format:
+    return FORMATS["f16" if source.name == "f16" else "bf16"]
 
 
 def _layer(name: str) -> int:
