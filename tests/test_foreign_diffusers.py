@@ -256,12 +256,6 @@ def test_nf4_bytes_in_the_file_are_bitsandbytes_own(model: Path, outputs: Callab
         assert torch.equal(bnb_functional.dequantize_4bit(stored[name], state), tensors[name].read_float())
 
 
-KEPT_BY_LEAF = pytest.mark.xfail(
-    strict=True, reason="diffusers' quanto loader knows kept modules by the last part of their names only"
-)
-
-
-@KEPT_BY_LEAF
 @pytest.mark.parametrize("target", ["qint8", "qfloat8", "qint4"])
 def test_diffusers_loads_our_quanto(model: Path, outputs: Callable[[str], Path], target: str) -> None:
     folder = outputs(target) / "transformer"
@@ -277,7 +271,6 @@ def test_diffusers_loads_our_quanto(model: Path, outputs: Callable[[str], Path],
     assert relative_error(theirs(unpacked(folder)), theirs(load(model / "transformer"))) < 0.4
 
 
-@KEPT_BY_LEAF
 def test_diffusers_draws_from_our_quanto_folder(outputs: Callable[[str], Path]) -> None:
     from diffusers import ZImagePipeline
 

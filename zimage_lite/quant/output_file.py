@@ -217,17 +217,29 @@ def metadata(source: Checkpoint, target: Target) -> dict[str, Any]:
 
 
 def quantization_config(target: Target, tensors: Iterable[OutTensor]) -> dict[str, Any]:
-    """What diffusers and transformers want to read in config.json of a folder with such weights."""
+    """What diffusers and transformers want to read in config.json of a folder with such weights.
+
+    Raises UserError for a choice of kept tensors that cannot be told to them.
+    """
     if target.container not in ("bnb", "quanto"):
         return {}
     linears = [t for t in tensors if t.name.endswith(".weight") and len(t.shape) == 2 and "embed_tokens" not in t.name]
-    kept = [t.name.removeprefix("model.").removesuffix(".weight") for t in linears if t.format.family == "plain"]
+    names = {t.name: t.name.removeprefix("model.").removesuffix(".weight") for t in linears}
+    kept = [names[t.name] for t in linears if t.format.family == "plain"]
     if target.container == "quanto":
+        leaves = {name.rpartition(".")[2] for name in kept}  # diffusers compares with the last part of a name
+        for tensor in linears:
+            leaf = names[tensor.name].rpartition(".")[2]
+            if tensor.format.family != "plain" and leaf in leaves:
+                raise UserError(
+                    f"{target.name}: diffusers cannot tell {tensor.name} from a kept one that ends in .{leaf}.weight",
+                    fix="keep all of that name, or none",
+                )
         return {
             "quantization_config": {
                 "quant_method": "quanto",
                 "weights_dtype": target.name.removeprefix("q"),
-                "modules_to_not_convert": kept,
+                "modules_to_not_convert": sorted(leaves),
             }
         }
     four = target.name == "nf4"
