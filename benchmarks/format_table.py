@@ -44,7 +44,7 @@ from zimage_lite.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from zimage_lite.checkpoint.model_card import DEMO, model_folder
 from zimage_lite.checkpoint.stored import StoredTensor
 from zimage_lite.quant.fidelity import Sums, TensorError, report, sums
-from zimage_lite.quant.formats import FORMATS, Format
+from zimage_lite.quant.formats import EFFORTS, FORMATS, Format
 from zimage_lite.quant.recipe import KEEP, Target, target
 
 SAMPLE_ROWS = 128
@@ -72,7 +72,7 @@ def main() -> None:
 def make_table(source: Path, captions: int, effort: str) -> dict[str, Any]:
     checkpoint, demo = open_checkpoint(source), model_folder(DEMO)
     torch.set_num_threads(1)
-    full, rows = Weights(checkpoint, effort, SAMPLE_ROWS), []
+    full, rows = {each: Weights(checkpoint, each, SAMPLE_ROWS) for each in EFFORTS}, []
     pictures = Pictures(demo, captions)
     for chosen, cost in all_targets():
         row: dict[str, Any] = {
@@ -80,7 +80,8 @@ def make_table(source: Path, captions: int, effort: str) -> dict[str, Any]:
             "container": chosen.container,
             "bits_per_weight": round(cost.bits_per_weight, 3),
             "transformer_bytes": cost.bytes,
-            "full_size": report(full.errors(chosen)),
+            "full_size": report(full[effort].errors(chosen)),
+            "relative_rmse_by_effort": by_effort(full, chosen),
         }
         with TemporaryDirectory() as folder:
             row["demo"] = report(decode_model(demo, Path(folder) / "model", chosen, effort))
@@ -89,6 +90,12 @@ def make_table(source: Path, captions: int, effort: str) -> dict[str, Any]:
         print(json.dumps({key: row[key] for key in ("format", "bits_per_weight", "pictures")}), flush=True)
     setup = {"sampled_rows": SAMPLE_ROWS, "captions": captions, "effort": effort, "steps": STEPS}
     return {"machine": machine(), "version": __version__, "commit": commit(), **setup, "rows": rows}
+
+
+def by_effort(full: dict[str, Weights], chosen: Target) -> dict[str, float]:
+    """Relative RMSE of what the recipe really shrinks: tensors that stay 16-bit would dilute it."""
+    errors = {effort: [e for e in weights.errors(chosen) if e.sums.error] for effort, weights in full.items()}
+    return {effort: report(found)["all"]["relative_rmse"] if found else 0.0 for effort, found in errors.items()}
 
 
 class Weights:

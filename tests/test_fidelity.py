@@ -1,17 +1,22 @@
-"""What --report and --verify say: against the same figures worked out from the two files by numpy, in float64."""
+"""What --report and --verify say: against the same figures worked out from the two files by numpy, in float64.
+
+And what else a conversion owes its user: less error for more effort, a word on earlier losses, bounded memory."""
 
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from make_checkpoint import SIZES, component_shapes, make_checkpoint, write_file, write_json
+from make_checkpoint import component_shapes, make_checkpoint, write_file, write_json
 from safetensors.torch import load_file, save_file
 
 from zimage_lite.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -49,8 +54,8 @@ def truth(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
 def assert_same(figures: dict[str, Any], wanted: dict[str, float]) -> None:
     assert figures["weights"] == wanted["weights"]
     for name in ("relative_rmse", "largest_error"):  # five digits are written
-        assert figures[name] == pytest.approx(wanted[name], rel=2e-5, abs=1e-12), name
-    assert figures["cosine"] == pytest.approx(wanted["cosine"], abs=1e-8)
+        assert figures[name] == pytest.approx(wanted[name], rel=6e-5, abs=1e-12), name
+    assert figures["cosine"] == pytest.approx(wanted["cosine"], abs=1e-7)
 
 
 # --- The sums
@@ -160,7 +165,6 @@ def test_report_is_the_error_of_what_was_written(source: Path, tmp_path: Path, t
         before, after = weights_by_group(source / component), weights_by_group(out / component)
         assert {*found["groups"], "all"} == set(before)
         for group, row in {**found["groups"], "all": found["all"]}.items():
-            # A few pads of a row may be decoded in another order: one rotation of 256 in float32.
             assert_same(row, truth(before[group], after[group]))
         stored = open_checkpoint(out / component)
         assert set(found["all"]["formats"]) == {tensor.format.name for tensor in stored.tensors.values()}
@@ -229,30 +233,24 @@ def test_verify_notices_a_failing_disk(
     source, tmp_path: Path, refused: Callable[..., str], monkeypatch, to, nth
 ) -> None:
     """One bit of one array arrives flipped."""
+    tensors = output_tensors(open_checkpoint(source / "transformer"), target(to))
+    nth += sum(tensor.format.container == "comfy" for tensor in tensors)  # markers come first, and are not read back
     write, calls = TensorWriter.write, []
 
     def corrupting(self: TensorWriter, offset: int, tensor: torch.Tensor) -> None:
         calls.append(offset)
         if len(calls) == nth:
-            raw = tensor.contiguous().flatten().view(torch.uint8).clone()
-            raw[-1] ^= 1
-            tensor = raw
+            tensor = tensor.contiguous().flatten().view(torch.uint8).clone()
+            tensor[-1] ^= 1
         write(self, offset, tensor)
 
     monkeypatch.setattr(TensorWriter, "write", corrupting)
-    markers = sum(tensor.format.container == "comfy" for tensor in planned(source, to))
-    calls.extend([-1] * -markers if markers else [])
     args = ("quantize", source, "--to", to, "--component", "transformer", "-o", tmp_path / "out")
-    nth += markers  # written before, and not part of any tensor
     line = refused(*args, "--verify")
     assert "reads back differently" in line and "disk" in line
     assert list(tmp_path.iterdir()) == []
     calls.clear()
     assert run([*map(str, args)]) == 0  # unseen without it
-
-
-def planned(source: Path, to: str) -> list[Any]:
-    return output_tensors(open_checkpoint(source / "transformer"), target(to))
 
 
 # --- --effort
@@ -285,9 +283,14 @@ def test_effort_reaches_the_codec(wide: Path, tmp_path: Path, name: str) -> None
         (written,) = quantize(wide, tmp_path / effort, recipe, effort=effort, measure=True)
         errors[effort] = error_in(written, name)
         assert written.path.stat().st_size == (tmp_path / "fast").stat().st_size
-    assert errors["best"] <= errors["reference"] <= errors["fast"]
-    if name in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"):
-        assert errors["best"] < errors["reference"] < errors["fast"]
+    assert errors["best"] < 0.99 * errors["reference"]
+    if name == "q5_k":  # ggml's search counts large weights for more, which costs a little of the plain error here
+        assert errors["reference"] == pytest.approx(errors["fast"], rel=0.005)
+        assert errors["reference"] != errors["fast"]
+    elif name in ("q4_0", "q8_0"):
+        assert errors["reference"] == errors["fast"]  # there is nothing to search
+    else:
+        assert errors["reference"] < errors["fast"]
     quantize(wide, tmp_path / "default", recipe)
     assert (tmp_path / "default").read_bytes() == (tmp_path / "reference").read_bytes()
 
@@ -304,3 +307,46 @@ def test_effort_on_the_command_line(wide: Path, tmp_path: Path, refused: Callabl
     assert sizes["best"] < sizes["reference"] < sizes["fast"]
     line = refused("quantize", wide, "--to", "q2_k", "--effort", "most", "-o", tmp_path / "out")
     assert "most" in line and "best" in line
+
+
+# --- What was lost before, and memory
+
+
+@pytest.mark.parametrize(
+    ("before", "to", "noted"),
+    [("q8_0", "q4_0", True), ("int8", "q8_0", True), ("q4_0", "q8_0", True), ("fp8", "int8", True),
+     ("nf4", "f16", True), ("q4_0", "q4_0", False), ("bf16", "q4_0", False),
+     ("f16", "int8", False), ("int8", "int8", False)],
+)  # fmt: skip
+def test_what_was_lost_before_is_said(tmp_path: Path, tiny: Path, before: str, to: str, noted: bool, capsys) -> None:
+    quantize(tiny, tmp_path / "a", before, component="transformer")
+    capsys.readouterr()
+    assert run(["quantize", str(tmp_path / "a"), "--to", to, "-o", str(tmp_path / "b")]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
+    assert len(notes) == noted
+    assert not noted or all(words in notes[0] for words in ("transformer", before, to, "start from 16-bit weights"))
+
+
+@pytest.mark.parametrize("sizes", [[1] * 60, [40] * 12, [100] * 4, [5, 99, 5, 60, 45, 100, 1, 1, 250, 3]])
+def test_weights_in_flight_are_bounded(sizes: list[int]) -> None:
+    """Whatever the order; only a tensor that is too large by itself goes through alone."""
+    limit = convert.IN_FLIGHT_WEIGHTS
+    lock, now, most, done = threading.Lock(), [], [], []
+
+    def carry(chunk: Any) -> None:
+        with lock:
+            now.append(chunk.weights)
+            most.append((sum(now), len(now)))
+        time.sleep(0.002 * (1 + chunk.number % 3))
+        with lock:
+            now.remove(chunk.weights)
+
+    chunks = [SimpleNamespace(weights=size * limit // 100, number=i, pieces=()) for i, size in enumerate(sizes)]
+    threads = torch.get_num_threads()
+    for chunk, _ in convert._run(carry, iter(chunks)):  # type: ignore[arg-type]
+        done.append(chunk.number)
+    assert sorted(done) == list(range(len(sizes)))
+    assert all(total <= limit or count == 1 for total, count in most)
+    assert torch.get_num_threads() == threads
+    if max(sizes) == 1:
+        assert max(count for _, count in most) > 1  # and it does use several threads

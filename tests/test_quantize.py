@@ -311,6 +311,21 @@ def test_bytes_depend_neither_on_the_run_nor_on_the_chunks(
     assert files_below(tmp_path / "chunks") == wanted
 
 
+@pytest.mark.parametrize("target", ["q8_0", "int8", "nf4"])
+@pytest.mark.parametrize("component", ["transformer", "text_encoder"])
+def test_bytes_do_not_depend_on_the_order_of_the_source(
+    model: Path, target: str, component: str, tmp_path: Path
+) -> None:
+    """Files saved by the safetensors library are sorted by name: k before q, layer 10 before layer 2."""
+    (file,) = (model / component).glob("*.safetensors")
+    save_file(load_file(file), tmp_path / "sorted.safetensors")
+    names = [list(open_tensor_file(path).entries) for path in (file, tmp_path / "sorted.safetensors")]
+    assert names[1] == sorted(names[0]) != names[0]
+    for source in (file, tmp_path / "sorted.safetensors"):
+        assert run(["quantize", str(source), "--to", target, "-o", str(tmp_path / source.stem)]) == 0
+    assert (tmp_path / "sorted").read_bytes() == (tmp_path / file.stem).read_bytes()
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("component", ["transformer", "text_encoder"])
 def test_a_component_or_a_file_alone(
@@ -390,7 +405,7 @@ def test_transformers_loads_our_text_encoder_and_its_tokenizer(model: Path, outp
     assert relative_error(pipeline.encode([PROMPT])[0], states[-2][0]) <= 1e-5
 
 
-@pytest.mark.parametrize("source", ["q8_0", "int8", "f16"])
+@pytest.mark.parametrize("source", ["q8_0", "int8", "f16", "q4_k_m", "int4", "fp8", "nf4", "qint4"])
 def test_requantizing(outputs: dict[str, Path], source: str, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     assert run(["quantize", str(written(outputs, source)), "--to", "q4_0", "-o", str(out)]) == 0

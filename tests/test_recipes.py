@@ -29,6 +29,7 @@ from zimage_lite.quant.output_file import OutTensor, metadata, output_tensors
 from zimage_lite.quant.recipe import GROUPS, KEEP, overridden, target, targets
 
 CONFIGS = {"transformer": TransformerConfig(), "text_encoder": TextEncoderConfig()}
+NAMES = {component: tuple(component_shapes(config)) for component, config in CONFIGS.items()}
 GGUF = tuple(name for name in targets() if target(name).container == "gguf")
 
 
@@ -74,7 +75,11 @@ def test_recipe_names_what_there_is(name: str) -> None:
         for row in map(FORMATS.__getitem__, formats):
             assert row.writable and row.container in (found.container, "any")
         groups = {*part.keep, *(rule.tensors for rule in part.rules)}
-        assert groups <= set(GROUPS), groups
+        assert all(group in GROUPS or "." in group for group in groups), groups  # or a pattern of names
+        for component, names in NAMES.items():
+            if part is found.recipes[component]:
+                unused = [rule for rule in part._all_rules if not any(rule.fits((name,), 36) for name in names)]
+                assert not [rule for rule in unused if rule.layers is None], unused
         assert {rule.layers for rule in part.rules} <= {None, *recipes._LAYERS}
     raw = json.loads((Path(recipes.__file__).parent / "recipes" / f"{name}.json").read_text(encoding="utf-8"))
     known = {"summary", "container", "file_type", "read_by", "text_encoder_to", "hardware", *CONFIGS}
@@ -130,11 +135,16 @@ def test_transformer_has_the_published_size(name: str, size: float) -> None:
 
 @pytest.mark.parametrize("name", ["int8", "fp8", "bnb-int8", "qint8", "qfloat8", "int4", "nf4", "qint4"])
 def test_other_programs_formats_keep_what_they_keep(name: str) -> None:
-    """8 bits are enough for the refiners; with 4, they stay 16-bit, or get 8 where the container has them."""
-    refiners = {"int4": "int8", "nf4": "bf16", "qint4": "bf16"}.get(name, name)
+    """8 bits are enough for the refiners; with 4, they stay 16-bit, or get 8 where the container has them.
+
+    Of quanto's files diffusers tells what was kept by the last part of a name, so there refiners get 4 bits, and
+    t_embedder's first matrix is quantized like the adaLN matrices, which are also called 0."""
+    refiners = {"int4": "int8", "nf4": "bf16"}.get(name, name)
     for tensor in planned(name).values():
         vector = len([size for size in tensor.shape if size > 1]) < 2
-        if vector or not tensor.name.startswith(("layers.", "noise_refiner.", "context_refiner.")):
+        if target(name).container == "quanto" and tensor.name == "t_embedder.mlp.0.weight":
+            wanted = name
+        elif vector or not tensor.name.startswith(("layers.", "noise_refiner.", "context_refiner.")):
             wanted = "bf16"
         elif not tensor.name.startswith("layers."):
             wanted = refiners
@@ -199,6 +209,8 @@ def test_short_rows_get_what_llama_cpp_gives_them() -> None:
         assert recipe.format_of((name,), (64, columns), FORMATS["bf16"], 36).name == kind
         kept = recipe.format_of((name,), (64, columns), FORMATS["f16"], 36).name  # 16-bit stays what it was
         assert kept == ("f16" if kind == "bf16" else kind)
+    simple = target("q8_0").recipe("text_encoder")
+    assert simple.format_of((name,), (64, 100), FORMATS["f16"], 36).name == "f16"
 
 
 # --- The user's own rules

@@ -216,6 +216,7 @@ def _prepare(out: Path, sources: list[Checkpoint], job: Job) -> None:
     require_overrides_fit(job.target, sources[0])
     for leftover in clear_leftovers(out):
         job.note(f"an earlier run was killed before it had finished: {leftover.name} was cleared away")
+    require_absent(out, job.overwrite)  # again, for an old folder may have come back
 
 
 def _require_replaceable(out: Path) -> None:

@@ -86,7 +86,8 @@ class NameMap:
 
     def _fused_target(self, name: str, available: dict[str, None]) -> tuple[str, tuple[str, ...]] | None:
         for foreign, parts in self.fused:
-            match = _compile(parts[0]).fullmatch(name)
+            # Any part may come first: safetensors files are sorted by name, and k comes before q.
+            match = next(filter(None, (_compile(part).fullmatch(name) for part in parts)), None)
             if match:
                 members = tuple(part.format(**match.groupdict()) for part in parts)
                 if all(member in available for member in members):

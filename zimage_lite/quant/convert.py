@@ -2,7 +2,7 @@
 
 A row chunk is independent of all others, so a few threads each carry chunks from the source file to the output file,
 and peak memory is that of the chunks in flight, whatever the size of the tensors. A chunk is small enough to stay in
-the cache (4 MB of float32) while a dozen element-wise passes go over it. Formats with a scale or a packing that spans
+the cache (2 MB of float32) while a dozen element-wise passes go over it. Formats with a scale or a packing that spans
 the tensor take it as one chunk, and fewer are in flight.
 """
 
@@ -28,7 +28,7 @@ from .output_file import OutputFile, OutTensor, lay_out, metadata, output_tensor
 from .recipe import Target
 from .tensor import TORCH_DTYPES, QTensor
 
-CHUNK_WEIGHTS = 2**20
+CHUNK_WEIGHTS = 2**19
 IN_FLIGHT_WEIGHTS = 100_000_000  # two of the largest tensors, in float32 and packed: 0.6 GB
 SAFE_WEIGHT = 60_000  # up to here no float16, be it a weight or a scale, overflows
 

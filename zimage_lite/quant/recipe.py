@@ -82,9 +82,10 @@ class Recipe:
     def format_of(self, names: tuple[str, ...], shape: tuple[int, ...], source: Format, n_layers: int) -> Format:
         """The format a tensor is written in. names: those it may be called by."""
         row, kept = self.wanted(names, shape, source, n_layers), _kept(source)
-        if not row.fits(shape[-1]):
+        columns = shape[-1] if shape else 1
+        if not row.fits(columns):
             row = FORMATS[_SHORT_ROWS.get(row.name, kept.name)]
-        return row if row.fits(shape[-1]) else kept
+        return row if row.fits(columns) else kept
 
     def wanted(self, names: tuple[str, ...], shape: tuple[int, ...], source: Format, n_layers: int) -> Format:
         """The same, whether or not its blocks fit into the rows. What is kept stays 16-bit."""
