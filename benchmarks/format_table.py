@@ -2,7 +2,7 @@
 
     pip install ".[bench]"
     python tools/make_checkpoint.py CHECKPOINT --size full --dtype bf16
-    python benchmarks/format_table.py CHECKPOINT/transformer --out benchmarks/results/formats.json \\
+    python benchmarks/format_table.py CHECKPOINT/transformer --out benchmarks/results/formats_cpu.json \\
         --plot docs/formats.svg
 
 weights   relative RMSE and cosine per group of tensors: on the full-size synthetic transformer (the first 128 rows of

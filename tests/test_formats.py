@@ -18,6 +18,8 @@ from zimage_kernels.rotation import hadamard_matrix
 from zimage_lite.checkpoint.container import open_tensor_file
 from zimage_lite.checkpoint.packed import stored_tensors
 from zimage_lite.errors import FileFormatError, UserError
+from zimage_lite.quant import blocks as ggml_blocks
+from zimage_lite.quant import rows_cpu
 from zimage_lite.quant import tensor as tensor_module
 from zimage_lite.quant.comfy import from_marker
 from zimage_lite.quant.formats import DTYPE_BYTES, FORMATS, GGML_TYPES
@@ -107,6 +109,30 @@ def test_denormal_weights_become_zero(name: str, size: float) -> None:
     theirs = gguf.dequantize(gguf.quantize(x, ggml_type(name)), ggml_type(name))
     ours = unpack(name, pack(name, x))
     assert np.all(ours == 0) and np.all(theirs == 0)
+
+
+@pytest.mark.parametrize("case", HARD)
+@pytest.mark.parametrize("name", ["q8_0", "q4_0"])
+def test_the_torch_version_makes_the_bytes_of_the_compiled_one(name: str, case: str) -> None:
+    """Elsewhere than on the CPU it is what runs. Codes of blocks whose scale is 0 or infinite are anybody's."""
+    x = torch.from_numpy(HARD[case]).reshape(-1, 32)
+    compiled, plain = rows_cpu.PACK[name](x), ggml_blocks.PACK[name](x)
+    scales = plain[:, :2].clone().view(torch.float16)
+    assert torch.equal(compiled[:, :2].clone().view(torch.float16).abs(), scales.abs())
+    sound = (torch.isfinite(scales) & (scales != 0)).squeeze(1)
+    assert torch.equal(compiled[sound], plain[sound])
+
+
+@pytest.mark.parametrize("group", [0, 16, 64, 256, 1024])
+def test_the_torch_version_of_int8_agrees_with_the_compiled_one(group: int) -> None:
+    x = torch.randn(40, 2048, generator=torch.Generator().manual_seed(3)) * 0.02
+    codes, scale = rows_cpu.pack_int8(x, group)
+    wide = hadamard_rotate(x, group) if group else x
+    true_scale = wide.abs().amax(1, keepdim=True) / 127
+    torch.testing.assert_close(scale, true_scale, rtol=2e-6, atol=0)
+    exact = wide / true_scale
+    # The rotation adds up in another order, so what lies within 1e-3 of a border may fall to either side.
+    assert (codes - exact).abs().max() <= 0.5 + 1e-3
 
 
 @pytest.mark.parametrize("name", OURS)

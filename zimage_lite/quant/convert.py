@@ -1,14 +1,14 @@
 """The streaming converter: reads some rows, quantizes them, writes them where they belong.
 
 A row chunk is independent of all others, so a few threads each carry chunks from the source file to the output file,
-and peak memory is that of the chunks in flight, whatever the size of the tensors. A chunk is small enough to stay in
-the cache (2 MB of float32) while a dozen element-wise passes go over it. Formats with a scale or a packing that spans
-the tensor take it as one chunk, and fewer are in flight.
+and peak memory is that of the chunks in flight, whatever the size of the tensors. Formats with a scale or a packing
+that spans the tensor take it as one chunk, and fewer are in flight.
 """
 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -28,8 +28,9 @@ from .output_file import OutputFile, OutTensor, lay_out, metadata, output_tensor
 from .recipe import Target
 from .tensor import TORCH_DTYPES, QTensor
 
-CHUNK_WEIGHTS = 2**19
+CHUNK_WEIGHTS = 2**22  # smaller ones cost more in system calls and in waiting for Python's lock
 IN_FLIGHT_WEIGHTS = 100_000_000  # two of the largest tensors, in float32 and packed: 0.6 GB
+READ_AHEAD_BYTES = 2**26
 SAFE_WEIGHT = 60_000  # up to here no float16, be it a weight or a scale, overflows
 
 OnBytes = Callable[[int], None]  # source bytes just converted
@@ -274,20 +275,33 @@ def _run(carrier: _Carrier, chunks: Iterable[_Chunk]) -> Iterator[tuple[_Chunk, 
     pool = ThreadPoolExecutor(workers)
     pending: dict[Future[Sums | None], _Chunk] = {}
     try:
-        for chunk in chunks:
+        for chunk in _read_ahead(chunks):
             while pending and (
                 len(pending) >= 2 * workers
                 or sum(other.weights for other in pending.values()) + chunk.weights > IN_FLIGHT_WEIGHTS
             ):
                 yield from _finished(pending)
-            for piece in chunk.pieces:
-                piece.source.will_read(piece.start, piece.stop)
             pending[pool.submit(carrier, chunk)] = chunk
         while pending:
             yield from _finished(pending)
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
+
+
+def _read_ahead(chunks: Iterable[_Chunk]) -> Iterator[_Chunk]:
+    """The same chunks, while the system reads those that follow: the disk should never wait for the processor."""
+    coming: deque[_Chunk] = deque()
+    coming_bytes = 0
+    for chunk in chunks:
+        for piece in chunk.pieces:
+            piece.source.will_read(piece.start, piece.stop)
+        coming.append(chunk)
+        coming_bytes += chunk.source_bytes
+        while coming_bytes > READ_AHEAD_BYTES:
+            coming_bytes -= coming[0].source_bytes
+            yield coming.popleft()
+    yield from coming
 
 
 def _finished(pending: dict[Future[Sums | None], _Chunk]) -> list[tuple[_Chunk, Sums | None]]:

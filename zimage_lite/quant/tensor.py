@@ -30,6 +30,12 @@ def rows_columns(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
+def all_finite(x: Tensor) -> bool:
+    """A sum is finite only if every term is, and takes a tenth of the time of looking at each."""
+    wide = x.float()  # summing bfloat16 itself is three times as slow
+    return math.isfinite(wide.sum()) or bool(torch.isfinite(wide).all())
+
+
 @dataclass(frozen=True)
 class QTensor:
     """One logical tensor, packed. parts: as `format.layout` says, on any device. first_row: where the tensor starts in
@@ -84,7 +90,7 @@ class QTensor:
     def is_finite(self) -> bool:
         """Whether every weight is a number. Looks at the float parts where there are any, else unpacks."""
         floats = [part for part in self.parts.values() if part.is_floating_point()] or [self.dequantize()]
-        return all(bool(torch.isfinite(part.float()).all()) for part in floats)
+        return all(map(all_finite, floats))
 
     def to(self, device: torch.device | str) -> QTensor:
         return replace(self, parts={suffix: part.to(device) for suffix, part in self.parts.items()})
