@@ -203,15 +203,20 @@ def plot(table: dict[str, Any], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "zimage-lite"  # the same picture has the same bytes
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    lossy = [row for row in table["rows"] if row["full_size"]["all"]["relative_rmse"] > 1e-4]
+    figure, axes = pyplot.subplots(figsize=(9, 5.5))
+    points = [
+        (row["bits_per_weight"], row["full_size"]["all"]["relative_rmse"], row["format"], row["container"])
+        for row in table["rows"]
+        if row["full_size"]["all"]["relative_rmse"] > 1e-4
+    ]
     for container, (label, marker) in _SERIES.items():
-        rows = [row for row in lossy if row["container"] == container]
-        x = [row["bits_per_weight"] for row in rows]
-        y = [row["full_size"]["all"]["relative_rmse"] for row in rows]
-        axes.plot(x, y, marker, label=label)
-        for row, at, error in zip(rows, x, y, strict=True):
-            axes.annotate(row["format"], (at, error), textcoords="offset points", xytext=(5, 3), fontsize=8)
+        own = [point for point in points if point[3] == container]
+        axes.plot([x for x, *_ in own], [y for _, y, *_ in own], marker, label=label)
+    for number, (x, y, names) in enumerate(labels(points)):
+        above = number % 2 == 0
+        place = {"xytext": (0, 7 if above else -7), "ha": "center", "va": "bottom" if above else "top"}
+        axes.annotate(names, (x, y), textcoords="offset points", fontsize=8, **place)
+    axes.margins(x=0.08, y=0.08)
     axes.set_yscale("log")
     axes.set_xlabel("bits per weight, whole transformer")
     axes.set_ylabel("relative RMSE of the weights")
@@ -219,6 +224,18 @@ def plot(table: dict[str, Any], path: Path) -> None:
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
+
+
+def labels(points: list[tuple[float, float, str, str]]) -> list[tuple[float, float, str]]:
+    """One label for points that lie on each other, from left to right."""
+    found: list[tuple[float, float, str]] = []
+    for x, y, name, _ in sorted(points):
+        near = next((i for i, (u, v, _) in enumerate(found) if abs(u - x) < 0.05 and abs(v / y - 1) < 0.1), None)
+        if near is None:
+            found.append((x, y, name))
+        else:
+            found[near] = (*found[near][:2], f"{found[near][2]}, {name}")
+    return found
 
 
 if __name__ == "__main__":
