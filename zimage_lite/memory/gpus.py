@@ -99,7 +99,7 @@ def gpu_with(vram_bytes: int) -> Gpu:
 def _words(name: str) -> set[str]:
     """ "GeForce RTX 3060Ti (6 GB)" -> {"3060", "ti", "6gb"}"""
     text = re.sub(r"(\d+)\s*(?:gib|gb|g)\b", r" \1gb ", name.lower().replace("max-q", "laptop"))
-    text = re.sub(r"(\d{4})(ti|super|m|l)\b", r"\1 \2", text)
+    text = re.sub(r"(\d{4})(ti|super|m|l)\b", r"\1 \2", re.sub(r"([rg]tx)(\d)", r"\1 \2", text))
     return {_SPELLINGS.get(word, word) for word in re.findall(r"[a-z0-9]+", text)} - _NOISE
 
 
