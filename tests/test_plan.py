@@ -112,8 +112,9 @@ def plain_machine(link_gbps: float = 10.0, **facts: int | float | None) -> Machi
 
 
 def test_homes_follow_the_ram() -> None:
-    """A GPU with room for two slots: 10 blocks stream; RAM for 7 of them, of which 4 may be pinned."""
-    there = plain_machine(process_bytes=0, context_bytes=0, pinned_limit_bytes=450 * 10**6)
+    """A GPU with room for two slots: 10 blocks stream; RAM for 7 of them, of which 4 may be pinned
+    beside the two staging buffers."""
+    there = plain_machine(process_bytes=0, context_bytes=0, pinned_limit_bytes=650 * 10**6)
     budgets = Budgets(10 * GRANULE_BYTES + 2 * 50 * GRANULE_BYTES, (2 + 7) * 10**8)
     (made,) = plan_phases([small()], there, budgets)
     homes = list(made.homes.values())
@@ -241,6 +242,8 @@ def test_more_is_never_slower(format_name: str, gpu: str) -> None:
 
     grows([(there, Budgets(vram * 10**8, 5 * GB)) for vram in range(17, 80, 3)])
     grows([(there, Budgets(25 * 10**8, ram * 10**8)) for ram in range(25, 160, 9)])
+    windows = replace(there, pinned_limit_bytes=3 * GB)
+    grows([(windows, Budgets(25 * 10**8, ram * 10**8)) for ram in range(25, 160, 19)])
     tight = Budgets(25 * 10**8, 5 * GB)
     grows([(replace(there, link_gbps=gbps), tight) for gbps in (3.0, 6.0, 12.5, 25.0, 50.0)])
     grows([(replace(there, disk_gbps=gbps), tight) for gbps in (0.1, 0.5, 2.5, 5.0)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,6 +100,8 @@ def _predict(
     machines = [machine(gpu, ram, high_power) for high_power in (True, False)]
     if free is not None:
         machines = [replace(one, vram_free_bytes=free) for one in machines]
+    if sys.platform == "win32":
+        machines = [replace(one, pinned_limit_bytes=ram // 2) for one in machines]
     todo = phases(model, Job(*wanted.size, steps=wanted.steps))
     budgets = budgets_in_force(machines[0], vram, ram)
     fast, slow = (plan_phases(todo, one, budgets) for one in machines)

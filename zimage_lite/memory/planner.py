@@ -85,7 +85,10 @@ def _search(device: str, phase: Phase, machine: Machine, budgets: Budgets) -> Pl
             if spare < 0 or (best and clock.at_least_ms(candidate, spare) >= best.run.total_ms - 1e-6):
                 continue
             held = spare if phase.passes > 1 else 0
-            homes = _homes(candidate, clock.sizes, held, machine.pinned_limit_bytes)
+            pinnable = held
+            if machine.pinned_limit_bytes is not None:
+                pinnable = min(held, machine.pinned_limit_bytes - staging * _staging_bytes(phase))
+            homes = _homes(candidate, clock.sizes, held, pinnable)
             passages = tuple(clock.passages(homes))
             run = simulate(passages, candidate.slots, staging, phase.passes)
             if best is None or run.total_ms < best.run.total_ms - 1e-6:
@@ -93,11 +96,14 @@ def _search(device: str, phase: Phase, machine: Machine, budgets: Budgets) -> Pl
     return best
 
 
-def _homes(candidate: Candidate, sizes: Sequence[int], spare: int, pinned_limit: int | None) -> list[str]:
-    """Of each block: on the device, else pinned, else pageable, else in the file. Those of a kind are spread evenly."""
+def _homes(candidate: Candidate, sizes: Sequence[int], spare: int, pinnable: int) -> list[str]:
+    """Of each block: on the device, else pinned, else pageable, else in the file. Those of a kind are spread evenly.
+
+    spare: bytes of RAM for blocks; pinnable: how many of them may be pinned.
+    """
     homes = [DEVICE if i in candidate.resident else FILE for i in range(len(sizes))]
     order = [candidate.streamed[place] for place in nested_order(len(candidate.streamed))]
-    pinned = prefix(order, sizes, spare if pinned_limit is None else min(spare, pinned_limit))
+    pinned = prefix(order, sizes, pinnable)
     spare -= sum(sizes[i] for i in order[:pinned])
     pageable = prefix(order[pinned:], sizes, spare)
     for count, i in enumerate(order[: pinned + pageable]):
@@ -155,8 +161,8 @@ class _Clock:
     def passages(self, homes: Sequence[str]) -> Iterator[Passage]:
         for i, home in enumerate(homes):
             again = {FILE: self.disk[i], PAGEABLE: self.host_copy[i]}.get(home, 0.0)
-            first = self.disk[i] + (self.host_copy[i] if home == PAGEABLE else 0.0)
-            yield Passage(self.names[i], self.compute[i], self.copy[i], again, first, home == DEVICE)
+            # What goes to pageable memory is put aside while the first pass copies it from the staging buffer.
+            yield Passage(self.names[i], self.compute[i], self.copy[i], again, self.disk[i], home == DEVICE)
 
     def at_least_ms(self, candidate: Candidate, spare: int) -> float:
         """No way of running this candidate takes less: each worker needs so long if it never waits."""
