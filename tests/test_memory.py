@@ -31,7 +31,7 @@ from zimage_lite.config import GenerateOptions, RuntimeOptions, TransformerConfi
 from zimage_lite.errors import BudgetError, UserError
 from zimage_lite.memory.hardware import RAM_MARGIN_BYTES, Hardware
 from zimage_lite.memory.meter import Meter, peak_rss_bytes, rss_bytes
-from zimage_lite.memory.plan import Plan, plan_blocks
+from zimage_lite.memory.plan import Placement, plan_blocks
 from zimage_lite.memory.streamer import Streamer
 from zimage_lite.model.linear import Linear
 from zimage_lite.model.transformer import Transformer
@@ -48,7 +48,7 @@ BYTES = st.integers(0, 2 * 10**10)
 plan_settings = settings(derandomize=True, deadline=None, max_examples=300)
 
 
-def plan(sizes: list[int], fixed: int, budget: int) -> Plan:
+def plan(sizes: list[int], fixed: int, budget: int) -> Placement:
     return plan_blocks("phase", {f"block.{n}": size for n, size in enumerate(sizes)}, fixed, budget, "--ram")
 
 
@@ -142,7 +142,7 @@ class Blocks:
         self.most = 0
         self.failing = ""
         streamed = tuple(name for name in names if name not in resident)
-        made = Plan(frozenset(resident), streamed, 0)
+        made = Placement(frozenset(resident), streamed, 0)
         self.stream = Streamer(made, {ord(name): name for name in names}, self.load, self.unload)
         self.blocks = [ord(name) for name in names]
 

@@ -55,6 +55,28 @@ def all_targets() -> list[tuple[Target, Cost]]:
     return sorted(found, key=lambda item: (_CONTAINERS.index(item[0].container), -item[1].bytes))
 
 
+@dataclass(frozen=True)
+class Part:
+    """A tensor under its canonical name, or that of the first of those it holds."""
+
+    name: str
+    format: Format
+    rows: int
+    columns: int
+    n_bytes: int
+
+
+def true_parts(component: str, chosen: Target) -> list[Part]:
+    """The tensors of the released model as this target stores them."""
+    tensors = output_tensors(_true_model(component), chosen)
+    return [Part(t.sources[0].name, t.format, t.rows, t.columns, t.nbytes) for t in tensors]
+
+
+def stored_parts(checkpoint: Checkpoint) -> list[Part]:
+    """The tensors of a checkpoint as they are stored."""
+    return [Part(name, t.format, t.rows, t.columns, t.nbytes) for name, t in checkpoint.tensors.items()]
+
+
 def kept(chosen: Target, component: str = "transformer") -> tuple[int, int]:
     """What stays 16-bit although it could shrink: its bytes, and what they would be in the recipe's main format."""
     row = FORMATS[chosen.recipes[component].format]

@@ -21,8 +21,9 @@ from .config import RuntimeOptions
 from .errors import BudgetError
 from .memory.arena import Arena, aligned
 from .memory.hardware import RAM_MARGIN_BYTES, Hardware
+from .memory.machine import CUDA_CONTEXT_BYTES, VRAM_MARGIN_BYTES
 from .memory.meter import rss_bytes
-from .memory.plan import Plan, plan_blocks
+from .memory.plan import Placement, plan_blocks
 from .memory.streamer import Streamer
 from .model.linear import bind, release, shapes
 from .model.text_encoder import TextEncoder
@@ -32,9 +33,7 @@ from .quant.tensor import CPU_PIECE_WEIGHTS
 from .units import format_gb
 
 CHUNK_WEIGHTS = 2**22
-VRAM_MARGIN_BYTES = 300_000_000  # left to the desktop and to the allocator's rounding
 ALLOCATOR_SLACK_BYTES = 250_000_000  # activations that were freed but not returned to the system
-CUDA_CONTEXT_BYTES = 500_000_000  # counts against --vram, but is not the allocator's
 
 _OWN_UNPACKING, _GGUF_PY_UNPACKING = 6, 16  # bytes per weight while one is unpacked, its result included
 
@@ -66,7 +65,7 @@ class Loaded:
     """A component ready to run: pass `stream` to its forward pass."""
 
     stream: Streamer[nn.Module]
-    plan: Plan
+    plan: Placement
 
 
 def open_complete(path: Path, component: str | None = None, file_bytes: Mapping[Path, int] | None = None) -> Checkpoint:
@@ -137,7 +136,7 @@ class Component:
         """With one block at a time."""
         return self.fixed_bytes(hardware, limit) + max(self.block_bytes().values(), default=0)
 
-    def plan(self, hardware: Hardware, limit: Budget) -> Plan:
+    def plan(self, hardware: Hardware, limit: Budget) -> Placement:
         """Raises BudgetError."""
         fixed = self.fixed_bytes(hardware, limit)
         return plan_blocks(self.checkpoint.component, self.block_bytes(), fixed, limit.total_bytes, limit.limit)
@@ -168,7 +167,7 @@ def loaded(component: Component, hardware: Hardware, limit: Budget) -> Iterator[
             torch.cuda.empty_cache()
 
 
-def _loader(component: Component, plan: Plan, hardware: Hardware) -> Callable[[str, nn.Module], None]:
+def _loader(component: Component, plan: Placement, hardware: Hardware) -> Callable[[str, nn.Module], None]:
     """Reads blocks: those that stay into an arena of their own, the others, and all that go on to another device, into
     one slot."""
     sizes = component.block_bytes()

@@ -22,7 +22,7 @@ from .errors import UserError
 from .loading import Budget, Component, budget, loaded, raise_if_damaged
 from .memory.hardware import probe
 from .memory.meter import Meter
-from .memory.plan import Plan, activation_bytes, decode_bytes
+from .memory.plan import Placement, activation_bytes, decode_bytes
 from .model.linear import Stream
 from .model.scheduler import euler_step, guided, initial_noise, model_time, sigmas
 from .model.text_encoder import TextEncoder
@@ -46,7 +46,7 @@ class Pipeline:
     model: ModelFiles
     options: RuntimeOptions = field(default_factory=RuntimeOptions)
     meter: Meter = field(default_factory=Meter)
-    plans: dict[str, Plan] = field(default_factory=dict)
+    plans: dict[str, Placement] = field(default_factory=dict)
     limit: Budget | None = None  # of the call that is running: what a phase leaves behind is in the allocator's slack
 
     def __post_init__(self) -> None:

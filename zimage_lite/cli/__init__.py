@@ -21,6 +21,7 @@ from ..errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, UserError
 _VERBS = {
     "generate": "Draw images from prompts.",
     "quantize": "Turn a checkpoint into a smaller one.",
+    "plan": "Predict memory and time, for any GPU.",
     "inspect": "Say what a file or folder is.",
     "formats": "List the formats, what they cost and who reads them.",
 }

@@ -1,59 +1,182 @@
-"""Who stays in memory. A pure function of sizes and budgets: no torch, no files, the same answer on any machine.
+"""Who stays in memory, who passes through, and how long it takes: what `planner` decides, and what it decides from.
 
-Blocks run one after another, every step the same, so a block that stays saves its whole read in every step, and
-which one stays does not matter. They are kept spread evenly, so that later the copies of the others can hide behind
-the compute of those that stay.
+Pure functions of sizes and budgets: no torch, no files, the same answer on any computer.
+
+A model is a few phases, one after another, and each may use the whole budget. A phase is a list of blocks that run in
+order, pass after pass. A block that stays on the device saves its copy in every pass, so as many stay as fit; the
+others pass through slots, spread evenly among those that stay, so that their copies hide behind compute. Those that
+pass through are kept in pinned memory as far as the RAM goes, then in pageable memory, and the rest comes from the file
+each time. Running on the CPU is the same with RAM for a device, and the disk for a link.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from ..errors import BudgetError
 from ..units import format_gb
+from .machine import Work
+from .placement import candidates
+from .simulate import Passage, Run, simulate
+
+DEVICE, PINNED, PAGEABLE, FILE = "device", "pinned", "pageable", "file"
+
+
+@dataclass(frozen=True)
+class Block:
+    """n_bytes: as stored, which is also what is copied."""
+
+    name: str
+    n_bytes: int
+    work: Work
+
+
+@dataclass(frozen=True)
+class Phase:
+    """blocks run `passes` times, in order; those of prelude only once, before the others are there.
+
+    *_fixed: what else is held while it runs, by name: on the GPU, in RAM beside the GPU, and in RAM without one.
+    read_once_bytes: what the CPU reads for itself before all that.
+    on_cpu: whether the CPU may do it although there is a GPU.
+    """
+
+    name: str
+    blocks: tuple[Block, ...]
+    passes: int = 1
+    prelude: tuple[Block, ...] = ()
+    read_once_bytes: int = 0
+    gpu_fixed: Mapping[str, int] = field(default_factory=dict)
+    ram_fixed: Mapping[str, int] = field(default_factory=dict)
+    cpu_fixed: Mapping[str, int] = field(default_factory=dict)
+    on_cpu: bool = False
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """The ceilings in force for the whole process, and what sets them: a flag, or what the machine has."""
+
+    vram_bytes: int
+    ram_bytes: int
+    vram_limit: str = "--vram"
+    ram_limit: str = "--ram"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """resident: blocks that stay once loaded; the others come from the file each time they run."""
+    """One phase. homes: block -> where it waits to be computed. Times are predictions."""
+
+    phase: str
+    device: str  # "gpu" or "cpu"
+    passes: int
+    homes: Mapping[str, str]
+    sizes: Mapping[str, int]
+    prelude: tuple[str, ...]
+    slots: int
+    slot_bytes: int
+    staging: int
+    staging_bytes: int
+    fixed: Mapping[str, int]
+    peak_vram_bytes: int
+    peak_ram_bytes: int
+    prelude_ms: float
+    passages: tuple[Passage, ...]
+    run: Run
+
+    @cached_property
+    def resident(self) -> frozenset[str]:
+        return frozenset(name for name, home in self.homes.items() if home == DEVICE)
+
+    @cached_property
+    def streamed(self) -> tuple[str, ...]:
+        """In the order they run."""
+        return tuple(name for name, home in self.homes.items() if home != DEVICE)
+
+    def slot_of(self, name: str, pass_number: int = 0) -> int:
+        """Slots are taken in turn, from one pass into the next."""
+        return (pass_number * len(self.streamed) + self.streamed.index(name)) % self.slots
+
+    def bytes_at(self, *homes: str) -> int:
+        return sum(self.sizes[name] for name, home in self.homes.items() if home in homes)
+
+    @property
+    def link_bytes(self) -> int:
+        """Over the link in every pass after the first."""
+        return sum(self.sizes[name] for name in self.streamed) if self.device == "gpu" else 0
+
+    @property
+    def disk_bytes(self) -> int:
+        """From the disk in every pass after the first."""
+        return self.bytes_at(FILE)
+
+    @property
+    def pass_ms(self) -> float:
+        return self.run.pass_ms
+
+    @property
+    def total_ms(self) -> float:
+        return self.prelude_ms + self.run.total_ms
+
+    @property
+    def startup_ms(self) -> float:
+        """What the first pass takes longer, since every weight comes from the disk, and what runs before it."""
+        return self.total_ms - self.passes * self.pass_ms
+
+    @cached_property
+    def demand_ms(self) -> dict[str, float]:
+        """What each worker has to do in a pass, if it never had to wait; in the only one, everything is read."""
+        first, gpu = self.passes == 1, self.device == "gpu"
+        moving = [p for p in self.passages if first or not p.stays]
+        copies = sum(p.copy_ms for p in moving)
+        reads = sum(p.first_read_ms if first else p.read_ms for p in moving) if gpu else copies
+        compute = sum(p.compute_ms for p in self.passages)
+        return {"compute": compute, "link": copies if gpu else 0.0, "disk": reads}
+
+    @property
+    def bound_by(self) -> str:
+        demand = self.demand_ms
+        return max(demand, key=lambda worker: demand[worker])
+
+    def simulated(self) -> Run:
+        """The same run with all its events."""
+        return simulate(self.passages, self.slots, self.staging, self.passes, record=True)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """resident: blocks that stay once loaded; the others come from the file each time they run, through one slot."""
 
     resident: frozenset[str]
     streamed: tuple[str, ...]
     predicted_bytes: int
 
 
-def plan_blocks(phase: str, block_bytes: Mapping[str, int], fixed_bytes: int, budget_bytes: int, limit: str) -> Plan:
-    """block_bytes: block -> its packed size, in the order they run. fixed_bytes: all else that is held at once
+def plan_blocks(
+    phase: str, block_bytes: Mapping[str, int], fixed_bytes: int, budget_bytes: int, limit: str
+) -> Placement:
+    """What stays in one kind of memory, for a device that computes only when nothing is being copied.
+
+    block_bytes: block -> its packed size, in the order they run. fixed_bytes: all else that is held at once
     (the process, other weights, activations, the unpacked copy of one weight). limit: the flag that sets the budget, or
     what else does.
 
     Raises BudgetError, naming the smallest budget that works, if one block at a time is too much.
     """
-    largest = max(block_bytes.values(), default=0)
-    total = sum(block_bytes.values())
-    if fixed_bytes + total <= budget_bytes:
-        return Plan(frozenset(block_bytes), (), fixed_bytes + total)
-    least = fixed_bytes + largest
-    if least > budget_bytes:
-        fix = f"the smallest that works is {limit} {_round_up(least)}"
+    names, found = list(block_bytes), candidates(tuple(block_bytes.values()), (1,), 1)
+    fits = [candidate for candidate in found if fixed_bytes + candidate.n_bytes <= budget_bytes]
+    if not fits:
+        least = fixed_bytes + min(candidate.n_bytes for candidate in found)
+        fix = f"the smallest that works is {limit} {round_up(least)}"
         if not limit.startswith("--"):
-            fix = f"it takes {_round_up(least)}, so close other programs, or use a smaller format or image"
+            fix = f"it takes {round_up(least)}, so close other programs, or use a smaller format or image"
         raise BudgetError(f"{phase} does not fit {limit}", got=format_gb(budget_bytes), fix=fix)
-    # One slot of the largest size is kept free for whichever block is passing through.
-    spare = budget_bytes - least
-    names = list(block_bytes)
-    kept: list[str] = []
-    for count in range(len(names) - 1, -1, -1):
-        kept = [names[i * len(names) // count] for i in range(count)] if count else []
-        if sum(block_bytes[name] for name in kept) <= spare:
-            break
-    resident = frozenset(kept)
-    streamed = tuple(name for name in names if name not in resident)
-    return Plan(resident, streamed, least + sum(block_bytes[name] for name in kept))
+    best = max(fits, key=lambda candidate: (len(candidate.resident), -candidate.streamed_bytes))
+    resident = frozenset(names[i] for i in best.resident)
+    return Placement(resident, tuple(names[i] for i in best.streamed), fixed_bytes + best.n_bytes)
 
 
-def _round_up(n_bytes: int) -> str:
+def round_up(n_bytes: int) -> str:
     """To the next tenth of a GB, as one types it."""
     return f"{-(-n_bytes // 100_000_000) / 10:g}GB"
 

@@ -1,4 +1,4 @@
-"""Executes a Plan: each block gets its weights just before it runs, and only resident ones keep them.
+"""Executes a Placement: each block gets its weights just before it runs, and only resident ones keep them.
 
 One block at a time, in the calling thread: correct and simple. It knows names and modules, not what they compute.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Generic, TypeVar
 
-from .plan import Plan
+from .plan import Placement
 
 Module = TypeVar("Module")
 
@@ -21,7 +21,7 @@ class Streamer(Generic[Module]):
 
     def __init__(
         self,
-        plan: Plan,
+        plan: Placement,
         names: Mapping[Module, str],
         load: Callable[[str, Module], None],
         unload: Callable[[Module], None],

@@ -1,0 +1,375 @@
+"""Plans: that they add up, that more never makes them slower, that refusals speak the truth, and what they promise."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from zimage_lite.cli import run
+from zimage_lite.errors import BudgetError, UserError
+from zimage_lite.memory.gpus import GPUS, find_gpu, gpu_with
+from zimage_lite.memory.machine import CUDA_CONTEXT_BYTES, Machine, Processor, Work, machine
+from zimage_lite.memory.placement import GRANULE_BYTES, nested_order
+from zimage_lite.memory.plan import DEVICE, FILE, PAGEABLE, PINNED, Block, Budgets, Phase, Plan
+from zimage_lite.memory.planner import budgets_in_force, plan_phases
+from zimage_lite.memory.simulate import Passage, simulate
+from zimage_lite.prediction import Job, phases, true_model
+from zimage_lite.timeline import as_svg, as_text
+from zimage_lite.units import parse_bytes
+
+GB, GIB = 10**9, 2**30
+SIZES = ((512, 512), (1024, 1024), (1536, 1536), (2048, 2048), (2048, 3072))
+FORMATS = ("int8", "int4", "q8_0", "q4_k_m", "bf16", "nf4")
+RAM = (8 * GB, 16 * GB, 32 * GB)
+LAPTOP = find_gpu("RTX 3060 Laptop")
+PLENTY = Budgets(10**15, 10**15)
+
+
+@cache
+def work(format_name: str, size: tuple[int, int] = (1024, 1024)) -> tuple[Phase, ...]:
+    return tuple(phases(true_model(format_name), Job(*size)))
+
+
+def denoise(format_name: str, size: tuple[int, int] = (1024, 1024)) -> Phase:
+    return work(format_name, size)[1]
+
+
+# --- The simulation, by hand
+
+
+def passages(*durations: tuple[float, float], stays: str = "") -> list[Passage]:
+    """(compute, copy) of each block; stays: their numbers."""
+    return [Passage(str(i), *times, stays=str(i) in stays) for i, times in enumerate(durations)]
+
+
+def test_all_resident_is_pure_compute() -> None:
+    done = simulate(passages((5, 2), (7, 2), (3, 2), stays="012"), slots=0, staging=1, passes=4)
+    # The first pass: copies end at 2, 4, 6; the first block computes from 2 to 7, and hides the others.
+    assert done.ends_ms == (17, 32, 47, 62)
+    assert done.pass_ms == 15
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+def test_all_streamed_and_slow_copies_is_pure_copy(slots: int) -> None:
+    done = simulate(passages((1, 10), (2, 10), (3, 10)), slots, staging=1, passes=5)
+    assert done.ends_ms == (33, 63, 93, 123, 153)
+    assert done.pass_ms == 30
+
+
+def test_one_slot_takes_turns() -> None:
+    done = simulate(passages((4, 10), (6, 10)), slots=1, staging=1, passes=3)
+    assert done.ends_ms == (30, 60, 90)
+
+
+def test_a_copy_hides_behind_a_block_that_stays() -> None:
+    """Alternating: each copy of 6 has the 4 of its own kind and the 4 of the next one that stays to hide behind."""
+    blocks = passages((4, 6), (4, 6), (4, 6), (4, 6), stays="02")
+    done = simulate(blocks, slots=2, staging=1, passes=4)
+    assert done.pass_ms == 16
+    slower = simulate([replace(p, copy_ms=10) for p in blocks], slots=2, staging=1, passes=4)
+    assert slower.pass_ms == 20  # two copies of 10
+
+
+def test_the_disk_is_a_worker_of_its_own() -> None:
+    """Reads of 10, copies of 2, compute of 3, two staging buffers: the disk never waits."""
+    blocks = [Passage(str(i), 3, 2, read_ms=10, first_read_ms=10) for i in range(3)]
+    assert simulate(blocks, slots=2, staging=2, passes=3).ends_ms == (35, 65, 95)
+    # With one buffer, the next read waits until the last one is copied.
+    assert simulate(blocks, slots=2, staging=1, passes=3).ends_ms == (39, 75, 111)
+    # Held in pinned memory, they are read once, and then only computing takes time.
+    held = [replace(block, read_ms=0) for block in blocks]
+    assert simulate(held, slots=2, staging=1, passes=3).ends_ms == (35, 44, 53)
+
+
+def test_nested_order() -> None:
+    for total in range(40):
+        order = nested_order(total)
+        assert sorted(order) == list(range(total))
+    assert nested_order(8) == (0, 4, 2, 6, 1, 5, 3, 7)
+
+
+# --- Small plans, by hand
+
+
+def small(n_blocks: int = 10, megabytes: int = 100, compute_ms: float = 10, passes: int = 8) -> Phase:
+    blocks = [Block(f"b{i}", megabytes * 10**6, Work(compute_ms * 1e9)) for i in range(n_blocks)]
+    return Phase("denoise", tuple(blocks), passes, gpu_fixed={"activations": 10 * GRANULE_BYTES})
+
+
+def plain_machine(link_gbps: float = 10.0, **facts: int | float | None) -> Machine:
+    """1 TFLOP/s."""
+    gpu = Processor(1, 1, 1, 1, 1e9)
+    return Machine("test", 10**12, 10**12, gpu, link_gbps=link_gbps, **facts)  # type: ignore[arg-type]
+
+
+def test_homes_follow_the_ram() -> None:
+    """A GPU with room for two slots: 10 blocks stream; RAM for 7 of them, of which 4 may be pinned
+    beside the two staging buffers."""
+    there = plain_machine(process_bytes=0, context_bytes=0, pinned_limit_bytes=650 * 10**6)
+    budgets = Budgets(10 * GRANULE_BYTES + 2 * 50 * GRANULE_BYTES, (2 + 7) * 10**8)
+    (made,) = plan_phases([small()], there, budgets)
+    homes = list(made.homes.values())
+    assert [homes.count(home) for home in (DEVICE, PINNED, PAGEABLE, FILE)] == [0, 4, 3, 3]
+    assert (made.slots, made.staging) == (2, 2)
+    assert made.disk_bytes == 3 * 10**8 and made.link_bytes == 10**9
+    assert made.peak_ram_bytes == budgets.ram_bytes and made.peak_vram_bytes <= budgets.vram_bytes
+    assert made.bound_by == "disk"  # 300 MB at 2.5 GB/s and 300 MB at 6 GB/s against 100 ms of compute and of link
+
+
+def test_on_the_cpu_the_ram_is_the_device() -> None:
+    there = replace(plain_machine(), gpu=None, process_bytes=0)
+    (made,) = plan_phases([small(megabytes=200)], there, Budgets(0, 1100 * 10**6))
+    assert made.device == "cpu" and made.peak_vram_bytes == 0
+    assert len(made.resident) == 3 and made.slots == 2 and made.peak_ram_bytes <= 1100 * 10**6
+    assert set(made.homes.values()) == {DEVICE, FILE}
+
+
+# --- The grid
+
+
+def check(made: Plan, budgets: Budgets) -> None:
+    assert made.peak_vram_bytes <= budgets.vram_bytes and made.peak_ram_bytes <= budgets.ram_bytes
+    assert set(made.resident) | set(made.streamed) == set(made.homes) == set(made.sizes)
+    assert list(made.streamed) == [name for name in made.homes if name not in made.resident]
+    biggest = max((made.sizes[name] for name in made.streamed), default=0)
+    assert biggest <= made.slot_bytes < biggest + GRANULE_BYTES
+    if made.device == "gpu":
+        assert made.fixed["CUDA context"] == CUDA_CONTEXT_BYTES
+        least = sum(made.fixed.values()) + made.slots * made.slot_bytes + made.bytes_at(DEVICE)
+        assert least <= made.peak_vram_bytes <= least + GRANULE_BYTES * (len(made.sizes) + 8) or made.prelude
+        assert made.link_bytes == sum(made.sizes[name] for name in made.streamed)
+        held = made.bytes_at(PINNED, PAGEABLE)
+        assert made.peak_ram_bytes >= held + made.staging * made.staging_bytes
+    assert made.disk_bytes == made.bytes_at(FILE)
+    assert made.pass_ms >= max(made.demand_ms["compute"], 0) - 1e-6
+    assert made.total_ms >= made.passes * made.demand_ms["compute"] - 1e-6
+
+
+def check_timeline(made: Plan) -> None:
+    """The order, and that no slot or worker is ever taken twice."""
+    done = made.simulated()
+    assert done.ends_ms == made.run.ends_ms
+    computed = [event.name for event in done.events if event.worker == "compute"]
+    assert computed == list(made.homes) * made.passes
+    for worker in ("read", "copy", "compute"):
+        own = [event for event in done.events if event.worker == worker]
+        assert all(a.end_ms <= b.start_ms + 1e-9 for a, b in itertools.pairwise(own))
+    taken: dict[int, float] = {}  # slot -> until when
+    started: dict[tuple[str, int], float] = {}
+    for event in done.events:
+        if event.slot is None:
+            assert event.worker == "read" or event.name in made.resident
+        elif event.worker == "copy":
+            assert event.slot == made.slot_of(event.name, event.pass_number)
+            assert event.start_ms >= taken.get(event.slot, 0.0) - 1e-9
+            started[event.name, event.pass_number] = event.end_ms
+        else:
+            assert event.start_ms >= started[event.name, event.pass_number] - 1e-9
+            taken[event.slot] = event.end_ms
+
+
+def named(line: str) -> list[dict[str, int]]:
+    """Every pair of budgets that a refusal names: {"vram": bytes}, {"ram": bytes} or both."""
+    text = line.split("the smallest that works is ")[1]
+    found = []
+    for choice in text.split(" or "):
+        vram = re.search(r"--vram (\S+)|(\S+) of GPU memory", choice)
+        ram = re.search(r"--ram (\S+)|(\S+) of RAM", choice)
+        sizes = {"vram": vram, "ram": ram}
+        found.append({name: parse_bytes(match[1] or match[2]) for name, match in sizes.items() if match})
+    return found
+
+
+def plan_or_learn(todo: tuple[Phase, ...], there: Machine, budgets: Budgets) -> list[Plan]:
+    """A refusal must name budgets that work, and a little less must not."""
+    try:
+        return plan_phases(todo, there, budgets)
+    except BudgetError as error:
+        choices = named(str(error))
+    assert choices
+    for choice in choices:
+        enough = replace(
+            budgets,
+            vram_bytes=choice.get("vram", budgets.vram_bytes),
+            ram_bytes=choice.get("ram", budgets.ram_bytes),
+        )
+        for made in plan_phases(todo, there, enough):
+            check(made, enough)
+        for name, n_bytes in choice.items():
+            with pytest.raises(BudgetError):
+                plan_phases(todo, there, replace(enough, **{f"{name}_bytes": n_bytes - 10**8}))
+    return []
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_every_plan_adds_up(format_name: str) -> None:
+    """All GPUs, sizes and RAM: sums, slots, order, peaks; more RAM is never slower; refusals are true."""
+    for size, gpu in itertools.product(SIZES, GPUS):
+        before: list[float] = []
+        for ram in RAM:
+            there = machine(gpu, ram)
+            budgets = budgets_in_force(there)
+            plans = plan_or_learn(work(format_name, size), there, budgets)
+            assert plans or not before, "less RAM was enough"
+            for made in plans:
+                check(made, budgets)
+            if plans and ram == RAM[0]:
+                check_timeline(plans[1])
+            times = [made.total_ms for made in plans]
+            assert all(new <= old + 1e-5 for new, old in zip(times, before, strict=False))
+            before = times
+
+
+@pytest.mark.parametrize("gpu", [gpu.name for gpu in GPUS[::6]])
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_more_is_never_slower(format_name: str, gpu: str) -> None:
+    """Memory of the GPU, RAM, link and disk, each alone."""
+    phase, there = denoise(format_name, (512, 512)), machine(find_gpu(gpu), 32 * GB, ideal=True)
+
+    def grows(cases: list[tuple[Machine, Budgets]]) -> None:
+        times = [plan_phases([phase], one, budgets)[0].total_ms for one, budgets in cases]
+        assert all(b <= a + 1e-5 for a, b in itertools.pairwise(times)), times
+        assert times[-1] <= times[0]
+
+    grows([(there, Budgets(vram * 10**8, 5 * GB)) for vram in range(17, 80, 3)])
+    grows([(there, Budgets(25 * 10**8, ram * 10**8)) for ram in range(25, 160, 9)])
+    windows = replace(there, pinned_limit_bytes=3 * GB)
+    grows([(windows, Budgets(25 * 10**8, ram * 10**8)) for ram in range(25, 160, 19)])
+    tight = Budgets(25 * 10**8, 5 * GB)
+    grows([(replace(there, link_gbps=gbps), tight) for gbps in (3.0, 6.0, 12.5, 25.0, 50.0)])
+    grows([(replace(there, disk_gbps=gbps), tight) for gbps in (0.1, 0.5, 2.5, 5.0)])
+
+
+def test_both_budgets_may_be_named() -> None:
+    """Where neither alone would do."""
+    with pytest.raises(BudgetError) as caught:
+        plan_phases(work("int8"), machine(LAPTOP, 16 * GB), Budgets(10**8, 10**8))
+    (choice,) = named(str(caught.value))
+    assert set(choice) == {"vram", "ram"} and caught.value.exit_code == 3
+
+
+# --- What is promised at 1024x1024
+
+
+def step(format_name: str, free_gib: float | None, ideal: bool) -> Plan:
+    there = machine(LAPTOP, 16 * GB, ideal=ideal)
+    if free_gib is not None:
+        there = replace(there, vram_free_bytes=int(free_gib * GIB))
+    budgets = PLENTY if free_gib is None else budgets_in_force(there)
+    return plan_phases([denoise(format_name)], there, budgets)[0]
+
+
+def test_int4_is_resident_with_5_gib_free() -> None:
+    assert not step("int4", 5.0, ideal=False).streamed
+
+
+@pytest.mark.parametrize("ideal", [False, True])
+@pytest.mark.parametrize(("format_name", "free_gib"), [("int8", 5.0), ("int4", 3.2)])
+def test_streaming_costs_little(format_name: str, free_gib: float, ideal: bool) -> None:
+    """Also if every kernel ran at its peak, so that there is less to hide behind."""
+    streaming, resident = step(format_name, free_gib, ideal), step(format_name, None, ideal)
+    assert streaming.streamed and not resident.streamed
+    assert streaming.pass_ms <= 1.15 * resident.pass_ms
+    assert streaming.total_ms <= 1.15 * resident.total_ms
+
+
+@pytest.mark.parametrize("format_name", ["int8", "int4"])
+def test_2_gib_are_enough(format_name: str) -> None:
+    budgets = Budgets(2 * GIB, 16 * GB)
+    plans = plan_phases(work(format_name), machine(LAPTOP, 16 * GB), budgets)
+    for made in plans:
+        check(made, budgets)
+
+
+def test_rates_are_those_of_the_roofline() -> None:
+    """One int8 block at 1024x1024 ideally takes an RTX 3060 Laptop 18.2 ms, beside 973 MB of traffic."""
+    gpu = machine(LAPTOP, 16 * GB, ideal=True).gpu
+    assert gpu is not None
+    block = next(block for block in denoise("int8").blocks if block.name == "layers.3")
+    assert gpu.milliseconds(replace(block.work, traffic_bytes=0)) == pytest.approx(18.2, abs=0.3)
+    assert block.work.traffic_bytes == pytest.approx(973e6, rel=0.01)
+
+
+# --- GPUs, the verb, the pictures
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("RTX 3060 Laptop", "RTX 3060 Laptop 6GB"), ("3060 laptop 6gb", "RTX 3060 Laptop 6GB"),
+     ("NVIDIA GeForce RTX 3060 Laptop GPU", "RTX 3060 Laptop 6GB"), ("rtx3060", "RTX 3060 12GB"),
+     ("GeForce RTX 4070Ti (12 GB)", "RTX 4070 Ti 12GB"), ("3050 mobile 4 GB", "RTX 3050 Laptop 4GB"),
+     ("NVIDIA H200 141GB", "H200 141GB"), ("4090", "RTX 4090 24GB")],
+)  # fmt: skip
+def test_gpus_are_found(text: str, name: str) -> None:
+    assert find_gpu(text).name == name
+
+
+@pytest.mark.parametrize(
+    ("text", "near"),
+    [("3050 laptop", "RTX 3050 Laptop 4GB, RTX 3050 Laptop 6GB"), ("RTX 4070", "RTX 4070 Laptop 8GB, RTX 4070 Ti 12GB"),
+     ("Voodoo 2", "RTX 2060 Laptop 6GB"), ("", "H200 141GB"), ("RTX 4061", "RTX 4060 Laptop 8GB")],
+)  # fmt: skip
+def test_unknown_gpus_list_near_ones(text: str, near: str) -> None:
+    with pytest.raises(UserError, match=near):
+        find_gpu(text)
+
+
+def test_gpu_with() -> None:
+    assert gpu_with(6 * GB).name == "GTX 1660 Ti Laptop 6GB"
+    assert gpu_with(7 * GB).vram_gib == 8 and gpu_with(10**15) is GPUS[-1]
+
+
+def test_timeline(tmp_path: Path) -> None:
+    made = plan_phases([denoise("int8")], machine(LAPTOP, 16 * GB), Budgets(4 * GB, 16 * GB))[0]
+    copy, compute = as_text(made)
+    assert copy.startswith("copy") and compute.startswith("compute") and len(copy) == len(compute)
+    assert set(compute.split()[1]) == {"#", "0", "1"}  # compute never waits
+    svg = ElementTree.fromstring(as_svg(made, "a < b"))
+    assert sum(element.tag.endswith("rect") for element in svg.iter()) > 40
+
+
+def test_the_verb(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "step.svg"
+    arguments = ["plan", "--gpu", "3060 laptop", "--format", "int4", "--vram", "3GB", "--plot", str(picture), "--json"]
+    assert run(arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith("A prediction, nothing was run: Z-Image-Turbo in int4, 1024x1024, 8 steps")
+    result = json.loads(captured.out)
+    assert result["gpu"] == "RTX 3060 Laptop 6GB" and result["vram_bytes"] == 3 * GB
+    assert [phase["phase"] for phase in result["phases"]] == ["encode", "denoise", "decode"]
+    assert all(phase["peak_vram_bytes"] <= 3 * GB for phase in result["phases"])
+    fast, slow = result["phases"][1]["pass_ms"]
+    assert fast < slow
+    assert picture.read_text(encoding="utf-8").startswith("<svg")
+
+
+def test_the_verb_refuses(refused, tiny: Path) -> None:
+    assert "RTX 4070 Ti" in refused("plan", "--gpu", "4070")
+    line = refused("plan", "--gpu", "RTX 3060 Laptop", "--vram", "1GB", code=3)
+    assert named(line)[0]["vram"] <= 2 * GIB
+    refused("plan", "--gpu", "RTX 3060 Laptop", "--format", "int5")
+    refused("plan", "--gpu", "RTX 3060 Laptop", "--plot", "step.png")
+    refused("plan", "--gpu", "RTX 3060 Laptop", "--model", tiny, "--format", "int8")
+
+
+def test_a_model_folder_has_its_own_sizes(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "--vram", "2GB", "--model", str(tiny), "--width", "64", "--height", "64", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["model"] == "tiny (bf16)" and result["vram_bytes"] == 2 * GB
+    assert list(result["phases"][1]["homes"]) == [f"noise_refiner.{i}" for i in (0, 1)] + [
+        f"layers.{i}" for i in range(3)
+    ]
+
+
+def test_planning_loads_no_torch() -> None:
+    code = "import sys, zimage_lite.memory.planner; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,199 @@
+"""zimage-lite plan"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..config import GenerateOptions
+from ..errors import UserError
+from ..units import format_gb, parse_bytes
+from . import print_json, say
+
+if TYPE_CHECKING:
+    from ..memory.gpus import Gpu
+    from ..memory.plan import Budgets, Plan
+    from ..prediction import Model
+
+_IMAGE = GenerateOptions()
+_FACTS = (
+    "phase", "device", "passes", "homes", "slots", "slot_bytes", "staging", "staging_bytes", "fixed",
+    "peak_vram_bytes", "peak_ram_bytes", "link_bytes", "disk_bytes", "bound_by",
+)  # fmt: skip
+_HOMES = {"device": "stay", "pinned": "in pinned RAM", "pageable": "in pageable RAM", "file": "from the file each time"}
+
+
+@dataclass(frozen=True)
+class _Prediction:
+    """The plans for the highest power limit, and how long the phases take at the lowest."""
+
+    model: str
+    gpu: Gpu
+    budgets: Budgets
+    plans: Sequence[Plan]
+    slow_plans: Sequence[Plan]
+
+
+@click.command(name="plan")
+@click.option("--model", help="Plan for this model folder, file, or Hub id.  [default: Z-Image-Turbo's shapes]")
+@click.option("--format", "format_name", metavar="FORMAT", help="Format of those shapes.  [default: int8]")
+@click.option("--gpu", "gpu_name", metavar="NAME", help='Such as "RTX 3060 Laptop".  [default: the one that is here]')
+@click.option("--vram", metavar="SIZE", help="Ceiling for the GPU's memory, such as 6GB.  [default: what is free]")
+@click.option("--ram", metavar="SIZE", default="16GB", show_default=True, help="Ceiling for the process's memory.")
+@click.option("--width", type=int, default=1024, show_default=True, help="Pixels, a multiple of 16.")
+@click.option("--height", type=int, default=1024, show_default=True, help="Pixels, a multiple of 16.")
+@click.option("--steps", type=int, default=_IMAGE.steps, show_default=True, help="Denoising steps.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw one step as a picture.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+def command(
+    model: str | None, format_name: str | None, gpu_name: str | None, vram: str | None, ram: str, width: int,
+    height: int, steps: int, plot: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Predict where the weights would live, the memory peaks, the time, and what bounds it, for any GPU.
+
+    Runs nothing: the answer comes from the sizes of the weights and a table of GPUs.
+    """
+    if model and format_name:
+        raise UserError("--format is for the shapes of Z-Image-Turbo", fix="leave it out, a --model has its own")
+    if plot and plot.suffix.lower() != ".svg":
+        raise UserError("--plot", got=str(plot), expected="a name that ends in .svg")
+    wanted = GenerateOptions(width=width, height=height, steps=steps)
+    limits = parse_bytes(vram) if vram else None, parse_bytes(ram)
+    prediction = _predict(_sizes(model, format_name or "int8"), gpu_name, limits, wanted)
+    _describe(prediction, wanted)
+    if plot:
+        from ..checkpoint.output import replacing
+        from ..timeline import as_svg
+
+        title = f"Prediction: one step, {prediction.model} at {width}x{height} on {prediction.gpu.name}"
+        with replacing(plot) as partial:
+            partial.write_text(as_svg(prediction.plans[1], title), encoding="utf-8")
+        say(f"{plot}  one step")
+    if as_json:
+        print_json(_as_json(prediction, wanted))
+
+
+def _sizes(model: str | None, format_name: str) -> Model:
+    from ..prediction import model_of, true_model
+
+    if model is None:
+        return true_model(format_name)
+    from ..api import open_named
+
+    return model_of(open_named(model, {}))
+
+
+def _predict(
+    model: Model, gpu_name: str | None, limits: tuple[int | None, int], wanted: GenerateOptions
+) -> _Prediction:
+    from ..memory.machine import machine
+    from ..memory.planner import budgets_in_force, plan_phases
+    from ..prediction import Job, phases
+
+    vram, ram = limits
+    gpu, free = _choose(gpu_name, vram)
+    machines = [machine(gpu, ram, high_power) for high_power in (True, False)]
+    if free is not None:
+        machines = [replace(one, vram_free_bytes=free) for one in machines]
+    if sys.platform == "win32":
+        machines = [replace(one, pinned_limit_bytes=ram // 2) for one in machines]
+    todo = phases(model, Job(*wanted.size, steps=wanted.steps))
+    budgets = budgets_in_force(machines[0], vram, ram)
+    fast, slow = (plan_phases(todo, one, budgets) for one in machines)
+    return _Prediction(model.name, gpu, budgets, fast, slow)
+
+
+def _choose(name: str | None, vram: int | None) -> tuple[Gpu, int | None]:
+    """The GPU named, else the one that is here, else the slowest with so much memory; and what is free, if known."""
+    from ..memory.gpus import find_gpu, gpu_with
+    from ..memory.machine import VRAM_MARGIN_BYTES
+
+    if name:
+        return find_gpu(name), None
+    here = _gpu_here()
+    if here is not None:
+        try:
+            return find_gpu(here[0]), here[1]
+        except UserError:
+            if vram is None:
+                raise
+    if vram is None:
+        raise UserError("this machine has no NVIDIA GPU that torch sees", fix='name one: --gpu "RTX 3060 Laptop"')
+    return gpu_with(vram), vram + VRAM_MARGIN_BYTES
+
+
+def _gpu_here() -> tuple[str, int] | None:
+    """What torch calls it, with its memory, and the bytes that are free."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    total = round(torch.cuda.get_device_properties(0).total_memory / 2**30)
+    return f"{torch.cuda.get_device_name(0)} {total}GB", torch.cuda.mem_get_info(0)[0]
+
+
+def _describe(prediction: _Prediction, wanted: GenerateOptions) -> None:
+    from ..timeline import as_text
+
+    gpu, budgets = prediction.gpu, prediction.budgets
+    width, height = wanted.size
+    say(f"A prediction, nothing was run: {prediction.model}, {width}x{height}, {wanted.steps} steps, {gpu.name}")
+    watts = f"{gpu.watts[0]}-{gpu.watts[1]} W" if gpu.watts[0] < gpu.watts[1] else f"{gpu.watts[1]} W"
+    say(
+        f"at {watts}, copies at {gpu.link_gbps:g} GB/s (PCIe {gpu.pcie}); within {_gib(budgets.vram_bytes)} of GPU "
+        f"memory and {format_gb(budgets.ram_bytes)} of RAM"
+    )
+    say(f"{'phase':<9}{'on':<5}{'time':>16}{'GPU memory':>13}{'RAM':>10}  bound by")
+    for fast, slow in zip(prediction.plans, prediction.slow_plans, strict=True):
+        ram = format_gb(fast.peak_ram_bytes)
+        time = _seconds(fast.total_ms, slow.total_ms)
+        say(f"{fast.phase:<9}{fast.device:<5}{time:>16}{_gib(fast.peak_vram_bytes):>13}{ram:>10}  {fast.bound_by}")
+    total = [sum(plan.total_ms for plan in plans) for plans in (prediction.plans, prediction.slow_plans)]
+    say(f"{'together':<14}{_seconds(*total):>16}")
+    fast, slow = prediction.plans[1], prediction.slow_plans[1]
+    homes = list(fast.homes.values())
+    counts = [f"{homes.count(home)} {text}" for home, text in _HOMES.items() if home in homes]
+    slots = f"; {fast.slots} slots of {format_gb(fast.slot_bytes)}" if fast.slots else ""
+    say(f"denoise: {len(homes)} blocks: {', '.join(counts)}{slots}")
+    say("beside them: " + ", ".join(f"{name} {format_gb(n_bytes)}" for name, n_bytes in fast.fixed.items()))
+    say(
+        f"a step: {fast.pass_ms:.0f}-{slow.pass_ms:.0f} ms, {format_gb(fast.link_bytes)} over the link, "
+        f"{format_gb(fast.disk_bytes)} from the disk; the first takes {fast.startup_ms / 1000:.1f} s longer, to load"
+    )
+    for line in as_text(fast):
+        say(line)
+    say("(one step; digits: the slot of a block that passes through, #: blocks that stay, .: waiting)")
+
+
+def _as_json(prediction: _Prediction, wanted: GenerateOptions) -> dict[str, Any]:
+    phases = []
+    for fast, slow in zip(prediction.plans, prediction.slow_plans, strict=True):
+        facts = {name: getattr(fast, name) for name in _FACTS}
+        times = {name: [getattr(fast, name), getattr(slow, name)] for name in ("pass_ms", "startup_ms", "total_ms")}
+        phases.append({**facts, **times})
+    return {
+        "prediction": True,
+        "model": prediction.model,
+        "gpu": prediction.gpu.name,
+        "watts": prediction.gpu.watts,
+        "size": wanted.size,
+        "steps": wanted.steps,
+        "vram_bytes": prediction.budgets.vram_bytes,
+        "ram_bytes": prediction.budgets.ram_bytes,
+        "phases": phases,
+    }
+
+
+def _gib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.2f} GiB"
+
+
+def _seconds(fast_ms: float, slow_ms: float) -> str:
+    """From the highest to the lowest power limit."""
+    fast, slow = f"{fast_ms / 1000:.1f}", f"{slow_ms / 1000:.1f}"
+    return f"{fast} s" if fast == slow else f"{fast}-{slow} s"

@@ -1,0 +1,108 @@
+"""What a machine can do and hold, as plain numbers: the planner's only idea of hardware.
+
+None of the constants below was measured on the laptops they are for. They are what others measured on similar ones:
+a bf16 Z-Image step at 88 % of an RTX 3090's peak, 4-bit ones at 40-60 %, int8 Triton products at 48 % of a far larger
+GPU's, int8 attention at 60-70 %.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .gpus import Gpu
+
+CUDA_CONTEXT_BYTES = 500_000_000  # counts against --vram, but is not the allocator's
+VRAM_MARGIN_BYTES = 300_000_000  # left to the desktop and to the allocator's rounding
+DESKTOP_BYTES = 300_000_000  # what other programs hold of a GPU that nobody has asked
+PROCESS_BYTES = 1_200_000_000  # Python, torch with its CUDA libraries, and what the driver keeps in RAM: assumed
+
+EFFICIENCY_16 = 0.88
+EFFICIENCY_8 = 0.6
+EFFICIENCY_ATTENTION = 0.65
+EFFICIENCY_MEMORY = 0.8
+
+DISK_GBPS = 2.5  # an NVMe drive of a laptop, large reads
+HOST_COPY_GBPS = 6.0  # from pageable memory into a pinned buffer
+CPU_TFLOPS = 0.3  # float32, eight cores of a laptop; the two of our own machine reach 0.15
+CPU_MEMORY_GBPS = 40.0
+BLOCK_OVERHEAD_MS = 0.1  # launches that nothing hides
+COPY_OVERHEAD_MS = 0.02
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one block computes in one pass. traffic_bytes: what it reads and writes beside its products: activations,
+    and weights that are unpacked first. int8: on 8-bit matrix units, its attention, too."""
+
+    linear_flops: float
+    attention_flops: float = 0.0
+    traffic_bytes: float = 0.0
+    int8: bool = False
+
+
+@dataclass(frozen=True)
+class Processor:
+    """Rates that are really reached, in tera-operations per second."""
+
+    linear16: float
+    linear8: float
+    attention16: float
+    attention8: float
+    memory_gbps: float
+
+    def milliseconds(self, work: Work) -> float:
+        linear = work.linear_flops / (self.linear8 if work.int8 else self.linear16)
+        attention = work.attention_flops / (self.attention8 if work.int8 else self.attention16)
+        return (linear + attention) / 1e9 + work.traffic_bytes / self.memory_gbps / 1e6 + BLOCK_OVERHEAD_MS
+
+
+CPU = Processor(CPU_TFLOPS, CPU_TFLOPS, CPU_TFLOPS, CPU_TFLOPS, CPU_MEMORY_GBPS)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """gpu: None where there is none; vram_free_bytes: before this process took any. pinned_limit_bytes: Windows lets
+    about half of the RAM be pinned."""
+
+    name: str
+    ram_free_bytes: int
+    vram_free_bytes: int = 0
+    gpu: Processor | None = None
+    cpu: Processor = CPU
+    link_gbps: float = 12.5
+    disk_gbps: float = DISK_GBPS
+    host_copy_gbps: float = HOST_COPY_GBPS
+    pinned_limit_bytes: int | None = None
+    context_bytes: int = CUDA_CONTEXT_BYTES
+    margin_bytes: int = VRAM_MARGIN_BYTES
+    process_bytes: int = PROCESS_BYTES
+
+
+def processor(gpu: Gpu, high_power: bool = True, ideal: bool = False) -> Processor:
+    """ideal: every rate at its peak, as if no kernel lost anything. The faster, the harder it is to hide copies.
+
+    Attention beside 8-bit products multiplies queries and keys in int8, and adds up values in 16 bits. Before compute
+    capability 8.0 the compiler has no matrix units for that, and it stays 16-bit.
+    """
+    tflops, tops = gpu.tflops16[high_power], gpu.tops8[high_power]
+    mixed = 2 / (1 / tops + 1 / (gpu.fp16_sums * tflops)) if gpu.capability >= (8, 0) else tflops
+    if ideal:
+        return Processor(tflops, tops, tflops, mixed, gpu.memory_gbps)
+    return Processor(
+        linear16=EFFICIENCY_16 * tflops,
+        linear8=EFFICIENCY_8 * tops,
+        attention16=EFFICIENCY_ATTENTION * tflops,
+        attention8=EFFICIENCY_ATTENTION * mixed,
+        memory_gbps=EFFICIENCY_MEMORY * gpu.memory_gbps,
+    )
+
+
+def machine(gpu: Gpu, ram_bytes: int, high_power: bool = True, ideal: bool = False) -> Machine:
+    """A machine with that GPU, a desktop on it and nothing else."""
+    return Machine(
+        name=gpu.name,
+        ram_free_bytes=ram_bytes,
+        vram_free_bytes=gpu.vram_bytes - DESKTOP_BYTES,
+        gpu=processor(gpu, high_power, ideal),
+        link_gbps=gpu.link_gbps,
+    )
