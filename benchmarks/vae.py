@@ -3,7 +3,8 @@
     python benchmarks/vae.py --out benchmarks/results/NAME.json --sizes 256x256 512x512
 
 The autoencoder has its true widths and random weights, the same for all. Each run is a process of its own; peak memory
-is what the operating system says the decode added to it. `counted` says how many bytes of tensors each way holds at
+is what the decode added to its resident memory. `cpu_seconds` is the time of both cores, which other programs do not
+lengthen much, as they do `seconds`. `counted` says how many bytes of tensors each way holds at
 sizes too slow to run: the same code on the meta device. The last line is the JSON that also goes to --out.
 """
 
@@ -30,7 +31,7 @@ from make_checkpoint import random_weights  # noqa: E402
 
 from zimage_lite.config import VaeConfig  # noqa: E402
 from zimage_lite.memory.live_bytes import LiveBytes  # noqa: E402
-from zimage_lite.memory.meter import peak_rss_bytes, rss_bytes  # noqa: E402
+from zimage_lite.memory.meter import Meter, rss_bytes  # noqa: E402
 from zimage_lite.memory.plan_vae import VaePlan, predict_decode  # noqa: E402
 from zimage_lite.model.linear import bind, shapes  # noqa: E402
 from zimage_lite.model.vae import Decoder  # noqa: E402
@@ -93,11 +94,13 @@ def run(way: str, size: str, dtype: torch.dtype, path: Path) -> dict[str, Any]:
     decode = diffusers_decoder(dtype, way, min(height, width) // 2) if way in PEERS else our_decoder(dtype, WAYS[way])
     with torch.inference_mode():
         decode(latent[:, :4, :4])  # what the libraries load and compile on first use
-        before, start = rss_bytes(), time.perf_counter()
-        image = decode(latent)
-        seconds = time.perf_counter() - start
+        before, start, meter = rss_bytes(), time.process_time(), Meter()
+        with meter.phase("decode"):
+            image = decode(latent)
+        cpu_seconds = time.process_time() - start
     torch.save(image, path)
-    return {"way": way, "size": size, "seconds": round(seconds, 1), "peak_bytes": peak_rss_bytes() - before}
+    seconds, peak = meter.phases["decode"]["seconds"], int(meter.phases["decode"]["peak_rss_bytes"] - before)
+    return {"way": way, "size": size, "seconds": seconds, "cpu_seconds": round(cpu_seconds, 1), "peak_bytes": peak}
 
 
 def weights(decoder: Decoder) -> dict[str, torch.Tensor]:
