@@ -13,6 +13,7 @@ from ..config import VAE_FACTOR, VAE_QUERIES, VaeConfig
 from .plan import decode_bytes
 
 _BAND_ROWS = (64, 32, 16)
+_SMALL_SHARE, _SMALL_BYTES = 500, 2**15  # vectors that norms are made of: 1/500 of the whole, and so many bytes more
 _SMALL_BAND_ROWS = (8, 4, 2)  # of the smallest way only: half of what they compute is computed twice
 
 
@@ -69,17 +70,17 @@ def predict_decode(
     """The same way with its bytes. workspace: what a convolution takes inside, as a share of its input and output."""
     if not way.rows_per_band:
         return replace(way, device_bytes=decode_bytes(height * width, config.block_out_channels[1], item_bytes))
-    walk = _Walk(way.rows_per_band, item_bytes, way.spilled, workspace, max(config.block_out_channels))
+    walk = _Walk(way.rows_per_band, item_bytes, way.spilled, workspace)
     walk.decode(config, height // VAE_FACTOR, width // VAE_FACTOR, way)
-    return replace(way, device_bytes=walk.most, host_bytes=walk.most_spilled)
+    return replace(way, device_bytes=walk.most + walk.most // _SMALL_SHARE + _SMALL_BYTES, host_bytes=walk.most_spilled)
 
 
 def predict_encode(
     config: VaeConfig, height: int, width: int, item_bytes: int, way: VaePlan, workspace: float = 1.0
 ) -> VaePlan:
-    walk = _Walk(way.rows_per_band, item_bytes, way.spilled, workspace, max(config.block_out_channels))
+    walk = _Walk(way.rows_per_band, item_bytes, way.spilled, workspace)
     walk.encode(config, height, width, way)
-    return replace(way, device_bytes=walk.most, host_bytes=walk.most_spilled)
+    return replace(way, device_bytes=walk.most + walk.most // _SMALL_SHARE + _SMALL_BYTES, host_bytes=walk.most_spilled)
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,8 @@ def _double(x: _Rows) -> _Rows:
 class _Walk:
     """Goes through the model as `Banded` does. most: the highest sum of the maps and of what a band takes."""
 
-    def __init__(self, band: int, item: int, spilled: bool, workspace: float, widest: int) -> None:
+    def __init__(self, band: int, item: int, spilled: bool, workspace: float) -> None:
         self.band, self.item, self.spilled, self.workspace = band, item, spilled, workspace
-        self.widest = widest
         self.live = self.most = self.live_spilled = self.most_spilled = 0
 
     def decode(self, c: VaeConfig, height: int, width: int, way: VaePlan) -> None:
@@ -145,8 +145,7 @@ class _Walk:
         self.end(self.mid_block(x), 2 * c.latent_channels)
 
     def given(self, channels: int, height: int, width: int) -> _Rows:
-        """The input, and the vectors that norms are made of."""
-        self.live += 64 * self.widest
+        """The input."""
         x = _map(channels, height, width)
         self.live += x.values(height) * self.item
         return x
