@@ -14,6 +14,7 @@ from .errors import UserError
 SEQUENCE_MULTIPLE = 32  # caption and image are each padded to this with learned pad tokens
 PATCH_SIZE = 2  # latent pixels per token, each way
 VAE_FACTOR = 8  # image pixels per latent pixel, each way
+VAE_QUERIES = 1024  # of its attention, at a time
 SIZE_MULTIPLE = VAE_FACTOR * PATCH_SIZE
 MAX_PROMPT_TOKENS = 512  # as diffusers truncates
 DEFAULT_SIZE = 1024  # pixels each way, where the model's card names no other

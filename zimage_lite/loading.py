@@ -60,6 +60,14 @@ def budget(options: RuntimeOptions, hardware: Hardware) -> Budget:
     return Budget(given, used, flag) if given and given <= most else Budget(most, used, kind)
 
 
+def host_spare_bytes(options: RuntimeOptions, hardware: Hardware) -> int:
+    """Memory that can hold what the device cannot. None where the device computes in the host's own memory."""
+    if hardware.device.type != "cuda":
+        return 0
+    free = hardware.ram_free_bytes - RAM_MARGIN_BYTES
+    return max(min(free, options.ram_bytes - rss_bytes()) if options.ram_bytes else free, 0)
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A component ready to run: pass `stream` to its forward pass."""

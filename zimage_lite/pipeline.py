@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,12 @@ from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.model_files import ModelFiles
 from .config import PATCH_SIZE, SEQUENCE_MULTIPLE, VAE_FACTOR, GenerateOptions, RuntimeOptions
 from .errors import UserError
-from .loading import Budget, Component, budget, loaded, raise_if_damaged
+from .loading import Budget, Component, budget, host_spare_bytes, loaded, raise_if_damaged
 from .memory.hardware import probe
 from .memory.meter import Meter
-from .memory.plan import Placement, activation_bytes, decode_bytes
+from .memory.plan import Placement, activation_bytes
+from .memory.plan_vae import VaePlan, plan_decode
+from .model.banded import Banded
 from .model.linear import Stream
 from .model.scheduler import euler_step, guided, initial_noise, model_time, sigmas
 from .model.text_encoder import TextEncoder
@@ -41,12 +43,13 @@ def silent(phase: str, done: int, total: int) -> None:
 
 @dataclass
 class Pipeline:
-    """Holds no weights between calls, only open headers. `meter` and `plans` tell what the last call used."""
+    """Holds no weights between calls, only open headers. `meter` and the plans tell what the last call used."""
 
     model: ModelFiles
     options: RuntimeOptions = field(default_factory=RuntimeOptions)
     meter: Meter = field(default_factory=Meter)
     plans: dict[str, Placement] = field(default_factory=dict)
+    decode_plans: list[VaePlan] = field(default_factory=list)  # of each image
     limit: Budget | None = None  # of the call that is running: what a phase leaves behind is in the allocator's slack
 
     def __post_init__(self) -> None:
@@ -120,11 +123,14 @@ class Pipeline:
 
     def decode(self, latents: Sequence[Tensor], progress: Progress = silent) -> list[Tensor]:
         """-> images [height, width, 3] uint8, on the CPU."""
-        component = self._decoder([latent.shape[1] * latent.shape[2] * VAE_FACTOR**2 for latent in latents])
-        images = []
+        limit = self.limit or budget(self.options, self.hardware)
+        sizes = [(latent.shape[1] * VAE_FACTOR, latent.shape[2] * VAE_FACTOR) for latent in latents]
+        component, self.decode_plans = self._decoder(sizes, limit)
+        decoder, images = component.model.get_submodule("decoder"), []
+        assert isinstance(decoder, Decoder)
         with self._open(component):
-            for latent in latents:
-                image = component.model.get_submodule("decoder")(latent)
+            for latent, plan in zip(latents, self.decode_plans, strict=True):
+                image = decode_as_planned(decoder, latent, plan)
                 _require_finite([image], component.checkpoint, "the decoded image")
                 images.append(to_pixels(image).cpu())
                 progress("decode", len(images), len(latents))
@@ -147,13 +153,13 @@ class Pipeline:
 
     def _sufficient_budget(self, requests: Sequence[GenerateOptions], texts: Sequence[str]) -> Budget:
         """The budget of all three phases, before the first one starts. Raises BudgetError for the hungriest of them."""
+        limit = budget(self.options, self.hardware)
         prompts = {text: self.model.tokenizer.encode(text) for text in texts}
         components = (
             self._text_encoder(list(_batches(prompts.values()))),
             self._transformer(requests, {text: len(ids) for text, ids in prompts.items()}),
-            self._decoder([math.prod(request.size) for request in requests]),
+            self._decoder([request.size[::-1] for request in requests], limit)[0],
         )
-        limit = budget(self.options, self.hardware)
         max(components, key=lambda component: component.least_bytes(self.hardware, limit)).plan(self.hardware, limit)
         return limit
 
@@ -176,18 +182,30 @@ class Pipeline:
         blocks = ("context_refiner", "noise_refiner", "layers")
         return Component(Transformer(c), self.model.transformer, blocks, activations + captions)
 
-    def _decoder(self, pixels: Sequence[int]) -> Component:
-        """pixels: of each image."""
-        c = self.model.vae.config
-        working = decode_bytes(max(pixels), c.block_out_channels[1], self.hardware.dtype.itemsize)
-        results = 3 * sum(pixels)
-        return Component(nn.ModuleDict({"decoder": Decoder(c)}), self.model.vae, (), working + results)
+    def _decoder(self, sizes: Sequence[tuple[int, int]], limit: Budget) -> tuple[Component, list[VaePlan]]:
+        """sizes: height and width of each image. -> and how to decode each: whole where that fits, else in bands."""
+        c, hardware = self.model.vae.config, self.hardware
+        results = 3 * sum(map(math.prod, sizes))
+        component = Component(nn.ModuleDict({"decoder": Decoder(c)}), self.model.vae, (), results)
+        spare = limit.total_bytes - component.least_bytes(hardware, limit)
+        host, whole = host_spare_bytes(self.options, hardware), hardware.dtype != torch.float16
+        plans = [plan_decode(c, *size, hardware.dtype.itemsize, spare, host, whole) for size in sizes]
+        working = max(plan.device_bytes for plan in plans)
+        return replace(component, working_bytes=results + working), plans
 
     @contextmanager
     def _open(self, component: Component) -> Iterator[Stream]:
         with loaded(component, self.hardware, self.limit or budget(self.options, self.hardware)) as opened:
             self.plans[component.checkpoint.component] = opened.plan
             yield opened.stream
+
+
+def decode_as_planned(decoder: Decoder, latent: Tensor, plan: VaePlan) -> Tensor:
+    """-> image [3, height, width] in the compute dtype, on the device."""
+    if not plan.rows_per_band:
+        return cast(Tensor, decoder(latent))
+    store = torch.device("cpu") if plan.spilled else None
+    return Banded(plan.rows_per_band, plan.store_input, plan.store_hidden, store).decode(decoder, latent)
 
 
 def _texts(request: GenerateOptions) -> list[str]:

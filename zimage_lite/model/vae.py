@@ -10,9 +10,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from zimage_kernels import attention
 
-from ..config import VaeConfig
+from ..config import VAE_QUERIES, VaeConfig
 from .linear import Linear
 
 _EPS = 1e-6
@@ -52,10 +51,18 @@ class PixelAttention(nn.Module):
         self.to_out = nn.ModuleList([Linear(channels, channels, bias=True)])
 
     def forward(self, x: Tensor) -> Tensor:
-        pixels = self.group_norm(x)[0].flatten(1).T  # [height * width, channels]
-        q, k, v = (project(pixels).unsqueeze(1) for project in (self.to_q, self.to_k, self.to_v))
-        out = self.to_out[0](attention(q, k, v, [len(pixels)]).squeeze(1))
-        return x + out.T.view_as(x)
+        return x + self.attended(self.group_norm(x)[0])
+
+    def attended(self, normed: Tensor) -> Tensor:
+        """[channels, height, width] -> the same. A few queries at a time: a GPU that has no fused attention for heads
+        as wide as this one writes all scores down."""
+        pixels = normed.flatten(1).T  # [height * width, channels]
+        k, v = (project(pixels)[None, None] for project in (self.to_k, self.to_v))
+        out = torch.empty_like(normed)
+        for some, into in zip(pixels.split(VAE_QUERIES), out.flatten(1).split(VAE_QUERIES, dim=1), strict=True):
+            mixed = F.scaled_dot_product_attention(self.to_q(some)[None, None], k, v)[0, 0]
+            into.copy_(self.to_out[0](mixed).T)
+        return out
 
 
 class MidBlock(nn.Module):

@@ -1,0 +1,255 @@
+"""How the autoencoder runs in the memory there is. Pure, as `plan.py`: the twin of `model/banded.py`, in bytes.
+
+From the fastest to the smallest: the whole image at once; bands of rows with every map stored; with the maps at full
+size computed again instead, first the input of that level, then the hidden maps; with all maps in the host's memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ..config import VAE_FACTOR, VAE_QUERIES, VaeConfig
+from .plan import decode_bytes
+
+_BAND_ROWS = (64, 32, 16)
+_SMALL_SHARE, _SMALL_BYTES = 500, 2**15  # vectors that norms are made of: 1/500 of the whole, and so many bytes more
+_SMALL_BAND_ROWS = (8, 4, 2)  # of the smallest way only: half of what they compute is computed twice
+
+
+@dataclass(frozen=True)
+class VaePlan:
+    """rows_per_band: 0 is the whole image at once. spilled: the maps lie in the host's memory."""
+
+    rows_per_band: int = 0
+    store_input: bool = True
+    store_hidden: bool = True
+    spilled: bool = False
+    device_bytes: int = 0
+    host_bytes: int = 0
+
+
+def plan_decode(
+    config: VaeConfig,
+    height: int,
+    width: int,
+    item_bytes: int,
+    budget_bytes: int,
+    host_bytes: int = 0,
+    whole: bool = True,
+) -> VaePlan:
+    """The fastest way to decode an image of height x width pixels in budget_bytes beside the weights, or the smallest
+    one if none fits. host_bytes: what maps may take in the memory of a host that is not the device.
+    whole: whether the whole image at once is a choice."""
+    smallest = None
+    for way in _ways(whole, host_bytes > 0):
+        plan = predict_decode(config, height, width, item_bytes, way)
+        if plan.host_bytes > host_bytes:
+            continue
+        if plan.device_bytes <= budget_bytes:
+            return plan
+        if smallest is None or plan.device_bytes < smallest.device_bytes:
+            smallest = plan
+    assert smallest is not None
+    return smallest
+
+
+def _ways(whole: bool, host: bool) -> Iterator[VaePlan]:
+    if whole:
+        yield VaePlan()
+    choices = [VaePlan(1), VaePlan(1, store_input=False), VaePlan(1, store_input=False, store_hidden=False)]
+    choices += [VaePlan(1, spilled=True)] * host
+    for choice in choices:
+        for rows in _BAND_ROWS + _SMALL_BAND_ROWS * (choice is choices[-1]):
+            yield replace(choice, rows_per_band=rows)
+
+
+def predict_decode(
+    config: VaeConfig, height: int, width: int, item_bytes: int, way: VaePlan, workspace: float = 1.0
+) -> VaePlan:
+    """The same way with its bytes. workspace: what a convolution takes inside, as a share of its input and output."""
+    if not way.rows_per_band:
+        return replace(way, device_bytes=decode_bytes(height * width, config.block_out_channels[1], item_bytes))
+    walk = _Walk(way.rows_per_band, item_bytes, way.spilled, workspace)
+    walk.decode(config, height // VAE_FACTOR, width // VAE_FACTOR, way)
+    return replace(way, device_bytes=walk.most + walk.most // _SMALL_SHARE + _SMALL_BYTES, host_bytes=walk.most_spilled)
+
+
+def predict_encode(
+    config: VaeConfig, height: int, width: int, item_bytes: int, way: VaePlan, workspace: float = 1.0
+) -> VaePlan:
+    walk = _Walk(way.rows_per_band, item_bytes, way.spilled, workspace)
+    walk.encode(config, height, width, way)
+    return replace(way, device_bytes=walk.most + walk.most // _SMALL_SHARE + _SMALL_BYTES, host_bytes=walk.most_spilled)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A map that is stored ("map") or computed: "norm", "conv", "double", "add"."""
+
+    kind: str
+    channels: int
+    height: int
+    width: int
+    sources: tuple[_Rows, ...] = ()
+    kernel: int = 1
+    stride: int = 1
+
+    def values(self, rows: int) -> int:
+        return self.channels * rows * self.width
+
+
+def _map(channels: int, height: int, width: int) -> _Rows:
+    return _Rows("map", channels, height, width)
+
+
+def _norm(x: _Rows) -> _Rows:
+    return replace(x, kind="norm", sources=(x,))
+
+
+def _conv(x: _Rows, channels: int, kernel: int = 3, stride: int = 1) -> _Rows:
+    return _Rows("conv", channels, x.height // stride, x.width // stride, (x,), kernel, stride)
+
+
+def _double(x: _Rows) -> _Rows:
+    return _Rows("double", x.channels, 2 * x.height, 2 * x.width, (x,))
+
+
+class _Walk:
+    """Goes through the model as `Banded` does. most: the highest sum of the maps and of what a band takes."""
+
+    def __init__(self, band: int, item: int, spilled: bool, workspace: float) -> None:
+        self.band, self.item, self.spilled, self.workspace = band, item, spilled, workspace
+        self.live = self.most = self.live_spilled = self.most_spilled = 0
+
+    def decode(self, c: VaeConfig, height: int, width: int, way: VaePlan) -> None:
+        widths = list(reversed(c.block_out_channels))
+        x = self.mid_block(self.stored(_conv(self.given(c.latent_channels, height, width), widths[0])))
+        for i, channels in enumerate(widths):
+            last = i == len(widths) - 1
+            for _ in range(c.layers_per_block + 1):
+                x = self.res_block(x, channels, way.store_hidden or not last)
+            if not last:
+                finer = _conv(_double(x), channels)
+                x = self.replaced(x, finer) if way.store_input or i < len(widths) - 2 else finer
+        self.end(x, c.in_channels)
+
+    def encode(self, c: VaeConfig, height: int, width: int, way: VaePlan) -> None:
+        x = _conv(self.given(c.in_channels, height, width), c.block_out_channels[0])
+        x = self.stored(x) if way.store_input else x
+        for i, channels in enumerate(c.block_out_channels):
+            for _ in range(c.layers_per_block):
+                x = self.res_block(x, channels, way.store_hidden or i > 0)
+            if i < len(c.block_out_channels) - 1:
+                x = self.replaced(x, _conv(x, channels, stride=2))
+        self.end(self.mid_block(x), 2 * c.latent_channels)
+
+    def given(self, channels: int, height: int, width: int) -> _Rows:
+        """The input."""
+        x = _map(channels, height, width)
+        self.live += x.values(height) * self.item
+        return x
+
+    def res_block(self, x: _Rows, channels: int, store_hidden: bool = True) -> _Rows:
+        self.moments(x)
+        hidden = _conv(_norm(x), channels)
+        shortcut = x if x.channels == channels else _conv(x, channels, kernel=1)
+        in_place = x.kind == "map" and shortcut is x and not store_hidden
+        if not in_place:
+            hidden = self.stored(hidden)
+        self.moments(hidden)
+        new = _conv(_norm(hidden), channels)
+        out = self.stored(replace(new, kind="add", sources=(new, shortcut)), in_place=True)
+        if not in_place:
+            self.free(x)
+        return out
+
+    def mid_block(self, x: _Rows) -> _Rows:
+        x = self.res_block(x, x.channels)
+        whole, some = x.values(x.height), min(VAE_QUERIES, x.height * x.width)
+        normed = whole * (4 if self.item == 4 else 4 + self.item)
+        attending = 4 * whole * self.item + 5 * some * x.channels * self.item + some * x.height * x.width * 8
+        self.peak(max(normed, attending) + whole * self.item * self.spilled)
+        return self.res_block(x, x.channels)
+
+    def end(self, x: _Rows, channels: int) -> None:
+        out = _conv(_norm(x), channels)
+        whole = out.values(out.height) * self.item
+        self.peak(max(self.read(out, self.band)[0] + whole, 2 * whole))
+
+    def stored(self, x: _Rows, in_place: bool = False) -> _Rows:
+        most, band = self.read(x, self.band)
+        waiting = x.values(min(max(self.band, 2), x.height)) * self.item if in_place and self.band < x.height else 0
+        widened = band + x.values(min(self.band, x.height)) * 4 * (self.item < 4)
+        most = max(most, widened) + waiting
+        n_bytes = self.map_bytes(x)
+        if not in_place:
+            if self.band < x.height:
+                self.hold(n_bytes)
+            else:  # the only band is complete before its place is made
+                self.peak(most)
+                self.hold(n_bytes)
+                most = band
+        self.peak(most)
+        return _map(x.channels, x.height, x.width)
+
+    def replaced(self, x: _Rows, by: _Rows) -> _Rows:
+        new = self.stored(by)
+        self.free(x)
+        return new
+
+    def moments(self, x: _Rows) -> None:
+        if x.kind != "map":
+            most, band = self.read(x, self.band)
+            self.peak(max(most, band + x.values(min(self.band, x.height)) * 4 * (self.item < 4)))
+
+    def hold(self, n_bytes: int) -> None:
+        if self.spilled:
+            self.live_spilled += n_bytes
+            self.most_spilled = max(self.most_spilled, self.live_spilled)
+        else:
+            self.live += n_bytes
+            self.peak(0)
+
+    def free(self, x: _Rows) -> None:
+        """Or the map that it is computed from."""
+        while x.kind != "map":
+            x = x.sources[0]
+        self.hold(-self.map_bytes(x))
+
+    def map_bytes(self, x: _Rows) -> int:
+        """With its statistics, two float32 for each channel and band, and those of the map whose place it took."""
+        return x.values(x.height) * self.item + 2 * x.channels * 8 * -(-x.height // self.band)
+
+    def peak(self, n_bytes: int) -> None:
+        self.most = max(self.most, self.live + n_bytes)
+
+    def read(self, x: _Rows, rows: int) -> tuple[int, int]:
+        """-> the most that reading so many rows takes, and what they take when they are there."""
+        rows = min(rows, x.height)
+        n_bytes = x.values(rows) * self.item
+        if x.kind == "map":
+            return (n_bytes, n_bytes) if self.spilled else (0, 0)
+        if x.kind == "conv":
+            return self.read_conv(x, rows, n_bytes)
+        if x.kind == "double":
+            most, source = self.read(x.sources[0], rows // 2 + 1)
+            n_bytes = x.values(min(2 * (rows // 2 + 1), x.height)) * self.item
+            return max(most, source + n_bytes), n_bytes
+        most, source = self.read(x.sources[0], rows)
+        if x.kind == "norm":
+            wide = x.values(rows) * 4
+            return max(most, source + wide, wide + n_bytes * (self.item < 4)), n_bytes
+        shortcut = self.read(x.sources[1], rows)
+        return max(most, source + max(shortcut)), source
+
+    def read_conv(self, x: _Rows, rows: int, n_bytes: int) -> tuple[int, int]:
+        """At an edge of the map the input is copied, to add a row of zeros."""
+        source, wanted = x.sources[0], (rows - 1) * x.stride + x.kernel
+        most, inner = self.read(source, wanted)
+        if x.kernel == 1:
+            return max(most, inner + n_bytes), n_bytes
+        padded = source.values(wanted) * self.item
+        edge = self.read(source, wanted - 1)[1] + padded
+        inside = int(self.workspace * (padded + n_bytes))
+        return max(most, edge, max(inner, padded) + n_bytes + inside), n_bytes
