@@ -341,7 +341,10 @@ def test_weights_in_flight_are_bounded(sizes: list[int]) -> None:
         with lock:
             now.remove(chunk.weights)
 
-    chunks = [SimpleNamespace(weights=size * limit // 100, number=i, pieces=()) for i, size in enumerate(sizes)]
+    chunks = [
+        SimpleNamespace(weights=size * limit // 100, number=i, pieces=(), source_bytes=size)
+        for i, size in enumerate(sizes)
+    ]
     threads = torch.get_num_threads()
     for chunk, _ in convert._run(carry, iter(chunks)):  # type: ignore[arg-type]
         done.append(chunk.number)

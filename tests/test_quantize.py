@@ -695,7 +695,11 @@ def test_interrupt(command, untouched, capsys, monkeypatch: pytest.MonkeyPatch) 
         report(self, n_bytes)
 
     monkeypatch.setattr(conversion._Meter, "__call__", interrupted)
-    assert run(command) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background start with it ignored
+    try:
+        assert run(command) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(calls) == 9
     assert capsys.readouterr().err.strip() == "interrupted; nothing was left half-written"
     assert untouched()
