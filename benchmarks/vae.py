@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from full_size import commit, machine
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -163,21 +162,6 @@ def counted() -> list[dict[str, Any]]:
                     }
                 )  # fmt: skip
     return rows
-
-
-def machine() -> dict[str, Any]:
-    names = [line.split(":")[1].strip() for line in cpuinfo() if line.startswith("model name")]
-    return {"cpu": names[0] if names else platform.processor(), "threads": os.cpu_count(), "torch": torch.__version__}
-
-
-def cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def commit() -> str:
-    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return result.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -52,11 +52,6 @@ def _split_six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
     return sc, mn
 
 
-def _expand(x: Tensor, n: int) -> Tensor:
-    """One value per sub-block -> one per element."""
-    return x.repeat_interleave(n, dim=1)
-
-
 def _affine(blocks: Tensor, at: int, sc: Tensor, mn: Tensor, codes: Tensor) -> Tensor:
     n = 256 // sc.shape[1]
     scale, minimum = read_half(blocks, at) * sc, read_half(blocks, at + 2) * mn

@@ -15,13 +15,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .formats import EFFORTS
 from .klayouts import PACK_BITS, UNPACK, Scales
 from .refine import Grid, best_of, compiled, nearest_codes, pieces
 from .search import MAGNITUDE, MIXED, PLAIN, ZERO_BELOW, around, divide, steps_up
 
-__all__ = ["EFFORTS", "PACK", "UNPACK"]
+__all__ = ["PACK", "UNPACK"]
 
-EFFORTS = ("fast", "reference", "best")
 _LARGEST = torch.finfo(torch.float32).max
 
 GRIDS = {

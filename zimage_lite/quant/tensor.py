@@ -31,7 +31,7 @@ def rows_columns(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def all_finite(x: Tensor) -> bool:
-    """A sum is finite only if every term is, and takes a tenth of the time of looking at each."""
+    """A sum is finite only if every term is, and takes a fortieth of the time of looking at each (one Zen 4 thread)."""
     wide = x.float()  # summing bfloat16 itself is three times as slow
     return math.isfinite(wide.sum()) or bool(torch.isfinite(wide).all())
 
