@@ -102,7 +102,7 @@ def _predict(
         machines = [replace(one, vram_free_bytes=free) for one in machines]
     if sys.platform == "win32":
         machines = [replace(one, pinned_limit_bytes=ram // 2) for one in machines]
-    todo = phases(model, Job(*wanted.size, steps=wanted.steps))
+    todo = phases(model, Job(*wanted.size, steps=wanted.steps), machines[0])
     budgets = budgets_in_force(machines[0], vram, ram)
     fast, slow = (plan_phases(todo, one, budgets) for one in machines)
     return _Prediction(model.name, gpu, budgets, fast, slow)

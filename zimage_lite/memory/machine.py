@@ -25,19 +25,22 @@ DISK_GBPS = 2.5  # an NVMe drive of a laptop, large reads
 HOST_COPY_GBPS = 6.0  # from pageable memory into a pinned buffer
 CPU_TFLOPS = 0.3  # float32, eight cores of a laptop; the two of our own machine reach 0.15
 CPU_MEMORY_GBPS = 40.0
-BLOCK_OVERHEAD_MS = 0.1  # launches that nothing hides
+LAUNCH_MS = 0.005  # of a kernel, where nothing hides it
 COPY_OVERHEAD_MS = 0.02
 
 
 @dataclass(frozen=True)
 class Work:
     """What one block computes in one pass. traffic_bytes: what it reads and writes beside its products: activations,
-    and weights that are unpacked first. int8: on 8-bit matrix units, its attention, too."""
+    and weights that are unpacked first. int8: on 8-bit matrix units, its attention, too. host_bytes: what goes between
+    the device and pageable memory, and nothing hides. launches: of kernels; about 20 for a transformer block."""
 
     linear_flops: float
     attention_flops: float = 0.0
     traffic_bytes: float = 0.0
     int8: bool = False
+    host_bytes: float = 0.0
+    launches: int = 20
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Processor:
     def milliseconds(self, work: Work) -> float:
         linear = work.linear_flops / (self.linear8 if work.int8 else self.linear16)
         attention = work.attention_flops / (self.attention8 if work.int8 else self.attention16)
-        return (linear + attention) / 1e9 + work.traffic_bytes / self.memory_gbps / 1e6 + BLOCK_OVERHEAD_MS
+        return (linear + attention) / 1e9 + work.traffic_bytes / self.memory_gbps / 1e6 + work.launches * LAUNCH_MS
 
 
 CPU = Processor(CPU_TFLOPS, CPU_TFLOPS, CPU_TFLOPS, CPU_TFLOPS, CPU_MEMORY_GBPS)
@@ -61,8 +64,8 @@ CPU = Processor(CPU_TFLOPS, CPU_TFLOPS, CPU_TFLOPS, CPU_TFLOPS, CPU_MEMORY_GBPS)
 
 @dataclass(frozen=True)
 class Machine:
-    """gpu: None where there is none; vram_free_bytes: before this process took any. pinned_limit_bytes: Windows lets
-    about half of the RAM be pinned."""
+    """gpu: None where there is none; vram_free_bytes: before this process took any. *_dtype: to compute in, "bf16",
+    "fp16" or "fp32". pinned_limit_bytes: Windows lets about half of the RAM be pinned."""
 
     name: str
     ram_free_bytes: int
@@ -76,6 +79,8 @@ class Machine:
     context_bytes: int = CUDA_CONTEXT_BYTES
     margin_bytes: int = VRAM_MARGIN_BYTES
     process_bytes: int = PROCESS_BYTES
+    gpu_dtype: str = "bf16"
+    cpu_dtype: str = "fp32"
 
 
 def processor(gpu: Gpu, high_power: bool = True, ideal: bool = False) -> Processor:
@@ -105,4 +110,5 @@ def machine(gpu: Gpu, ram_bytes: int, high_power: bool = True, ideal: bool = Fal
         vram_free_bytes=gpu.vram_bytes - DESKTOP_BYTES,
         gpu=processor(gpu, high_power, ideal),
         link_gbps=gpu.link_gbps,
+        gpu_dtype="bf16" if gpu.capability >= (8, 0) else "fp16",
     )

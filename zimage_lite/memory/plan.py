@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from ..errors import BudgetError
 from ..units import format_gb
@@ -35,22 +36,24 @@ class Block:
 
 @dataclass(frozen=True)
 class Phase:
-    """blocks run `passes` times, in order; those of prelude only once, before the others are there.
+    """One way of doing a phase. blocks run `passes` times, in order; those of prelude only `prelude_passes` times,
+    before the others are there.
 
-    *_fixed: what else is held while it runs, by name: on the GPU, in RAM beside the GPU, and in RAM without one.
-    read_once_bytes: what the CPU reads for itself before all that.
-    on_cpu: whether the CPU may do it although there is a GPU.
+    device: "gpu" or "cpu", which computes. fixed: what else is held there while it runs, by name; ram_fixed: in RAM
+    beside a GPU. read_once_bytes: what the CPU reads for itself before all that.
+    way: what the caller calls this way; a plan carries it along.
     """
 
     name: str
     blocks: tuple[Block, ...]
     passes: int = 1
     prelude: tuple[Block, ...] = ()
+    prelude_passes: int = 1
     read_once_bytes: int = 0
-    gpu_fixed: Mapping[str, int] = field(default_factory=dict)
+    device: str = "gpu"
+    fixed: Mapping[str, int] = field(default_factory=dict)
     ram_fixed: Mapping[str, int] = field(default_factory=dict)
-    cpu_fixed: Mapping[str, int] = field(default_factory=dict)
-    on_cpu: bool = False
+    way: Any = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Budgets:
 
 @dataclass(frozen=True)
 class Plan:
-    """One phase. homes: block -> where it waits to be computed. Times are predictions."""
+    """One phase. homes: block -> where it waits to be computed. way: of the `Phase` it was made from. Times are
+    predictions."""
 
     phase: str
     device: str  # "gpu" or "cpu"
@@ -83,6 +87,7 @@ class Plan:
     prelude_ms: float
     passages: tuple[Passage, ...]
     run: Run
+    way: Any = None
 
     @cached_property
     def resident(self) -> frozenset[str]:

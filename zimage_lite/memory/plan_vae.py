@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from ..config import VAE_FACTOR, VAE_QUERIES, VaeConfig
 from .plan import decode_bytes
@@ -19,7 +20,11 @@ _SMALL_BAND_ROWS = (8, 4, 2)  # of the smallest way only: half of what they comp
 
 @dataclass(frozen=True)
 class VaePlan:
-    """rows_per_band: 0 is the whole image at once. spilled: the maps lie in the host's memory."""
+    """rows_per_band: 0 is the whole image at once. spilled: the maps lie in the host's memory.
+
+    What it takes: bytes held; flops of convolutions and linears, and of the attention in the middle, with all that is
+    computed again; traffic_bytes between the device and the host; reads: how often a convolution runs on a band.
+    """
 
     rows_per_band: int = 0
     store_input: bool = True
@@ -27,6 +32,24 @@ class VaePlan:
     spilled: bool = False
     device_bytes: int = 0
     host_bytes: int = 0
+    flops: float = 0.0
+    attention_flops: float = 0.0
+    traffic_bytes: float = 0.0
+    reads: int = 0
+
+    def __str__(self) -> str:
+        if not self.rows_per_band:
+            return "whole image"
+        how = "maps in RAM" if self.spilled else "" if self.store_input else "input computed again"
+        how = "all computed again" if not self.store_hidden else how
+        return f"bands of {self.rows_per_band} rows" + (f", {how}" if how else "")
+
+
+@lru_cache(maxsize=32)
+def decode_ways(config: VaeConfig, height: int, width: int, item_bytes: int) -> tuple[VaePlan, ...]:
+    """All of them, the whole image first."""
+    ways = dict.fromkeys([*_ways(True, False), *_ways(False, True)])
+    return tuple(predict_decode(config, height, width, item_bytes, way) for way in ways)
 
 
 def plan_decode(
@@ -68,11 +91,12 @@ def predict_decode(
     config: VaeConfig, height: int, width: int, item_bytes: int, way: VaePlan, workspace: float = 1.0
 ) -> VaePlan:
     """The same way with its bytes. workspace: what a convolution takes inside, as a share of its input and output."""
-    if not way.rows_per_band:
-        return replace(way, device_bytes=decode_bytes(height * width, config.block_out_channels[1], item_bytes))
-    walk = _Walk(way.rows_per_band, item_bytes, way.spilled, workspace)
+    walk = _Walk(way.rows_per_band or height, item_bytes, way.spilled, workspace)
     walk.decode(config, height // VAE_FACTOR, width // VAE_FACTOR, way)
-    return replace(way, device_bytes=walk.most + walk.most // _SMALL_SHARE + _SMALL_BYTES, host_bytes=walk.most_spilled)
+    plan = walk.took(way)
+    if way.rows_per_band:
+        return plan
+    return replace(plan, device_bytes=decode_bytes(height * width, config.block_out_channels[1], item_bytes))
 
 
 def predict_encode(
@@ -80,7 +104,7 @@ def predict_encode(
 ) -> VaePlan:
     walk = _Walk(way.rows_per_band, item_bytes, way.spilled, workspace)
     walk.encode(config, height, width, way)
-    return replace(way, device_bytes=walk.most + walk.most // _SMALL_SHARE + _SMALL_BYTES, host_bytes=walk.most_spilled)
+    return walk.took(way)
 
 
 @dataclass(frozen=True)
@@ -116,11 +140,25 @@ def _double(x: _Rows) -> _Rows:
 
 
 class _Walk:
-    """Goes through the model as `Banded` does. most: the highest sum of the maps and of what a band takes."""
+    """Goes through the model as `Banded` does. most: the highest sum of the maps and of what a band takes. flops,
+    traffic, reads: of all bands together; those at an edge count as if they were inside."""
 
     def __init__(self, band: int, item: int, spilled: bool, workspace: float) -> None:
         self.band, self.item, self.spilled, self.workspace = band, item, spilled, workspace
         self.live = self.most = self.live_spilled = self.most_spilled = 0
+        self.flops = self.attention_flops = self.traffic = 0.0
+        self.reads = 0
+
+    def took(self, way: VaePlan) -> VaePlan:
+        return replace(
+            way,
+            device_bytes=self.most + self.most // _SMALL_SHARE + _SMALL_BYTES,
+            host_bytes=self.most_spilled,
+            flops=self.flops,
+            attention_flops=self.attention_flops,
+            traffic_bytes=self.traffic,
+            reads=self.reads,
+        )
 
     def decode(self, c: VaeConfig, height: int, width: int, way: VaePlan) -> None:
         widths = list(reversed(c.block_out_channels))
@@ -170,12 +208,33 @@ class _Walk:
         normed = whole * (4 if self.item == 4 else 4 + self.item)
         attending = 4 * whole * self.item + 5 * some * x.channels * self.item + some * x.height * x.width * 8
         self.peak(max(normed, attending) + whole * self.item * self.spilled)
+        self.attention_flops += 4 * whole * x.height * x.width
+        self.flops += 8 * whole * x.channels
         return self.res_block(x, x.channels)
 
     def end(self, x: _Rows, channels: int) -> None:
         out = _conv(_norm(x), channels)
+        self.compute(out)
         whole = out.values(out.height) * self.item
         self.peak(max(self.read(out, self.band)[0] + whole, 2 * whole))
+
+    def compute(self, x: _Rows) -> None:
+        """Every band of it."""
+        n_bands = -(-x.height // self.band)
+        flops, values, reads = self.of_a_band(x, min(self.band, x.height))
+        self.flops += n_bands * flops
+        self.traffic += n_bands * values * self.item * self.spilled
+        self.reads += n_bands * reads
+
+    def of_a_band(self, x: _Rows, rows: int) -> tuple[float, int, int]:
+        """-> flops, values read of stored maps, and convolutions."""
+        rows = min(rows, x.height)
+        if x.kind == "map":
+            return 0.0, x.values(rows), 0
+        wanted = {"conv": (rows - 1) * x.stride + x.kernel, "double": rows // 2 + 1}.get(x.kind, rows)
+        sums = [sum(column) for column in zip(*(self.of_a_band(source, wanted) for source in x.sources), strict=True)]
+        own = 2 * x.kernel**2 * x.sources[0].channels * x.values(rows) if x.kind == "conv" else 0
+        return sums[0] + own, int(sums[1]), int(sums[2]) + (x.kind == "conv")
 
     def stored(self, x: _Rows, in_place: bool = False) -> _Rows:
         most, band = self.read(x, self.band)
@@ -183,6 +242,8 @@ class _Walk:
         widened = band + x.values(min(self.band, x.height)) * 4 * (self.item < 4)
         most = max(most, widened) + waiting
         n_bytes = self.map_bytes(x)
+        self.compute(x)
+        self.traffic += n_bytes * self.spilled
         if not in_place:
             if self.band < x.height:
                 self.hold(n_bytes)
@@ -200,6 +261,7 @@ class _Walk:
 
     def moments(self, x: _Rows) -> None:
         if x.kind != "map":
+            self.compute(x)
             most, band = self.read(x, self.band)
             self.peak(max(most, band + x.values(min(self.band, x.height)) * 4 * (self.item < 4)))
 

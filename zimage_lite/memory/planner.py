@@ -1,28 +1,31 @@
 """Finds the fastest plan that keeps the budgets. Pure: no torch, no files.
 
-It tries every candidate that fits (they do not depend on the budgets), simulates those that could be the best, and
-takes the fastest. So more memory, or a faster link, can never make a plan slower.
+It tries every candidate of every way that fits (they do not depend on the budgets), simulates those that could be the
+best, and takes the fastest. So more memory, or a faster link, can never make a plan slower.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import BudgetError
 from ..units import format_gb
-from .machine import COPY_OVERHEAD_MS, Machine, Processor
+from .machine import COPY_OVERHEAD_MS, Machine, Processor, Work
 from .placement import GRANULE_BYTES, SLOT_COUNTS, Candidate, candidates, nested_order, prefix
 from .plan import DEVICE, FILE, PAGEABLE, PINNED, Block, Budgets, Phase, Plan, round_up
 from .simulate import Passage, Run, simulate
 
 
-def plan_phases(phases: Sequence[Phase], machine: Machine, budgets: Budgets) -> list[Plan]:
-    """The fastest plan of each phase. Raises BudgetError, naming the smallest budgets that work for all of them."""
-    found = [_fastest(phase, machine, budgets) for phase in phases]
+def plan_phases(phases: Sequence[Sequence[Phase]], machine: Machine, budgets: Budgets) -> list[Plan]:
+    """phases: of each, its ways. The fastest plan of each phase; of equally fast ways, that of the first.
+
+    Raises BudgetError, naming the smallest budgets that work for all of them."""
+    found = [_fastest(ways, machine, budgets) for ways in phases]
     made = [plan for plan in found if plan is not None]
     if len(made) < len(phases):
-        raise _refusal(phases, machine, budgets, phases[found.index(None)].name)
+        raise _refusal(phases, machine, budgets, phases[found.index(None)][0].name)
     return made
 
 
@@ -37,21 +40,19 @@ def budgets_in_force(machine: Machine, vram_bytes: int | None = None, ram_bytes:
     return found
 
 
-def _fastest(phase: Phase, machine: Machine, budgets: Budgets) -> Plan | None:
-    plans = [_search(device, phase, machine, budgets) for device in _devices(phase, machine)]
-    return min((plan for plan in plans if plan), key=lambda plan: plan.total_ms, default=None)
+def _fastest(ways: Sequence[Phase], machine: Machine, budgets: Budgets) -> Plan | None:
+    best = None
+    for way in ways:
+        best = _search(way, machine, budgets, best)
+    return best
 
 
-def _devices(phase: Phase, machine: Machine) -> list[str]:
-    return [*(["gpu"] if machine.gpu else []), *(["cpu"] if phase.on_cpu or not machine.gpu else [])]
-
-
-def _fixed(device: str, phase: Phase, machine: Machine) -> tuple[int, int]:
+def _fixed(phase: Phase, machine: Machine) -> tuple[int, int]:
     """VRAM and RAM beside blocks, slots and staging buffers."""
-    context = machine.context_bytes if machine.gpu else 0
-    if device == "gpu":
-        return context + _rounded(*phase.gpu_fixed.values()), machine.process_bytes + sum(phase.ram_fixed.values())
-    return context, machine.process_bytes + sum(phase.cpu_fixed.values())
+    vram, ram = machine.context_bytes if machine.gpu else 0, machine.process_bytes + sum(phase.ram_fixed.values())
+    if phase.device == "gpu":
+        return vram + _rounded(*phase.fixed.values()), ram
+    return vram, ram + sum(phase.fixed.values())
 
 
 def _candidates(phase: Phase) -> tuple[Candidate, ...]:
@@ -67,22 +68,25 @@ def _staging_bytes(phase: Phase) -> int:
     return max((block.n_bytes for block in (*phase.prelude, *phase.blocks)), default=0)
 
 
-def _search(device: str, phase: Phase, machine: Machine, budgets: Budgets) -> Plan | None:
-    """The fastest candidate on this device. Those that a lower bound rules out are not simulated."""
-    vram, ram = _fixed(device, phase, machine)
+def _search(phase: Phase, machine: Machine, budgets: Budgets, best: Plan | None) -> Plan | None:
+    """The fastest candidate of this way, if it is faster than `best`. Those that a lower bound rules out are not
+    simulated."""
+    gpu = phase.device == "gpu"
+    vram, ram = _fixed(phase, machine)
     room, host_room = budgets.vram_bytes - vram, budgets.ram_bytes - ram
     if min(room, host_room) < 0:
-        return None
-    clock = _Clock.of(device, phase, machine)
-    found, best = _candidates(phase), None
+        return best
+    clock = _Clock.of(phase, machine)
+    found = _candidates(phase)
     if phase.passes == 1:  # what runs once gains nothing by staying, neither here nor in pinned memory
         found = tuple(sorted(found, key=lambda c: (c.slots not in (0, SLOT_COUNTS[0]), c.n_bytes)))
     for candidate in found:
-        if _arena_bytes(candidate, phase) > (room if device == "gpu" else host_room):
+        if _arena_bytes(candidate, phase) > (room if gpu else host_room):
             continue
-        for staging in (2, 1) if device == "gpu" else (0,):
-            spare = host_room - staging * _staging_bytes(phase) if device == "gpu" else 0
-            if spare < 0 or (best and clock.at_least_ms(candidate, spare) >= best.run.total_ms - 1e-6):
+        for staging in (2, 1) if gpu else (0,):
+            spare = host_room - staging * _staging_bytes(phase) if gpu else 0
+            limit = best.total_ms - clock.prelude_ms - 1e-6 if best else math.inf
+            if spare < 0 or clock.at_least_ms(candidate, spare) >= limit:
                 continue
             held = spare if phase.passes > 1 else 0
             pinnable = held
@@ -91,8 +95,8 @@ def _search(device: str, phase: Phase, machine: Machine, budgets: Budgets) -> Pl
             homes = _homes(candidate, clock.sizes, held, pinnable)
             passages = tuple(clock.passages(homes))
             run = simulate(passages, candidate.slots, staging, phase.passes)
-            if best is None or run.total_ms < best.run.total_ms - 1e-6:
-                best = _plan(device, phase, machine, candidate, homes, staging, clock, passages, run)
+            if run.total_ms < limit:
+                best = _plan(phase, machine, candidate, homes, staging, clock, passages, run)
     return best
 
 
@@ -126,23 +130,23 @@ class _Clock:
     first_ms: float  # the first pass, if there were room for everything at once
 
     @classmethod
-    def of(cls, device: str, phase: Phase, machine: Machine) -> _Clock:
-        sizes = [block.n_bytes for block in phase.blocks]
-        processor: Processor | None = machine.gpu if device == "gpu" else machine.cpu
-        assert processor is not None
-        link = machine.link_gbps if device == "gpu" else machine.disk_gbps
+    def of(cls, phase: Phase, machine: Machine) -> _Clock:
+        sizes, gpu = [block.n_bytes for block in phase.blocks], phase.device == "gpu"
+        processor: Processor | None = machine.gpu if gpu else machine.cpu
+        assert processor is not None, "a way for a GPU, and there is none"
+        link = machine.link_gbps if gpu else machine.disk_gbps
 
         def copy_ms(n_bytes: int) -> float:
             return n_bytes / link / 1e6 + COPY_OVERHEAD_MS
 
         def disk_ms(n_bytes: int) -> float:
-            return n_bytes / machine.disk_gbps / 1e6 if device == "gpu" else 0.0
+            return n_bytes / machine.disk_gbps / 1e6 if gpu else 0.0
+
+        def compute_ms(work: Work) -> float:
+            return processor.milliseconds(work) + work.host_bytes / machine.host_copy_gbps / 1e6
 
         def passages(blocks: Sequence[Block]) -> list[Passage]:
-            return [
-                Passage(b.name, processor.milliseconds(b.work), copy_ms(b.n_bytes), 0.0, disk_ms(b.n_bytes))
-                for b in blocks
-            ]
+            return [Passage(b.name, compute_ms(b.work), copy_ms(b.n_bytes), 0.0, disk_ms(b.n_bytes)) for b in blocks]
 
         once, found = passages(phase.prelude), passages(phase.blocks)
         prelude_ms = phase.read_once_bytes / machine.disk_gbps / 1e6
@@ -154,7 +158,7 @@ class _Clock:
             disk=[passage.first_read_ms for passage in found],
             host_copy=[size / machine.host_copy_gbps / 1e6 for size in sizes],
             passes=phase.passes,
-            prelude_ms=prelude_ms + (simulate(once, 1, 1, 1).total_ms if once else 0.0),
+            prelude_ms=prelude_ms + (simulate(once, 1, 1, phase.prelude_passes).total_ms if once else 0.0),
             first_ms=simulate(found, len(found), 1, 1).total_ms,
         )
 
@@ -179,16 +183,16 @@ class _Clock:
 
 
 def _plan(
-    device: str, phase: Phase, machine: Machine, candidate: Candidate, homes: list[str], staging: int, clock: _Clock,
+    phase: Phase, machine: Machine, candidate: Candidate, homes: list[str], staging: int, clock: _Clock,
     passages: tuple[Passage, ...], run: Run,
 ) -> Plan:  # fmt: skip
-    vram, ram = _fixed(device, phase, machine)
+    vram, ram = _fixed(phase, machine)
     sizes = {block.name: block.n_bytes for block in phase.blocks}
     held = sum(size for size, home in zip(clock.sizes, homes, strict=True) if home in (PINNED, PAGEABLE))
-    arena, gpu = _arena_bytes(candidate, phase), device == "gpu"
+    arena, gpu = _arena_bytes(candidate, phase), phase.device == "gpu"
     return Plan(
         phase=phase.name,
-        device=device,
+        device=phase.device,
         passes=phase.passes,
         homes=dict(zip(clock.names, homes, strict=True)),
         sizes=sizes,
@@ -197,18 +201,19 @@ def _plan(
         slot_bytes=candidate.slot_bytes,
         staging=staging,
         staging_bytes=_staging_bytes(phase),
-        fixed={"CUDA context": machine.context_bytes, **phase.gpu_fixed} if gpu else dict(phase.cpu_fixed),
+        fixed={"CUDA context": machine.context_bytes, **phase.fixed} if gpu else dict(phase.fixed),
         peak_vram_bytes=vram + (arena if gpu else 0),
         peak_ram_bytes=ram + (staging * _staging_bytes(phase) + held if gpu else arena),
         prelude_ms=clock.prelude_ms,
         passages=passages,
         run=run,
+        way=phase.way,
     )
 
 
-def _refusal(phases: Sequence[Phase], machine: Machine, budgets: Budgets, phase: str) -> BudgetError:
+def _refusal(phases: Sequence[Sequence[Phase]], machine: Machine, budgets: Budgets, phase: str) -> BudgetError:
     """Names the smallest --vram beside this --ram, and the other way round; both, if neither alone is enough."""
-    corners = [[_least(device, p, machine) for device in _devices(p, machine)] for p in phases]
+    corners = [[_least(way, machine) for way in ways] for ways in phases]
 
     def least(which: int, other_budget: int) -> int | None:
         fits = [[corner[which] for corner in options if corner[1 - which] <= other_budget] for options in corners]
@@ -231,11 +236,11 @@ def _refusal(phases: Sequence[Phase], machine: Machine, budgets: Budgets, phase:
     )
 
 
-def _least(device: str, phase: Phase, machine: Machine) -> tuple[int, int]:
+def _least(phase: Phase, machine: Machine) -> tuple[int, int]:
     """The smallest VRAM and RAM that will do; both at once."""
-    vram, ram = _fixed(device, phase, machine)
+    vram, ram = _fixed(phase, machine)
     arena = min(_arena_bytes(candidate, phase) for candidate in _candidates(phase))
-    return (vram + arena, ram + _staging_bytes(phase)) if device == "gpu" else (vram, ram + arena)
+    return (vram + arena, ram + _staging_bytes(phase)) if phase.device == "gpu" else (vram, ram + arena)
 
 
 def _told(n_bytes: int, machine: Machine, which: int) -> str:
