@@ -40,7 +40,7 @@ def run_transformer(folder: Path, config: Any, inputs: tuple, dtype: torch.dtype
     transformer = bound(Transformer(config), folder / "transformer", dtype)
     with torch.inference_mode():
         captions = transformer.refine_captions([feature.to(dtype) for feature in features])
-        return transformer([latent.to(dtype) for latent in latents], captions, t)
+        return transformer([latent.to(dtype) for latent in latents], captions, *transformer.modulations(t, dtype))
 
 
 def transformer_inputs(height: int, width: int, tokens: tuple[int, ...]) -> tuple:
