@@ -34,7 +34,7 @@ TOLERANCE = 10 * 2**-11
 
 # What is multiplied, by what. Products of 300 x 300 reach 10^6: below 65504 / FEED_FORWARD_SCALE, so that they fit.
 TRANSFORMER_CASES = {
-    "attention output": ({"attention.to_v": 3e3, "attention.to_out": 300}, False),
+    "attention output": ({"attention.to_v": 1e3, "attention.to_out": 300}, False),
     "SwiGLU product": ({"feed_forward.w1": 300, "feed_forward.w3": 300}, False),
     "residual stream": ({"context_refiner.1.ffn_norm2": 2e4, "layers.1.ffn_norm2": 4e4}, False),
     "caption features": ({"features": 1e5}, False),
