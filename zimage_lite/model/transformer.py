@@ -191,8 +191,9 @@ class Transformer(nn.Module):
         yielded by `stream`, which gets all blocks that know the time, the others at once.
         """
         condition = self.t_embedder(times * self.config.t_scale)
-        blocks = [block.modulation(condition).to(dtype) for block in stream([*self.noise_refiner, *self.layers])]
-        refiner, layers = torch.stack(blocks, dim=1).split((len(self.noise_refiner), len(self.layers)), dim=1)
+        blocks: Any = stream([*self.noise_refiner, *self.layers])
+        vectors = torch.stack([block.modulation(condition).to(dtype) for block in blocks], dim=1)
+        refiner, layers = vectors.split((len(self.noise_refiner), len(self.layers)), dim=1)
         final = _only(self.all_final_layer).modulation(condition).to(dtype)
         return [Modulation(*step) for step in zip(refiner, layers, final, strict=True)]
 
