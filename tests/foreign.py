@@ -85,7 +85,7 @@ def forward(path: Path) -> Tensor:
     checkpoint = open_checkpoint(path)
     model = Transformer(checkpoint.config)
     stored = checkpoint.restricted_to(shapes(model)).tensors
-    read_into(model, stored, Hardware(torch.device("cpu"), torch.float32, 0))
+    read_into(model, stored, Hardware(torch.device("cpu"), torch.float32))
     latent, features, time = inputs()
     with torch.inference_mode():
         return model([latent], model.refine_captions([features]), model.modulations(time, torch.float32)[0])[0]

@@ -381,7 +381,7 @@ def test_many_prompts_stay_inside_the_plan(tiny: Path) -> None:
     for count in (1, 400):
         requests = [GenerateOptions(f"{n} cats", 16, 16, steps=1) for n in range(count)]
         assert len(pipeline.generate(requests)) == count
-        plans.append(pipeline.plans["transformer"].predicted_bytes)
+        plans.append(pipeline.plans["denoise"].peak_ram_bytes)
         assert pipeline.meter.phases["denoise"]["peak_rss_bytes"] <= plans[-1]
     kept = 32 * 256 * 4 * 400  # the refined captions alone
     assert plans[1] >= plans[0] + kept - 10**6

@@ -382,7 +382,7 @@ def test_diffusers_loads_our_gguf(model: Path, outputs: dict[str, Path], target:
         tolerance = 2**-10 * truth.abs().max() if stored[name].format.name == "q4_1" else 0
         assert (wide - truth).abs().max() <= tolerance, name
 
-    read_into(ours, stored, Hardware(torch.device("cpu"), torch.float32, 0))
+    read_into(ours, stored, Hardware(torch.device("cpu"), torch.float32))
     latent, features = torch.randn(16, 16, 16), torch.randn(9, 128)
     with torch.inference_mode():
         (modulation,) = ours.modulations(torch.tensor([0.3]), torch.float32)

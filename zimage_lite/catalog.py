@@ -74,7 +74,7 @@ def true_parts(component: str, chosen: Target) -> list[Part]:
 
 def stored_parts(checkpoint: Checkpoint) -> list[Part]:
     """The tensors of a checkpoint as they are stored."""
-    return [Part(name, t.format, t.rows, t.columns, t.nbytes) for name, t in checkpoint.tensors.items()]
+    return [Part(name, t.format, t.rows, t.columns, t.packed_bytes) for name, t in checkpoint.tensors.items()]
 
 
 def kept(chosen: Target, component: str = "transformer") -> tuple[int, int]:

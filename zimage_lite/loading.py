@@ -5,75 +5,33 @@ A component owns its whole budget while it is open and gives everything back whe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoint.checkpoint import Checkpoint, open_checkpoint
-from .checkpoint.container import Take, fresh
 from .checkpoint.stored import StoredTensor
-from .config import RuntimeOptions
-from .errors import BudgetError
-from .memory.arena import Arena, aligned
-from .memory.hardware import RAM_MARGIN_BYTES, Hardware
-from .memory.machine import CUDA_CONTEXT_BYTES, VRAM_MARGIN_BYTES
+from .memory.cuda import CudaLink
+from .memory.hardware import Hardware
 from .memory.meter import rss_bytes
-from .memory.plan import Placement, plan_blocks
-from .memory.streamer import Streamer
-from .model.linear import bind, release, shapes
+from .memory.placement import GRANULE_BYTES
+from .memory.plan import DEVICE, FILE, PAGEABLE, PINNED, Plan
+from .memory.streamer import Places, Route, Streamer
+from .memory.workers import HostLink, Job, Moved, Threads
+from .model.linear import Stream, bind, release, shapes
 from .model.text_encoder import TextEncoder
-from .model.transformer import Transformer
+from .model.transformer import Transformer, is_time_weight
 from .model.vae import Decoder
-from .quant.tensor import CPU_PIECE_WEIGHTS
-from .units import format_gb
 
 CHUNK_WEIGHTS = 2**22
-ALLOCATOR_SLACK_BYTES = 250_000_000  # activations that were freed but not returned to the system
-
-_OWN_UNPACKING, _GGUF_PY_UNPACKING = 6, 16  # bytes per weight while one is unpacked, its result included
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The ceiling of the memory that weights live in, and what sets it: a flag, or what the machine has."""
-
-    total_bytes: int
-    used_bytes: int  # by the process already, and counted against the ceiling
-    limit: str
-
-
-def budget(options: RuntimeOptions, hardware: Hardware) -> Budget:
-    """Device memory where there is a GPU of its own, else what the process may hold. Never more than is free."""
-    if hardware.device.type == "cuda":
-        used = CUDA_CONTEXT_BYTES + torch.cuda.memory_allocated(hardware.device)
-        given, flag, kind = options.vram_bytes, "--vram", "the free GPU memory"
-        most = used + hardware.vram_free_bytes - VRAM_MARGIN_BYTES
-    else:
-        used = rss_bytes()
-        given, flag, kind = options.ram_bytes, "--ram", "the free memory"
-        most = used + hardware.ram_free_bytes - RAM_MARGIN_BYTES
-    return Budget(given, used, flag) if given and given <= most else Budget(most, used, kind)
-
-
-def host_spare_bytes(options: RuntimeOptions, hardware: Hardware) -> int:
-    """Memory that can hold what the device cannot. None where the device computes in the host's own memory."""
-    if hardware.device.type != "cuda":
-        return 0
-    free = hardware.ram_free_bytes - RAM_MARGIN_BYTES
-    return max(min(free, options.ram_bytes - rss_bytes()) if options.ram_bytes else free, 0)
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A component ready to run: pass `stream` to its forward pass."""
-
-    stream: Streamer[nn.Module]
-    plan: Placement
+_JOB_BYTES = 2**23  # smaller tensors are read by one thread, one after another
+_PAGE_BYTES = 4096
 
 
 def open_complete(path: Path, component: str | None = None, file_bytes: Mapping[Path, int] | None = None) -> Checkpoint:
@@ -96,13 +54,12 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
 @dataclass(frozen=True)
 class Component:
     """A model's skeleton and its weights, taken apart: the blocks of the module lists named in `streamed` may come and
-    go, the rest stays. working_bytes: what the computation needs beside weights. Raises UserError for missing tensors.
+    go, the rest stays; what only the time embedding needs is kept out of both. Raises UserError for missing tensors.
     """
 
     model: nn.Module
     checkpoint: Checkpoint
     streamed: tuple[str, ...]
-    working_bytes: int
 
     @cached_property
     def wanted(self) -> Checkpoint:
@@ -115,97 +72,157 @@ class Component:
 
     @cached_property
     def weights(self) -> dict[str, dict[str, StoredTensor]]:
-        """Those of each block."""
-        return {name: self.wanted.under(name) for name in self.blocks}
+        """Those of each block, by their names in it."""
+        return {
+            name: {
+                own: tensor for own, tensor in self.wanted.under(name).items() if not is_time_weight(f"{name}.{own}")
+            }
+            for name in self.blocks
+        }
 
     @cached_property
     def rest(self) -> dict[str, StoredTensor]:
         groups = tuple(f"{group}." for group in self.streamed)
-        return {name: tensor for name, tensor in self.wanted.tensors.items() if not name.startswith(groups)}
+        tensors = self.wanted.tensors.items()
+        return {name: t for name, t in tensors if not name.startswith(groups) and not is_time_weight(name)}
 
+    @cached_property
     def block_bytes(self) -> dict[str, int]:
-        """What each block takes in an arena."""
-        return {
-            name: sum(aligned(n_bytes) for tensor in tensors.values() for n_bytes in tensor.part_bytes())
-            for name, tensors in self.weights.items()
-        }
+        """What each block takes where it is read to."""
+        return {name: sum(t.packed_bytes for t in tensors.values()) for name, tensors in self.weights.items()}
 
-    def fixed_bytes(self, hardware: Hardware, limit: Budget) -> int:
-        """What is held beside the blocks."""
-        return (
-            limit.used_bytes
-            + self.working_bytes
-            + unpacking_bytes(self.wanted, hardware.device)
-            + _unpacked_bytes(self.rest, hardware.dtype)
-            + (ALLOCATOR_SLACK_BYTES if hardware.device.type == "cpu" else 0)
+
+class Weights:
+    """Brings the blocks of a component to its model as a plan says. Made by `opened`."""
+
+    def __init__(self, component: Component, plan: Plan, hardware: Hardware) -> None:
+        self.component, self.plan, self.hardware = component, plan, hardware
+        self.moved: list[Moved] = []
+        device, sizes = hardware.device, component.block_bytes
+        # Apple's GPU has no memory of its own, but the CPU cannot read files into what it works on.
+        self._staging = max(plan.staging, int(device.type == "mps"))
+        homes = sum(_rounded(sizes[name]) for name in plan.resident)
+        prelude = max((_rounded(sizes[name]) for name in plan.prelude), default=0)
+        self._arena = torch.empty(max(homes + plan.slots * plan.slot_bytes, prelude), dtype=torch.uint8, device=device)
+        held = sum(_paged(sizes[name]) for name, home in plan.homes.items() if home in (PINNED, PAGEABLE))
+        host = held + self._staging * _paged(plan.staging_bytes)
+        self._host = torch.empty(host + _PAGE_BYTES * bool(host), dtype=torch.uint8)
+
+    @contextmanager
+    def prelude(self, passes: int = 1) -> Iterator[Stream]:
+        """What runs before the other blocks are there, one block at a time."""
+        homes = dict.fromkeys(self.plan.prelude, FILE)
+        slot = max((_rounded(self.component.block_bytes[name]) for name in homes), default=0)
+        with self._streaming(Route(homes, min(len(homes), 1), self._staging, passes), slot) as stream:
+            yield stream
+
+    @contextmanager
+    def passes(self, count: int) -> Iterator[Stream]:
+        """So many passes over the blocks, as planned."""
+        with self._streaming(
+            Route(self.plan.homes, self.plan.slots, self._staging, count), self.plan.slot_bytes
+        ) as stream:
+            yield stream
+
+    @contextmanager
+    def _streaming(self, route: Route, slot_bytes: int) -> Iterator[Stream]:
+        component, cuda = self.component, self.hardware.device.type == "cuda"
+        link = CudaLink(self.hardware.device) if cuda else HostLink()
+        workers = Threads(component.block_bytes, self._jobs, link)
+        names = {block: name for name, block in component.blocks.items()}
+        try:
+            places = self._places(route, slot_bytes)
+            workers.pin([*places.staging, *(places.held[name] for name, home in route.homes.items() if home == PINNED)])
+            yield Streamer(route, places, workers, names, self._bind, release)
+        finally:
+            self.moved.append(workers.close())
+
+    def _places(self, route: Route, slot_bytes: int) -> Places[Tensor]:
+        """Cut from the two buffers: resident blocks, then slots; staging buffers, then what waits in RAM."""
+        sizes, homes = self.component.block_bytes, route.homes
+        arena, host = _cutter(self._arena), _cutter(self._host, -self._host.data_ptr() % _PAGE_BYTES)
+        return Places(
+            home={name: arena(_rounded(sizes[name])) for name, home in homes.items() if home == DEVICE},
+            slots=[arena(slot_bytes) for _ in range(route.slots)],
+            staging=[host(_paged(self.plan.staging_bytes)) for _ in range(route.staging)],
+            held={name: host(_paged(sizes[name])) for name, home in homes.items() if home in (PINNED, PAGEABLE)},
         )
 
-    def least_bytes(self, hardware: Hardware, limit: Budget) -> int:
-        """With one block at a time."""
-        return self.fixed_bytes(hardware, limit) + max(self.block_bytes().values(), default=0)
+    def _jobs(self, name: str, buffer: Tensor) -> Iterator[Job]:
+        """Reading a block's tensors, each to its place in the buffer."""
+        cut, some, n_bytes = _cutter(buffer), list[tuple[StoredTensor, Tensor]](), 0
+        for tensor in self.component.weights[name].values():
+            some.append((tensor, cut(tensor.packed_bytes)))
+            n_bytes += tensor.packed_bytes
+            if n_bytes >= _JOB_BYTES:
+                yield self._reading(some, name)
+                some, n_bytes = [], 0
+        if some:
+            yield self._reading(some, name)
 
-    def plan(self, hardware: Hardware, limit: Budget) -> Placement:
-        """Raises BudgetError."""
-        fixed = self.fixed_bytes(hardware, limit)
-        return plan_blocks(self.checkpoint.component, self.block_bytes(), fixed, limit.total_bytes, limit.limit)
+    def _reading(self, some: list[tuple[StoredTensor, Tensor]], name: str) -> Job:
+        def read() -> None:
+            for tensor, place in some:
+                tensor.read_to(place)
+                if self._passes_by and self.plan.homes.get(name) == FILE:
+                    tensor.forget()
+
+        return read
+
+    @cached_property
+    def _passes_by(self) -> bool:
+        """Whether what comes from the file in every pass is more than the system could keep in its page cache: then
+        keeping some of it only pushes other programs out."""
+        spare = psutil.virtual_memory().available - max(self.plan.peak_ram_bytes - rss_bytes(), 0)
+        return self.plan.disk_bytes > spare
+
+    def _bind(self, name: str, block: nn.Module, place: Tensor) -> None:
+        cut = _cutter(place)
+        packed = {own: t.packed_in(cut(t.packed_bytes)) for own, t in self.component.weights[name].items()}
+        bind(block, packed, self.hardware.dtype)
 
 
 @contextmanager
-def loaded(component: Component, hardware: Hardware, limit: Budget) -> Iterator[Loaded]:
-    """Bind the weights to the model for the time of the `with` block. Raises BudgetError."""
-    plan, model = component.plan(hardware, limit), component.model
-    streamer: Streamer[nn.Module] = Streamer(
-        plan,
-        names={block: name for name, block in component.blocks.items()},
-        load=_loader(component, plan, hardware),
-        unload=release,
-    )
+def opened(component: Component, plan: Plan, hardware: Hardware) -> Iterator[Weights]:
+    """Bind what stays; blocks come with `prelude` and `passes`. hardware: to compute on, as the plan says."""
+    weights = Weights(component, plan, hardware)
     try:
-        read_into(model, component.rest, hardware)
-        yield Loaded(streamer, plan)
-    except torch.OutOfMemoryError as error:
-        raise BudgetError(
-            f"{component.checkpoint.component}: the GPU ran out of memory",
-            got=f"{limit.limit} of {format_gb(limit.total_bytes)}",
-            fix="name a smaller --vram, a smaller image or a smaller format",
-        ) from error
+        read_into(component.model, component.rest, hardware)
+        yield weights
     finally:
-        release(model)
+        release(component.model)
+        del weights._arena, weights._host
         if hardware.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def _loader(component: Component, plan: Placement, hardware: Hardware) -> Callable[[str, nn.Module], None]:
-    """Reads blocks: those that stay into an arena of their own, the others, and all that go on to another device, into
-    one slot."""
-    sizes = component.block_bytes()
-    staying = plan.resident if hardware.device.type == "cpu" else frozenset[str]()
-    resident = Arena(sum(sizes[name] for name in staying))
-    slot = Arena(max((size for name, size in sizes.items() if name not in staying), default=0))
+@contextmanager
+def time_weights(component: Component, hardware: Hardware) -> Iterator[Stream]:
+    """For `Transformer.modulations`: its weights, on the CPU and in float32, one block's at a time."""
+    there, names = hardware.on_cpu(), {block: name for name, block in component.blocks.items()}
+    own = {name: tensor for name, tensor in component.wanted.tensors.items() if is_time_weight(name)}
 
-    def load(name: str, block: nn.Module) -> None:
-        slot.clear()
-        take = resident.take if name in staying else slot.take
-        read_into(block, component.weights[name], hardware, take)
+    def stream(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
+        for block in blocks:
+            prefix = f"{names[block]}."
+            read_into(
+                block, {name.removeprefix(prefix): t for name, t in own.items() if name.startswith(prefix)}, there
+            )
+            yield block
+            release(block)
 
-    return load
+    groups = tuple(f"{group}." for group in component.streamed)
+    try:
+        read_into(component.model, {name: t for name, t in own.items() if not name.startswith(groups)}, there)
+        yield stream
+    finally:
+        release(component.model)
 
 
-def read_into(module: nn.Module, tensors: Mapping[str, StoredTensor], hardware: Hardware, into: Take = fresh) -> None:
-    """Read the tensors from their files, into memory that `into` gives, and bind them to the module on the device."""
-    packed = {name: stored.read(into=into).to(hardware.device) for name, stored in tensors.items()}
-    bind(module, packed, hardware.dtype)
-
-
-def unpacking_bytes(checkpoint: Checkpoint, device: torch.device) -> int:
-    """The most that unpacking one weight takes for a moment."""
-    peaks = [
-        (tensor.piece_rows(CPU_PIECE_WEIGHTS) if device.type == "cpu" else tensor.rows)
-        * tensor.columns
-        * (_OWN_UNPACKING if tensor.format.writable else _GGUF_PY_UNPACKING)
-        for tensor in checkpoint.tensors.values()
-    ]
-    return int(max(peaks, default=0))
+def read_into(module: nn.Module, tensors: Mapping[str, StoredTensor], hardware: Hardware) -> None:
+    """Read the tensors from their files and bind them to the module on the device."""
+    for name, stored in tensors.items():  # one by one: of those that are unpacked, the packed bytes go at once
+        bind(module, {name: stored.read().to(hardware.device)}, hardware.dtype)
 
 
 def raise_if_damaged(checkpoint: Checkpoint) -> None:
@@ -219,5 +236,21 @@ def raise_if_damaged(checkpoint: Checkpoint) -> None:
             tensor.read_float(start, min(start + step, tensor.rows))
 
 
-def _unpacked_bytes(tensors: Mapping[str, StoredTensor], dtype: torch.dtype) -> int:
-    return sum(tensor.rows * tensor.columns * dtype.itemsize for tensor in tensors.values())
+def _rounded(n_bytes: int) -> int:
+    return -(-n_bytes // GRANULE_BYTES) * GRANULE_BYTES
+
+
+def _paged(n_bytes: int) -> int:
+    return -(-n_bytes // _PAGE_BYTES) * _PAGE_BYTES
+
+
+def _cutter(buffer: Tensor, start: int = 0) -> Callable[[int], Tensor]:
+    """Gives the next so many bytes of the buffer."""
+
+    def cut(n_bytes: int) -> Tensor:
+        nonlocal start
+        first, start = start, start + n_bytes
+        assert start <= len(buffer), "more was taken than was planned"
+        return buffer[first:start]
+
+    return cut

@@ -1,79 +1,107 @@
 """Prompt to image in three phases. Each one opens its model, uses the whole budget, and closes it again.
 
 encode: prompts -> embeddings     denoise: noise -> latents, 8 steps     decode: latents -> pixels
+
+All phases are planned before the first one starts. Images that are alike share a plan, and are denoised and decoded in
+rounds, so that finished ones are handed over as they come.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, cast
+from functools import cached_property, partial
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.model_files import ModelFiles
-from .config import PATCH_SIZE, SEQUENCE_MULTIPLE, VAE_FACTOR, GenerateOptions, RuntimeOptions
-from .errors import UserError
-from .loading import Budget, Component, budget, host_spare_bytes, loaded, raise_if_damaged
-from .memory.hardware import probe
+from .config import TOKENS_PER_PASS, VAE_FACTOR, GenerateOptions, RuntimeOptions
+from .denoising import Batch, NotFiniteError, Schedule, overflow, raise_at_first_non_finite, schedule, texts
+from .errors import BudgetError, UserError
+from .grouping import grouped, rounds
+from .loading import Component, Weights, opened, raise_if_damaged, read_into
+from .memory.hardware import Hardware, machine_here, probe
 from .memory.meter import Meter
-from .memory.plan import Placement, activation_bytes
-from .memory.plan_vae import VaePlan, plan_decode
+from .memory.plan import Phase, Plan
+from .memory.plan_vae import VaePlan
+from .memory.planner import budgets_in_force, plan_phases
 from .model.banded import Banded
-from .model.float16 import stream_dtype
-from .model.linear import Stream
-from .model.scheduler import euler_step, guided, initial_noise, model_time, sigmas
+from .model.linear import release
 from .model.text_encoder import TextEncoder
-from .model.transformer import Caption, Transformer, Watch
+from .model.transformer import Caption, Transformer
 from .model.vae import Decoder, to_pixels
+from .prediction import Job, Model, model_of, phases
+from .units import format_gb
 
-TOKENS_PER_PASS = 1024  # prompts are encoded and refined together up to this many tokens
+LESS_AFTER_OOM = 0.85  # of what did not fit is planned for the second time, or less if less is free
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
+Tell = Callable[[str], None]  # takes a line for the user
 _Item = TypeVar("_Item")
 
 
-def silent(phase: str, done: int, total: int) -> None:
-    """No progress display."""
+def silent(*_: object) -> None:
+    """No progress display, no notes."""
+
+
+@dataclass
+class Ways:
+    """How a phase could be done, and how it will be."""
+
+    phases: Sequence[Phase]
+    plan: Plan
 
 
 @dataclass
 class Pipeline:
-    """Holds no weights between calls, only open headers. `meter` and the plans tell what the last call used."""
+    """Holds no weights between calls, only open headers. `meter` and `plans` tell what the last call used."""
 
     model: ModelFiles
     options: RuntimeOptions = field(default_factory=RuntimeOptions)
+    tell: Tell = silent
     meter: Meter = field(default_factory=Meter)
-    plans: dict[str, Placement] = field(default_factory=dict)
-    decode_plans: list[VaePlan] = field(default_factory=list)  # of each image
-    limit: Budget | None = None  # of the call that is running: what a phase leaves behind is in the allocator's slack
+    plans: dict[str, Plan] = field(default_factory=dict)  # by phase; the last one of each
 
     def __post_init__(self) -> None:
         if self.options.backend == "triton":
             raise UserError("--backend triton: there are no Triton kernels yet", fix="use auto or reference")
         self.hardware = probe(self.options.device, self.options.dtype)
 
-    @torch.inference_mode()
     def generate(self, requests: Sequence[GenerateOptions], progress: Progress = silent) -> list[Tensor]:
-        """-> one [height, width, 3] uint8 tensor per request, on the CPU."""
+        """-> one [height, width, 3] uint8 tensor per request, on the CPU. Raises UserError."""
+        found = dict(self.images(requests, progress))
+        return [found[index] for index in range(len(requests))]
+
+    @torch.inference_mode()
+    def images(self, requests: Sequence[GenerateOptions], progress: Progress = silent) -> Iterator[tuple[int, Tensor]]:
+        """The same as they come, each with its place in `requests`."""
         if not requests:
-            return []
+            return
         requests = [self.complete(request) for request in requests]
-        texts = list(dict.fromkeys(text for request in requests for text in _texts(request)))
-        self.limit = self._sufficient_budget(requests, texts)
-        try:
-            with self.meter.phase("encode"):
-                embeddings = dict(zip(texts, self.encode(texts, progress), strict=True))
-            with self.meter.phase("denoise"):
-                latents = self.denoise(requests, embeddings, progress)
-            with self.meter.phase("decode"):
-                return self.decode(latents, progress)
-        finally:
-            self.limit = None
+        told = [texts(request) for request in requests]
+        prompts = list(dict.fromkeys(text for of in told for text in of))
+        tokens = {text: len(self.model.tokenizer.encode(text)) for text in prompts}
+        groups = grouped(requests, told, tokens)
+        encode, *others = self._planned([Job(16, 16, prompt_tokens=tuple(tokens.values())), *(g.job for g in groups)])
+        self.meter = Meter()
+        embeddings = dict(zip(prompts, self._within(encode, partial(self._encode, prompts, progress)), strict=True))
+        steps, images = (
+            _Count(progress, "denoise", sum(r.steps for r in requests)),
+            _Count(progress, "decode", len(requests)),
+        )
+        for group, denoise, decode in zip(groups, others[::2], others[1::2], strict=True):
+            times = self._schedule(group.requests[0], denoise.plan)
+            for places in rounds(group, denoise.plan):
+                some = [group.requests[place] for place in places]
+                latents = list(self._within(denoise, partial(self._denoise, some, embeddings, times, steps)))
+                decoded = self._within(decode, partial(self._decode, latents))
+                for place, image in zip(places, decoded, strict=True):
+                    images.add()
+                    yield group.indices[place], image
 
     def complete(self, request: GenerateOptions) -> GenerateOptions:
         """What was left open is what the model says of itself."""
@@ -85,132 +113,194 @@ class Pipeline:
             shift=self.model.scheduler.shift if request.shift is None else request.shift,
         )
 
-    def encode(self, texts: Sequence[str], progress: Progress = silent) -> list[Tensor]:
-        """-> the embedding of each text: [tokens, width] on the device, in the dtype of the residual stream."""
-        table = self.model.text_encoder.tensors["embed_tokens.weight"]
-        batches = list(_batches([self.model.tokenizer.encode(text) for text in texts]))
-        component, embeddings = self._text_encoder(batches), []
-        with self._open(component) as stream:
-            for done, batch in enumerate(batches, start=1):
-                rows = table.gather([row for prompt in batch for row in prompt])
-                rows = rows.to(self.hardware.device, self.hardware.dtype)
-                embeddings += component.model(rows, [len(prompt) for prompt in batch], stream)
-                progress("encode", done, len(batches))
-        _require_finite(embeddings, component.checkpoint, "the prompt's embedding", self.hardware.dtype)
-        return embeddings
+    @torch.inference_mode()
+    def encode(self, prompts: Sequence[str], progress: Progress = silent) -> list[Tensor]:
+        """-> the embedding of each: [tokens, width] on the CPU, in the dtype of the residual stream."""
+        tokens = tuple(len(self.model.tokenizer.encode(text)) for text in prompts)
+        (ways,) = self._planned([Job(16, 16, prompt_tokens=tokens)])
+        return list(self._within(ways, partial(self._encode, prompts, progress)))
 
-    def denoise(
-        self, requests: Sequence[GenerateOptions], embeddings: dict[str, Tensor], progress: Progress = silent
-    ) -> list[Tensor]:
-        """embeddings: by text. -> latents [channels, height/8, width/8] float32 on the device."""
-        component = self._transformer(requests, {text: len(rows) for text, rows in embeddings.items()})
-        transformer, checkpoint = component.model, component.checkpoint
-        assert isinstance(transformer, Transformer)
-        done, total, latents = 0, sum(request.steps for request in requests), []
-        with self._open(component) as stream:
-            refined: list[Caption] = []
-            for batch in _batches(embeddings.values()):
-                refined += transformer.refine_captions(batch, stream)
-            _require_finite([c.tokens for c in refined], checkpoint, "the refined prompt", self.hardware.dtype)
-            captions = dict(zip(embeddings, refined, strict=True))
-            for request in requests:
-                last = torch.empty(0)
-                for latent in self._steps(transformer, request, [captions[text] for text in _texts(request)], stream):
-                    last, done = latent, done + 1
-                    progress("denoise", done, total)
-                latents.append(last)
-        return latents
+    @torch.inference_mode()
+    def decode(self, latents: Sequence[Tensor]) -> list[Tensor]:
+        """latents: of one size. -> images [height, width, 3] uint8, on the CPU."""
+        height, width = latents[0].shape[1:]
+        job = Job(width * VAE_FACTOR, height * VAE_FACTOR, images=len(latents))
+        return list(self._within(self._planned([job, job])[2], partial(self._decode, latents)))
 
-    def decode(self, latents: Sequence[Tensor], progress: Progress = silent) -> list[Tensor]:
-        """-> images [height, width, 3] uint8, on the CPU."""
-        limit = self.limit or budget(self.options, self.hardware)
-        sizes = [(latent.shape[1] * VAE_FACTOR, latent.shape[2] * VAE_FACTOR) for latent in latents]
-        component, self.decode_plans = self._decoder(sizes, limit)
-        decoder, images = component.model.get_submodule("decoder"), []
-        assert isinstance(decoder, Decoder)
-        with self._open(component):
-            for latent, plan in zip(latents, self.decode_plans, strict=True):
-                image = decode_as_planned(decoder, latent, plan)
-                _require_finite([image], component.checkpoint, "the decoded image", self.hardware.dtype)
-                images.append(to_pixels(image).cpu())
-                progress("decode", len(images), len(latents))
-        return images
-
-    def _steps(
-        self, transformer: Transformer, request: GenerateOptions, captions: list[Caption], stream: Stream
-    ) -> Iterator[Tensor]:
-        """The Euler loop of one image; yields the latent after each step. captions: positive, negative if guided.
-        Raises UserError naming step and block if one is not finite."""
-        device, dtype = self.hardware.device, self.hardware.dtype
-        width, height = (pixels // VAE_FACTOR for pixels in request.size)
-        shift = self.model.scheduler.shift if request.shift is None else request.shift
-        latent = initial_noise(request.seed, transformer.config.in_channels, height, width).to(device)
-        schedule = sigmas(request.steps, shift)
-        times = torch.cat([model_time(sigma) for sigma in schedule[:-1]])
-        modulations = transformer.modulations(times.to(device), dtype, stream)
-
-        def step(latent: Tensor, index: int, watch: Watch | None = None) -> Tensor:
-            given = [latent.to(dtype)] * len(captions)
-            wide = [output.float() for output in transformer(given, captions, modulations[index], stream, watch)]
-            denoising = guided(wide[0], wide[1], request.guidance) if request.guidance else wide[0]
-            return euler_step(latent, -denoising, schedule[index], schedule[index + 1])
-
-        for index in range(request.steps):
-            before, latent = latent, step(latent, index)
-            if not torch.isfinite(latent).all():
-                raise_if_damaged(self.model.transformer)
-                where = f"step {index + 1} of {request.steps}"
-                step(before, index, raise_at_first_non_finite(where, dtype))
-                raise _overflow(f"{where}: the latent has", dtype)  # of finite parts
-            yield latent
-
-    def _sufficient_budget(self, requests: Sequence[GenerateOptions], texts: Sequence[str]) -> Budget:
-        """The budget of all three phases, before the first one starts. Raises BudgetError for the hungriest of them."""
-        limit = budget(self.options, self.hardware)
-        prompts = {text: self.model.tokenizer.encode(text) for text in texts}
-        components = (
-            self._text_encoder(list(_batches(prompts.values()))),
-            self._transformer(requests, {text: len(ids) for text, ids in prompts.items()}),
-            self._decoder([request.size[::-1] for request in requests], limit)[0],
-        )
-        max(components, key=lambda component: component.least_bytes(self.hardware, limit)).plan(self.hardware, limit)
-        return limit
-
-    def _text_encoder(self, batches: Sequence[list[list[int]]]) -> Component:
-        c, item_bytes = self.model.text_encoder.config, self.hardware.dtype.itemsize
-        tokens = [sum(map(len, batch)) for batch in batches]
-        activations = activation_bytes(
-            max(tokens), c.hidden_size, c.intermediate_size, c.num_attention_heads, item_bytes
-        )
-        results = sum(tokens) * c.hidden_size * stream_dtype(self.hardware.dtype).itemsize
-        return Component(TextEncoder(c), self.model.text_encoder, ("layers",), activations + results)
-
-    def _transformer(self, requests: Sequence[GenerateOptions], lengths: Mapping[str, int]) -> Component:
-        """lengths: text -> tokens."""
-        c, item_bytes = self.model.transformer.config, self.hardware.dtype.itemsize
-        largest = max(sum(_tokens(request, lengths[text]) for text in _texts(request)) for request in requests)
-        together = max(sum(map(_padded, batch)) for batch in _batches(lengths.values(), length=int))
-        activations = activation_bytes(max(largest, together), c.dim, c.ffn_dim, c.n_heads, item_bytes)
-        captions = sum(_padded(length) * c.dim + length * c.cap_feat_dim for length in lengths.values()) * item_bytes
+    @cached_property
+    def transformer(self) -> Component:
         blocks = ("context_refiner", "noise_refiner", "layers")
-        return Component(Transformer(c), self.model.transformer, blocks, activations + captions)
+        return Component(Transformer(self.model.transformer.config), self.model.transformer, blocks)
 
-    def _decoder(self, sizes: Sequence[tuple[int, int]], limit: Budget) -> tuple[Component, list[VaePlan]]:
-        """sizes: height and width of each image. -> and how to decode each: whole where that fits, else in bands."""
-        c, hardware = self.model.vae.config, self.hardware
-        results = 3 * sum(map(math.prod, sizes))
-        component = Component(nn.ModuleDict({"decoder": Decoder(c)}), self.model.vae, (), results)
-        spare = limit.total_bytes - component.least_bytes(hardware, limit)
-        host, whole = host_spare_bytes(self.options, hardware), hardware.dtype != torch.float16
-        plans = [plan_decode(c, *size, hardware.dtype.itemsize, spare, host, whole) for size in sizes]
-        working = max(plan.device_bytes for plan in plans)
-        return replace(component, working_bytes=results + working), plans
+    @cached_property
+    def text_encoder(self) -> Component:
+        return Component(TextEncoder(self.model.text_encoder.config), self.model.text_encoder, ("layers",))
+
+    @cached_property
+    def decoder(self) -> Component:
+        return Component(nn.ModuleDict({"decoder": Decoder(self.model.vae.config)}), self.model.vae, ())
+
+    @cached_property
+    def sizes(self) -> Model:
+        return model_of(self.model)
+
+    def _planned(self, jobs: Sequence[Job]) -> list[Ways]:
+        """Of the first job how it is encoded, of the others how they are denoised and decoded. Raises BudgetError."""
+        machine = machine_here(self.hardware)
+        budgets = budgets_in_force(machine, self.options.vram_bytes, self.options.ram_bytes)
+        found = [phases(self.sizes, job, machine) for job in jobs]
+        ways = [found[0][0], *(way for of in found[1:] for way in of[1:])]
+        return [Ways(way, plan) for way, plan in zip(ways, plan_phases(ways, machine, budgets), strict=True)]
+
+    def _within(self, ways: Ways, run: Callable[[int, Plan], Iterator[_Item]]) -> Iterator[_Item]:
+        """What run(done, plan) yields from its item `done` on. If memory runs out in spite of the plan, because another
+        program took it, plans again with less, once, and goes on where it was. Raises BudgetError."""
+        done = 0
+        for again in (True, False):
+            try:
+                for item in run(done, ways.plan):
+                    done += 1
+                    yield item
+                return
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+            # Out of the handler: its traceback holds the frames, and with them the tensors, of what failed.
+            if not again:
+                break
+            ways.plan = self._planned_again(ways)
+        raise BudgetError(
+            f"{ways.plan.phase}: memory ran out twice, although {_peaks(ways.plan)} were planned",
+            fix="close other programs, or name a smaller --vram or --ram, a smaller image or a smaller format",
+        )
+
+    def _planned_again(self, ways: Ways) -> Plan:
+        machine, old = machine_here(self.hardware), ways.plan
+        limits = budgets_in_force(machine, self.options.vram_bytes, self.options.ram_bytes)
+        if old.device == "gpu":
+            limits = replace(limits, vram_bytes=min(limits.vram_bytes, int(LESS_AFTER_OOM * old.peak_vram_bytes)))
+        else:
+            limits = replace(limits, ram_bytes=min(limits.ram_bytes, int(LESS_AFTER_OOM * old.peak_ram_bytes)))
+        (plan,) = plan_phases([ways.phases], machine, limits)
+        self.tell(f"{old.phase}: memory ran out, another program must have taken it; going on with {_peaks(plan)}")
+        return plan
+
+    def _encode(self, prompts: Sequence[str], progress: Progress, done: int, plan: Plan) -> Iterator[Tensor]:
+        hardware, component = self._hardware(plan), self.text_encoder
+        table = self.model.text_encoder.tensors["embed_tokens.weight"]
+        batches = list(_batches([self.model.tokenizer.encode(text) for text in prompts[done:]]))
+        with self._open(component, plan) as weights, weights.passes(len(batches)) as stream:
+            for batch in batches:
+                rows = table.gather([row for prompt in batch for row in prompt]).to(hardware.device, hardware.dtype)
+                embeddings = component.model(rows, [len(prompt) for prompt in batch], stream)
+                _require_finite(embeddings, component.checkpoint, "the prompt's embedding", hardware.dtype)
+                done += len(batch)
+                progress("encode", done, len(prompts))
+                yield from (embedding.cpu() for embedding in embeddings)
+
+    def _schedule(self, request: GenerateOptions, plan: Plan) -> Schedule:
+        assert request.shift is not None
+        with self.meter.phase("denoise"):
+            return schedule(self.transformer, request.steps, request.shift, self._hardware(plan))
+
+    def _denoise(
+        self, requests: Sequence[GenerateOptions], embeddings: Mapping[str, Tensor], times: Schedule, count: _Count,
+        done: int, plan: Plan,
+    ) -> Iterator[Tensor]:  # fmt: skip
+        """-> latents [channels, height/8, width/8] float32 on the device, of requests[done:]."""
+        hardware, model = self._hardware(plan), cast(Transformer, self.transformer.model)
+        todo = requests[done:]
+        with self._open(self.transformer, plan) as weights:
+            captions = self._captions(weights, todo, embeddings, hardware)
+            batches = [Batch(todo[i : i + plan.way], captions, times) for i in range(0, len(todo), plan.way)]
+            failed = None
+            with weights.passes(len(batches) * len(times)) as stream:
+                for batch in batches:
+                    latents: list[Tensor] = []
+                    try:
+                        for latents in batch.denoised(model, hardware, stream):
+                            count.add(len(latents))
+                    except NotFiniteError as error:
+                        failed = batch, error
+                        break
+                    yield from latents
+            if failed:
+                self._explain(*failed, weights, hardware)
+
+    def _explain(self, batch: Batch, error: NotFiniteError, weights: Weights, hardware: Hardware) -> None:
+        """Raise UserError saying where values stop being finite."""
+        raise_if_damaged(self.model.transformer)
+        where = f"step {error.step + 1} of {len(batch.schedule)}"
+        watch = raise_at_first_non_finite(where, hardware.dtype)
+        with weights.passes(1) as stream:
+            batch.step(
+                cast(Transformer, self.transformer.model), error.latents, error.step, hardware.dtype, stream, watch
+            )
+        raise overflow(f"{where}: the latent has", hardware.dtype)  # of finite parts
+
+    def _captions(
+        self,
+        weights: Weights,
+        requests: Sequence[GenerateOptions],
+        embeddings: Mapping[str, Tensor],
+        hardware: Hardware,
+    ) -> dict[str, Caption]:
+        prompts = list(dict.fromkeys(text for request in requests for text in texts(request)))
+        batches, refined = list(_batches([embeddings[text].to(hardware.device) for text in prompts])), list[Caption]()
+        with weights.prelude(len(batches)) as stream:
+            for batch in batches:
+                refined += cast(Transformer, self.transformer.model).refine_captions(batch, stream)
+        tokens = [caption.tokens for caption in refined]
+        _require_finite(tokens, self.model.transformer, "the refined prompt", hardware.dtype)
+        return dict(zip(prompts, refined, strict=True))
+
+    def _decode(self, latents: Sequence[Tensor], done: int, plan: Plan) -> Iterator[Tensor]:
+        """-> images [height, width, 3] uint8 on the CPU, of latents[done:]."""
+        hardware, model = self._hardware(plan), self.decoder.model
+        decoder = cast(Decoder, model.get_submodule("decoder"))
+        self.plans[plan.phase] = plan
+        try:
+            with self.meter.phase("decode"):
+                read_into(model, self.decoder.rest, hardware)
+            for latent in latents[done:]:
+                with self.meter.phase("decode"):
+                    image = decode_as_planned(decoder, latent.to(hardware.device), plan.way)
+                    _require_finite([image], self.model.vae, "the decoded image", hardware.dtype)
+                    pixels = to_pixels(image).cpu()
+                    del image
+                yield pixels
+        finally:
+            release(model)
+            if hardware.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _hardware(self, plan: Plan) -> Hardware:
+        """The GPU's work may be done by the CPU beside it."""
+        return self.hardware.on_cpu() if plan.device == "cpu" and self.hardware.device.type == "cuda" else self.hardware
 
     @contextmanager
-    def _open(self, component: Component) -> Iterator[Stream]:
-        with loaded(component, self.hardware, self.limit or budget(self.options, self.hardware)) as opened:
-            self.plans[component.checkpoint.component] = opened.plan
-            yield opened.stream
+    def _open(self, component: Component, plan: Plan) -> Iterator[Weights]:
+        """With the time and memory that it takes."""
+        self.plans[plan.phase] = plan
+        with self.meter.phase(plan.phase):
+            with opened(component, plan, self._hardware(plan)) as weights:
+                yield weights
+            for moved in weights.moved:
+                self.meter.moved(plan.phase, moved)
+
+
+@dataclass
+class _Count:
+    """Tells how far a phase is."""
+
+    progress: Progress
+    phase: str
+    total: int
+    done: int = 0
+
+    def add(self, count: int = 1) -> None:
+        self.done = min(self.done + count, self.total)  # after a second attempt some come twice
+        self.progress(self.phase, self.done, self.total)
 
 
 def decode_as_planned(decoder: Decoder, latent: Tensor, plan: VaePlan) -> Tensor:
@@ -221,30 +311,25 @@ def decode_as_planned(decoder: Decoder, latent: Tensor, plan: VaePlan) -> Tensor
     return Banded(plan.rows_per_band, plan.store_input, plan.store_hidden, store).decode(decoder, latent)
 
 
-def _texts(request: GenerateOptions) -> list[str]:
-    """The prompt, and with guidance what to steer away from."""
-    return [request.prompt, request.negative] if request.guidance else [request.prompt]
-
-
-def _tokens(request: GenerateOptions, caption_tokens: int) -> int:
-    """Length of the transformer's sequence, pads included."""
-    image_tokens = math.prod(request.size) // (VAE_FACTOR * PATCH_SIZE) ** 2
-    return _padded(image_tokens) + _padded(caption_tokens)
-
-
-def _batches(items: Iterable[_Item], length: Callable[[Any], int] = len) -> Iterator[list[_Item]]:
-    """Prompts, embeddings or whatever has a length, in order, together while they have at most TOKENS_PER_PASS."""
+def _batches(items: Iterable[_Item]) -> Iterator[list[_Item]]:
+    """Prompts or embeddings, in order, together while they have at most TOKENS_PER_PASS."""
     batch: list[_Item] = []
     for item in items:
-        if batch and sum(map(length, batch)) + length(item) > TOKENS_PER_PASS:
+        if batch and sum(map(len, batch)) + len(item) > TOKENS_PER_PASS:  # type: ignore[arg-type]
             yield batch
             batch = []
         batch.append(item)
     yield batch
 
 
-def _padded(length: int) -> int:
-    return -(-length // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch's CPU allocator has no exception of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _peaks(plan: Plan) -> str:
+    gpu = f"{format_gb(plan.peak_vram_bytes)} of GPU memory and " if plan.device == "gpu" else ""
+    return f"{gpu}{format_gb(plan.peak_ram_bytes)} of RAM"
 
 
 def _require_finite(results: Sequence[Tensor], checkpoint: Checkpoint, what: str, dtype: torch.dtype) -> None:
@@ -252,24 +337,4 @@ def _require_finite(results: Sequence[Tensor], checkpoint: Checkpoint, what: str
     if all(bool(torch.isfinite(result).all()) for result in results):
         return
     raise_if_damaged(checkpoint)
-    raise _overflow(f"{what} has", dtype)
-
-
-def raise_at_first_non_finite(step: str, dtype: torch.dtype) -> Watch:
-    """For `Transformer.forward`: raises UserError at the first part whose output holds NaN or infinity. To be used
-    after `raise_if_damaged`. step: which one, in words; dtype: what is computed in."""
-
-    def watch(name: str, output: Tensor) -> None:
-        if not torch.isfinite(output).all():
-            raise _overflow(f"{step}: {name} gives", dtype)
-
-    return watch
-
-
-def _overflow(what: str, dtype: torch.dtype) -> UserError:
-    advice = {
-        torch.float16: "try --dtype bf16 or --dtype fp32",
-        torch.bfloat16: "try --dtype fp32",
-        torch.float32: "these weights overflow even in fp32: use another checkpoint",
-    }
-    return UserError(f"{what} NaN or infinite values, though all weights are finite", fix=advice[dtype])
+    raise overflow(f"{what} has", dtype)

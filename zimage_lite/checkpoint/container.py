@@ -62,10 +62,17 @@ class Entry:
 
     def will_read(self, start: int, nbytes: int) -> None:
         """Have the system read these bytes ahead, where it can be told."""
+        self._advise(start, nbytes, "POSIX_FADV_WILLNEED")
+
+    def forget(self, start: int, nbytes: int) -> None:
+        """Have the system drop these bytes from its page cache, where it can be told."""
+        self._advise(start, nbytes, "POSIX_FADV_DONTNEED")
+
+    def _advise(self, start: int, nbytes: int, advice: str) -> None:
         if not hasattr(os, "posix_fadvise"):
             return
         with suppress(OSError), open(self.path, "rb", buffering=0) as file:
-            os.posix_fadvise(file.fileno(), self.offset + start, nbytes, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(file.fileno(), self.offset + start, nbytes, getattr(os, advice))
 
 
 @dataclass(frozen=True)

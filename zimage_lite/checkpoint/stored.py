@@ -15,7 +15,28 @@ from ..quant.tensor import TORCH_DTYPES, QTensor, all_finite, rows_columns
 from .container import Entry, Take, fresh
 
 _FLOATS = ("F32", "F16", "BF16")
+ALIGNMENT = 64  # what torch itself gives a tensor
 _BYTES = ("U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0")
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Bytes of one stored array, and what they are."""
+
+    entry: Entry
+    start: int
+    n_bytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def read(self, into: Take) -> Tensor:
+        return self.entry.read(self.start, self.n_bytes, into)
+
+    def typed(self, raw: Tensor) -> Tensor:
+        values = raw.view(self.dtype)
+        if values.numel() == math.prod(self.shape):
+            return values.view(self.shape)
+        return values.expand(self.shape) if values.numel() == 1 else values
 
 
 @dataclass(frozen=True)
@@ -76,29 +97,56 @@ class StoredTensor:
     def read(self, start: int = 0, stop: int | None = None, into: Take = fresh) -> QTensor:
         """Rows [start, stop), packed as stored, in memory that `into` gives. Parts that cannot be cut come whole."""
         stop = self.rows if stop is None else stop
-        whole = stop - start == self.rows
-        shape = self.shape if whole else (stop - start, *self.shape[1:])
+        pieces = self._pieces(start, stop)
+        return self._packed(start, stop, {suffix: piece.typed(piece.read(into)) for suffix, piece in pieces.items()})
+
+    @property
+    def packed_bytes(self) -> int:
+        """What `packed_in` takes."""
+        return sum(aligned(piece.n_bytes) for piece in self._pieces(0, self.rows).values())
+
+    def packed_in(self, buffer: Tensor) -> QTensor:
+        """The whole tensor where `read_to` has put it, or what was copied from there, on any device."""
+        places = _split(buffer, self._pieces(0, self.rows))
+        return self._packed(0, self.rows, {suffix: piece.typed(raw) for suffix, (piece, raw) in places.items()})
+
+    def read_to(self, buffer: Tensor) -> None:
+        """buffer: [packed_bytes] uint8 on the CPU."""
+        for piece, raw in _split(buffer, self._pieces(0, self.rows)).values():
+            piece.read(lambda _n_bytes, raw=raw: raw)  # type: ignore[misc]
+
+    def forget(self) -> None:
+        """Have the system drop what was read from its page cache: it will not be wanted while it could stay there."""
+        for piece in self._pieces(0, self.rows).values():
+            piece.entry.forget(piece.start, piece.n_bytes)
+
+    def _packed(self, start: int, stop: int, parts: dict[str, Tensor]) -> QTensor:
+        shape = self.shape if stop - start == self.rows else (stop - start, *self.shape[1:])
         if not self._cuts_at(start):
-            parts = {suffix: _typed(entry, entry.read(into=into)) for suffix, entry in self.parts.items()}
             return QTensor(self.format, shape, parts, self.options, self.first_row + start)
-        parts = {}
-        for suffix, (dtype, part_shape) in self._layout(stop - start).items():
+        return QTensor(self.format, shape, parts, self.format.codec.at_row(self.options, self.first_row + start))
+
+    def _pieces(self, start: int, stop: int) -> dict[str, _Piece]:
+        """What rows [start, stop) take of each part."""
+        if not self._cuts_at(start):
+            return {
+                suffix: _Piece(entry, 0, entry.nbytes, TORCH_DTYPES[entry.kind], entry.shape)
+                for suffix, entry in self.parts.items()
+            }
+        pieces = {}
+        for suffix, (dtype, shape) in self._layout(stop - start).items():
             if suffix not in self.parts:
                 continue  # an optional one
             entry = self.parts[suffix]
-            if len(part_shape) != 2:
-                # All of it, whatever rows are read: nf4 has scales for 256 blocks, wherever they lie.
-                shared = entry.read().view(_dtype(entry, dtype))
-                parts[suffix] = shared if part_shape else shared.view(())
-                continue
-            row_bytes = _dtype(entry, dtype).itemsize * part_shape[1]
-            if suffix and entry.nbytes == row_bytes:  # one scale for all rows
-                parts[suffix] = entry.read().view(_dtype(entry, dtype)).expand(part_shape)
-                continue
-            raw = entry.read((self.first_row + start) * row_bytes, part_shape[0] * row_bytes, into)
-            parts[suffix] = raw.view(_dtype(entry, dtype)).view(part_shape)
-        options = self.format.codec.at_row(self.options, self.first_row + start)
-        return QTensor(self.format, shape, parts, options)
+            kind = _dtype(entry, dtype)
+            row_bytes = kind.itemsize * shape[1] if len(shape) == 2 else 0
+            # One scale may stand for all rows; what does not lie in rows comes whole: nf4 has scales for 256 blocks.
+            if not row_bytes or (suffix and entry.nbytes == row_bytes):
+                pieces[suffix] = _Piece(entry, 0, entry.nbytes, kind, shape)
+            else:
+                first = (self.first_row + start) * row_bytes
+                pieces[suffix] = _Piece(entry, first, shape[0] * row_bytes, kind, shape)
+        return pieces
 
     def will_read(self, start: int, stop: int) -> None:
         """Tell the system that these rows will be wanted soon, so that the disk works while the processor does."""
@@ -161,5 +209,14 @@ def _bytes_of(dtype: str, shape: tuple[int, ...]) -> int:
     return DTYPE_BYTES[dtype] * math.prod(shape)
 
 
-def _typed(entry: Entry, raw: Tensor) -> Tensor:
-    return raw.view(TORCH_DTYPES[entry.kind]).view(entry.shape)
+def aligned(n_bytes: int) -> int:
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _split(buffer: Tensor, pieces: Mapping[str, _Piece]) -> dict[str, tuple[_Piece, Tensor]]:
+    """Where each piece lies in the buffer: one after another, aligned."""
+    found, start = {}, 0
+    for suffix, piece in pieces.items():
+        found[suffix] = piece, buffer[start : start + piece.n_bytes]
+        start += aligned(piece.n_bytes)
+    return found

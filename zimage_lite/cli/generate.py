@@ -108,15 +108,14 @@ def command(
     from ..pipeline import Pipeline
     from .progress import phase_progress
 
-    pipeline = Pipeline(open_named(model, parts), options)
+    pipeline = Pipeline(open_named(model, parts), options, tell=lambda line: say(f"note: {line}"))
     requests = [pipeline.complete(request) for request in requests]
     for note in _notes(model, pipeline, requests):
         say(f"note: {note}")
     with phase_progress() as progress:
-        images = pipeline.generate(requests, progress)
-    for path, request, pixels in zip(paths, requests, images, strict=True):
-        save_png(path, pixels, request, pipeline)
-        say(f"{path}  seed {request.seed}")
+        for index, pixels in pipeline.images(requests, progress):
+            save_png(paths[index], pixels, requests[index], pipeline)
+            say(f"{paths[index]}  seed {requests[index].seed}")
     result = {"images": [str(path) for path in paths], **_measured(pipeline, requests)}
     say(_summary(result))
     if as_json:
@@ -239,26 +238,25 @@ def _recipe(request: GenerateOptions, pipeline: Pipeline) -> dict[str, Any]:
 
 
 def _measured(pipeline: Pipeline, requests: Sequence[GenerateOptions]) -> dict[str, Any]:
-    meter = pipeline.meter
-    steps = sum(request.steps for request in requests)
-    plans = {
-        name: {"resident": len(plan.resident), "streamed": len(plan.streamed), "predicted_bytes": plan.predicted_bytes}
-        for name, plan in pipeline.plans.items()
-    }
+    meter, steps = pipeline.meter, sum(request.steps for request in requests)
     return {
         "device": str(pipeline.hardware.device),
-        "dtype": str(pipeline.hardware.dtype).removeprefix("torch."),
+        "dtype": pipeline.hardware.dtype_name,
         "backend": "reference",
         "format": pipeline.model.transformer.main_format,
         "seconds_per_step": round(meter.phases["denoise"]["seconds"] / steps, 3),
-        "phases": meter.phases,
+        "phases": {
+            name: {"planned": plan.facts(), "measured": meter.phases[name]} for name, plan in pipeline.plans.items()
+        },
         "peak_rss_bytes": peak_rss_bytes(),
-        "plans": plans,
+        "planned_rss_bytes": max(plan.peak_ram_bytes for plan in pipeline.plans.values()),
     }
 
 
 def _summary(result: dict[str, Any]) -> str:
-    seconds = "  ".join(f"{name} {phase['seconds']:.1f} s" for name, phase in result["phases"].items())
+    phases = result["phases"].items()
+    seconds = "  ".join(f"{name} {phase['measured']['seconds']:.1f} s" for name, phase in phases)
     return (
-        f"{seconds}  ({result['seconds_per_step']:.2f} s per step, peak memory {format_gb(result['peak_rss_bytes'])})"
+        f"{seconds}  ({result['seconds_per_step']:.2f} s per step, peak memory {format_gb(result['peak_rss_bytes'])}, "
+        f"{format_gb(result['planned_rss_bytes'])} were planned)"
     )

@@ -2,34 +2,95 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import psutil
 import torch
 
 from ..errors import UserError
+from .gpus import Gpu, find_gpu
+from .machine import CUDA_CONTEXT_BYTES, Machine, processor
+from .meter import rss_bytes
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 RAM_MARGIN_BYTES = 500_000_000  # left to the rest of the system when no --ram is given
+ALLOCATOR_SLACK_BYTES = 250_000_000  # activations that were freed but not returned to the system
+_LINK_TEST_BYTES = 2**25
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where to compute, in what, and how much memory is free. vram_free_bytes is 0 where there is no GPU."""
+    """Where to compute, and in what."""
 
     device: torch.device
     dtype: torch.dtype
-    ram_free_bytes: int
-    vram_free_bytes: int = 0
+
+    @property
+    def dtype_name(self) -> str:
+        return next(name for name, dtype in _DTYPES.items() if dtype == self.dtype)
+
+    def on_cpu(self) -> Hardware:
+        """The processor beside the GPU, in float32."""
+        return self if self.device.type == "cpu" else Hardware(torch.device("cpu"), torch.float32)
 
 
 def probe(device: str = "auto", dtype: str = "auto") -> Hardware:
     """device, dtype: as in config.DEVICES and DTYPES. An explicit device that is not there raises UserError."""
     chosen = _choose_device(device)
-    free = psutil.virtual_memory().available
-    vram = torch.cuda.mem_get_info(chosen)[0] if chosen.type == "cuda" else 0
-    return Hardware(chosen, _DTYPES[dtype] if dtype != "auto" else _best_dtype(chosen), free, vram)
+    return Hardware(chosen, _DTYPES[dtype] if dtype != "auto" else _best_dtype(chosen))
+
+
+def machine_here(hardware: Hardware) -> Machine:
+    """This machine as the planner sees it, with what is free now. What the process holds already counts as free for
+    it, and as held. A GPU that is not in the table is taken for one of its size and speed."""
+    used = rss_bytes()
+    free = used + psutil.virtual_memory().available - RAM_MARGIN_BYTES
+    held = used + ALLOCATOR_SLACK_BYTES
+    if hardware.device.type != "cuda":
+        return Machine("this machine", free, cpu_dtype=hardware.dtype_name, process_bytes=held)
+    gpu, device = gpu_here(hardware.device), hardware.device
+    own = CUDA_CONTEXT_BYTES + torch.cuda.memory_reserved(device)
+    return Machine(
+        name=gpu.name,
+        ram_free_bytes=free,
+        process_bytes=held,
+        vram_free_bytes=own + torch.cuda.mem_get_info(device)[0],
+        gpu=processor(gpu),
+        gpu_dtype=hardware.dtype_name,
+        link_gbps=_link_gbps(device),
+        pinned_limit_bytes=psutil.virtual_memory().total // 2 if sys.platform == "win32" else None,
+    )
+
+
+def gpu_here(device: torch.device) -> Gpu:
+    """The table's row for this GPU; if it has none, what its numbers of processors and their kind say."""
+    properties = torch.cuda.get_device_properties(device)
+    gib = round(properties.total_memory / 2**30)
+    try:
+        return find_gpu(f"{properties.name} {gib}GB")
+    except UserError:
+        clock_ghz = getattr(properties, "clock_rate", 1_500_000) / 1e6
+        tops8 = properties.multi_processor_count * clock_ghz * 2.048
+        tflops = tops8 / 4
+        kind = torch.cuda.get_device_capability(device)
+        return Gpu(properties.name, gib, kind, (tflops, tflops), (tops8, tops8), 200, (0, 0), "4.0 x8")
+
+
+def _link_gbps(device: torch.device) -> float:
+    """Measured, in about 10 ms: many laptops wire fewer lanes than the chip has."""
+    host = torch.empty(_LINK_TEST_BYTES, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty_like(host, device=device)
+    there.copy_(host, non_blocking=True)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    there.copy_(host, non_blocking=True)
+    end.record()
+    end.synchronize()
+    del there
+    torch.cuda.empty_cache()
+    return _LINK_TEST_BYTES / start.elapsed_time(end) / 1e6
 
 
 def _choose_device(name: str) -> torch.device:

@@ -9,15 +9,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
+
+if TYPE_CHECKING:
+    from .workers import Moved
 
 SAMPLE_SECONDS = 0.02
 
 
 @dataclass
 class Meter:
-    """phases: name -> {"seconds", "peak_rss_bytes" (sampled), and on CUDA "peak_vram_bytes" (the allocator's)}."""
+    """phases: name -> sums "seconds", "read_bytes", "copied_bytes", "wait_seconds" (see `workers.Moved`); peaks
+    "peak_rss_bytes" (sampled), "pinned_bytes", and on CUDA "peak_vram_bytes" (what the allocator gave out) and
+    "peak_reserved_bytes" (what it took: the process holds that and the CUDA context). A phase may come several times.
+    """
 
     phases: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -30,11 +37,27 @@ class Meter:
         start = time.perf_counter()
         with _highest_rss() as highest:
             yield
-        self.phases[name] = {"seconds": round(time.perf_counter() - start, 3), "peak_rss_bytes": highest[0]}
+        self.add(name, seconds=round(time.perf_counter() - start, 3))
+        self.reached(name, peak_rss_bytes=highest[0])
         if _cuda_in_use():
             import torch
 
-            self.phases[name]["peak_vram_bytes"] = torch.cuda.max_memory_allocated()
+            peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            self.reached(name, peak_vram_bytes=peaks[0], peak_reserved_bytes=peaks[1])
+
+    def moved(self, phase: str, moved: Moved) -> None:
+        self.add(phase, read_bytes=moved.read_bytes, copied_bytes=moved.copied_bytes, wait_seconds=moved.wait_seconds)
+        self.reached(phase, pinned_bytes=moved.pinned_bytes)
+
+    def add(self, phase: str, **amounts: float) -> None:
+        found = self.phases.setdefault(phase, {})
+        for name, amount in amounts.items():
+            found[name] = round(found.get(name, 0) + amount, 3)
+
+    def reached(self, phase: str, **peaks: float) -> None:
+        found = self.phases.setdefault(phase, {})
+        for name, peak in peaks.items():
+            found[name] = max(found.get(name, 0), peak)
 
 
 def peak_rss_bytes() -> int:

@@ -16,10 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from ..errors import BudgetError
-from ..units import format_gb
 from .machine import Work
-from .placement import candidates
 from .simulate import Passage, Run, simulate
 
 DEVICE, PINNED, PAGEABLE, FILE = "device", "pinned", "pageable", "file"
@@ -143,42 +140,30 @@ class Plan:
         demand = self.demand_ms
         return max(demand, key=lambda worker: demand[worker])
 
+    def facts(self) -> dict[str, Any]:
+        """As plain data. Times are predictions."""
+        counts = {home: list(self.homes.values()).count(home) for home in (DEVICE, PINNED, PAGEABLE, FILE)}
+        return {
+            "device": self.device,
+            "way": str(self.way),
+            "passes": self.passes,
+            "blocks": counts,
+            "slots": self.slots,
+            "slot_bytes": self.slot_bytes,
+            "staging_bytes": self.staging * self.staging_bytes,
+            "fixed": dict(self.fixed),
+            "peak_vram_bytes": self.peak_vram_bytes,
+            "peak_ram_bytes": self.peak_ram_bytes,
+            "link_bytes_per_pass": self.link_bytes,
+            "disk_bytes_per_pass": self.disk_bytes,
+            "pass_ms": round(self.pass_ms, 1),
+            "total_ms": round(self.total_ms, 1),
+            "bound_by": self.bound_by,
+        }
+
     def simulated(self) -> Run:
         """The same run with all its events."""
         return simulate(self.passages, self.slots, self.staging, self.passes, record=True)
-
-
-@dataclass(frozen=True)
-class Placement:
-    """resident: blocks that stay once loaded; the others come from the file each time they run, through one slot."""
-
-    resident: frozenset[str]
-    streamed: tuple[str, ...]
-    predicted_bytes: int
-
-
-def plan_blocks(
-    phase: str, block_bytes: Mapping[str, int], fixed_bytes: int, budget_bytes: int, limit: str
-) -> Placement:
-    """What stays in one kind of memory, for a device that computes only when nothing is being copied.
-
-    block_bytes: block -> its packed size, in the order they run. fixed_bytes: all else that is held at once
-    (the process, other weights, activations, the unpacked copy of one weight). limit: the flag that sets the budget, or
-    what else does.
-
-    Raises BudgetError, naming the smallest budget that works, if one block at a time is too much.
-    """
-    names, found = list(block_bytes), candidates(tuple(block_bytes.values()), (1,), 1)
-    fits = [candidate for candidate in found if fixed_bytes + candidate.n_bytes <= budget_bytes]
-    if not fits:
-        least = fixed_bytes + min(candidate.n_bytes for candidate in found)
-        fix = f"the smallest that works is {limit} {round_up(least)}"
-        if not limit.startswith("--"):
-            fix = f"it takes {round_up(least)}, so close other programs, or use a smaller format or image"
-        raise BudgetError(f"{phase} does not fit {limit}", got=format_gb(budget_bytes), fix=fix)
-    best = max(fits, key=lambda candidate: (len(candidate.resident), -candidate.streamed_bytes))
-    resident = frozenset(names[i] for i in best.resident)
-    return Placement(resident, tuple(names[i] for i in best.streamed), fixed_bytes + best.n_bytes)
 
 
 def round_up(n_bytes: int) -> str:
