@@ -54,12 +54,13 @@ class Int8Codec(Codec):
     def linear(self, x: Tensor, parts: Parts, options: Options) -> Tensor:
         """Rotates x (few rows) instead of W (thousands), and scales the product instead of the weight.
 
-        Codes are divided by 128 first, which is exact, so that float16 sums stay as small as the weight's own scale.
+        Codes are divided by 2048 first, which is exact, so that float16 sums stay as small as those of the weights
+        themselves, the largest of which are about 1/16 in a row of the true model.
         """
         if options["group"]:
             x = hadamard_rotate(x, options["group"])
-        fractions = parts[""].to(x.dtype).div_(128)
-        return F.linear(x, fractions) * (parts["_scale"].squeeze(1) * 128).to(x.dtype)
+        fractions = parts[""].to(x.dtype).div_(2048)
+        return F.linear(x, fractions) * (parts["_scale"].squeeze(1) * 2048).to(x.dtype)
 
 
 def codec(row: Format) -> Int8Codec:
