@@ -15,7 +15,13 @@ import pytest
 import torch
 from make_checkpoint import make_checkpoint
 
+from zimage_lite.checkpoint.checkpoint import open_checkpoint
 from zimage_lite.cli import run
+from zimage_lite.loading import read_into
+from zimage_lite.memory.hardware import Hardware
+from zimage_lite.model.float16 import stream_dtype
+from zimage_lite.model.linear import shapes
+from zimage_lite.model.transformer import Transformer
 
 PROMPT = "a red circle on a blue background, 你好"
 
@@ -131,3 +137,24 @@ def psnr(a: torch.Tensor, b: torch.Tensor, peak: float) -> float:
 def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
     """||value - truth|| / ||truth||"""
     return ((value.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+def bound(module: torch.nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    checkpoint = open_checkpoint(folder).restricted_to(shapes(module))
+    read_into(module, checkpoint.tensors, Hardware(torch.device("cpu"), dtype, 0))
+    return module
+
+
+def run_transformer(folder: Path, config: Any, inputs: tuple, dtype: torch.dtype) -> list[torch.Tensor]:
+    latents, features, t = inputs
+    transformer = bound(Transformer(config), folder / "transformer", dtype)
+    with torch.inference_mode():
+        captions = transformer.refine_captions([feature.to(stream_dtype(dtype)) for feature in features])
+        return transformer([latent.to(dtype) for latent in latents], captions, *transformer.modulations(t, dtype))
+
+
+def transformer_inputs(height: int, width: int, tokens: tuple[int, ...]) -> tuple:
+    generator = torch.Generator().manual_seed(5)
+    latents = [torch.randn(16, height, width, generator=generator) for _ in tokens]
+    features = [torch.randn(n, 128, generator=generator) for n in tokens]
+    return latents, features, torch.tensor([0.3])

@@ -88,4 +88,4 @@ def forward(path: Path) -> Tensor:
     read_into(model, stored, Hardware(torch.device("cpu"), torch.float32, 0))
     latent, features, time = inputs()
     with torch.inference_mode():
-        return model([latent], model.refine_captions([features]), time)[0]
+        return model([latent], model.refine_captions([features]), model.modulations(time, torch.float32)[0])[0]

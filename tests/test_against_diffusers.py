@@ -9,45 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPT, psnr, relative_error
+from conftest import PROMPT, bound, psnr, relative_error, run_transformer, transformer_inputs
 
-from zimage_lite.checkpoint.checkpoint import open_checkpoint
 from zimage_lite.checkpoint.model_files import open_model
 from zimage_lite.config import GenerateOptions, RuntimeOptions
-from zimage_lite.loading import read_into
-from zimage_lite.memory.hardware import Hardware
-from zimage_lite.model.linear import shapes
-from zimage_lite.model.transformer import Transformer
 from zimage_lite.model.vae import Decoder, Encoder
 from zimage_lite.pipeline import Pipeline
 
 LONG_PROMPT = "a very long description of a red circle, " * 40  # more than 512 tokens
 
 
-def bound(module: torch.nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    checkpoint = open_checkpoint(folder).restricted_to(shapes(module))
-    read_into(module, checkpoint.tensors, Hardware(torch.device("cpu"), dtype, 0))
-    return module
-
-
 @pytest.fixture(scope="module")
 def pipeline(diffusers_folder: Path) -> Pipeline:
     return Pipeline(open_model(diffusers_folder), RuntimeOptions(device="cpu"))
-
-
-def run_transformer(folder: Path, config: Any, inputs: tuple, dtype: torch.dtype) -> list[torch.Tensor]:
-    latents, features, t = inputs
-    transformer = bound(Transformer(config), folder / "transformer", dtype)
-    with torch.inference_mode():
-        captions = transformer.refine_captions([feature.to(dtype) for feature in features])
-        return transformer([latent.to(dtype) for latent in latents], captions, t)
-
-
-def transformer_inputs(height: int, width: int, tokens: tuple[int, ...]) -> tuple:
-    generator = torch.Generator().manual_seed(5)
-    latents = [torch.randn(16, height, width, generator=generator) for _ in tokens]
-    features = [torch.randn(n, 128, generator=generator) for n in tokens]
-    return latents, features, torch.tensor([0.3])
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (26, 42)])

@@ -385,7 +385,8 @@ def test_diffusers_loads_our_gguf(model: Path, outputs: dict[str, Path], target:
     read_into(ours, stored, Hardware(torch.device("cpu"), torch.float32, 0))
     latent, features = torch.randn(16, 16, 16), torch.randn(9, 128)
     with torch.inference_mode():
-        image = ours([latent], ours.refine_captions([features]), torch.tensor([0.3]))[0]
+        (modulation,) = ours.modulations(torch.tensor([0.3]), torch.float32)
+        image = ours([latent], ours.refine_captions([features]), modulation)[0]
     # The float16 rounding of the weights, 2^-11 at most and half of that on average, comes out as it goes in.
     tolerance = 1e-3 if target.startswith("q") else 1e-5
     assert relative_error(image, diffusers_forward(theirs, latent, features)) <= tolerance

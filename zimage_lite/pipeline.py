@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any, TypeVar, cast
 
 import torch
@@ -25,10 +24,11 @@ from .memory.meter import Meter
 from .memory.plan import Placement, activation_bytes
 from .memory.plan_vae import VaePlan, plan_decode
 from .model.banded import Banded
+from .model.float16 import stream_dtype
 from .model.linear import Stream
 from .model.scheduler import euler_step, guided, initial_noise, model_time, sigmas
 from .model.text_encoder import TextEncoder
-from .model.transformer import Caption, Transformer
+from .model.transformer import Caption, Transformer, Watch
 from .model.vae import Decoder, to_pixels
 
 TOKENS_PER_PASS = 1024  # prompts are encoded and refined together up to this many tokens
@@ -86,7 +86,7 @@ class Pipeline:
         )
 
     def encode(self, texts: Sequence[str], progress: Progress = silent) -> list[Tensor]:
-        """-> the embedding of each text: [tokens, width] on the device, in the compute dtype."""
+        """-> the embedding of each text: [tokens, width] on the device, in the dtype of the residual stream."""
         table = self.model.text_encoder.tensors["embed_tokens.weight"]
         batches = list(_batches([self.model.tokenizer.encode(text) for text in texts]))
         component, embeddings = self._text_encoder(batches), []
@@ -96,7 +96,7 @@ class Pipeline:
                 rows = rows.to(self.hardware.device, self.hardware.dtype)
                 embeddings += component.model(rows, [len(prompt) for prompt in batch], stream)
                 progress("encode", done, len(batches))
-        _require_finite(embeddings, component.checkpoint, "the prompt's embedding")
+        _require_finite(embeddings, component.checkpoint, "the prompt's embedding", self.hardware.dtype)
         return embeddings
 
     def denoise(
@@ -111,14 +111,14 @@ class Pipeline:
             refined: list[Caption] = []
             for batch in _batches(embeddings.values()):
                 refined += transformer.refine_captions(batch, stream)
+            _require_finite([c.tokens for c in refined], checkpoint, "the refined prompt", self.hardware.dtype)
             captions = dict(zip(embeddings, refined, strict=True))
             for request in requests:
-                latent = torch.empty(0)
+                last = torch.empty(0)
                 for latent in self._steps(transformer, request, [captions[text] for text in _texts(request)], stream):
-                    done += 1
+                    last, done = latent, done + 1
                     progress("denoise", done, total)
-                    _require_finite([latent], checkpoint, f"the image after step {done}")
-                latents.append(latent)
+                latents.append(last)
         return latents
 
     def decode(self, latents: Sequence[Tensor], progress: Progress = silent) -> list[Tensor]:
@@ -131,7 +131,7 @@ class Pipeline:
         with self._open(component):
             for latent, plan in zip(latents, self.decode_plans, strict=True):
                 image = decode_as_planned(decoder, latent, plan)
-                _require_finite([image], component.checkpoint, "the decoded image")
+                _require_finite([image], component.checkpoint, "the decoded image", self.hardware.dtype)
                 images.append(to_pixels(image).cpu())
                 progress("decode", len(images), len(latents))
         return images
@@ -139,16 +139,29 @@ class Pipeline:
     def _steps(
         self, transformer: Transformer, request: GenerateOptions, captions: list[Caption], stream: Stream
     ) -> Iterator[Tensor]:
-        """The Euler loop of one image; yields the latent after each step. captions: positive, negative if guided."""
+        """The Euler loop of one image; yields the latent after each step. captions: positive, negative if guided.
+        Raises UserError naming step and block if one is not finite."""
         device, dtype = self.hardware.device, self.hardware.dtype
         width, height = (pixels // VAE_FACTOR for pixels in request.size)
         shift = self.model.scheduler.shift if request.shift is None else request.shift
         latent = initial_noise(request.seed, transformer.config.in_channels, height, width).to(device)
-        for sigma, sigma_next in pairwise(sigmas(request.steps, shift)):
-            outputs = transformer([latent.to(dtype)] * len(captions), captions, model_time(sigma).to(device), stream)
-            wide = [output.float() for output in outputs]
+        schedule = sigmas(request.steps, shift)
+        times = torch.cat([model_time(sigma) for sigma in schedule[:-1]])
+        modulations = transformer.modulations(times.to(device), dtype, stream)
+
+        def step(latent: Tensor, index: int, watch: Watch | None = None) -> Tensor:
+            given = [latent.to(dtype)] * len(captions)
+            wide = [output.float() for output in transformer(given, captions, modulations[index], stream, watch)]
             denoising = guided(wide[0], wide[1], request.guidance) if request.guidance else wide[0]
-            latent = euler_step(latent, -denoising, sigma, sigma_next)
+            return euler_step(latent, -denoising, schedule[index], schedule[index + 1])
+
+        for index in range(request.steps):
+            before, latent = latent, step(latent, index)
+            if not torch.isfinite(latent).all():
+                raise_if_damaged(self.model.transformer)
+                where = f"step {index + 1} of {request.steps}"
+                step(before, index, raise_at_first_non_finite(where, dtype))
+                raise _overflow(f"{where}: the latent has", dtype)  # of finite parts
             yield latent
 
     def _sufficient_budget(self, requests: Sequence[GenerateOptions], texts: Sequence[str]) -> Budget:
@@ -169,7 +182,7 @@ class Pipeline:
         activations = activation_bytes(
             max(tokens), c.hidden_size, c.intermediate_size, c.num_attention_heads, item_bytes
         )
-        results = sum(tokens) * c.hidden_size * item_bytes
+        results = sum(tokens) * c.hidden_size * stream_dtype(self.hardware.dtype).itemsize
         return Component(TextEncoder(c), self.model.text_encoder, ("layers",), activations + results)
 
     def _transformer(self, requests: Sequence[GenerateOptions], lengths: Mapping[str, int]) -> Component:
@@ -178,9 +191,10 @@ class Pipeline:
         largest = max(sum(_tokens(request, lengths[text]) for text in _texts(request)) for request in requests)
         together = max(sum(map(_padded, batch)) for batch in _batches(lengths.values(), length=int))
         activations = activation_bytes(max(largest, together), c.dim, c.ffn_dim, c.n_heads, item_bytes)
-        captions = sum(_padded(length) * c.dim + length * c.cap_feat_dim for length in lengths.values()) * item_bytes
+        captions = sum(_padded(length) * c.dim + length * c.cap_feat_dim for length in lengths.values())
         blocks = ("context_refiner", "noise_refiner", "layers")
-        return Component(Transformer(c), self.model.transformer, blocks, activations + captions)
+        stored = captions * stream_dtype(self.hardware.dtype).itemsize
+        return Component(Transformer(c), self.model.transformer, blocks, activations + stored)
 
     def _decoder(self, sizes: Sequence[tuple[int, int]], limit: Budget) -> tuple[Component, list[VaePlan]]:
         """sizes: height and width of each image. -> and how to decode each: whole where that fits, else in bands."""
@@ -234,11 +248,29 @@ def _padded(length: int) -> int:
     return -(-length // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
 
 
-def _require_finite(results: Sequence[Tensor], checkpoint: Checkpoint, what: str) -> None:
+def _require_finite(results: Sequence[Tensor], checkpoint: Checkpoint, what: str, dtype: torch.dtype) -> None:
     """Raise UserError if a result holds NaN or infinity: the weights are damaged, or the compute dtype overflowed."""
     if all(bool(torch.isfinite(result).all()) for result in results):
         return
     raise_if_damaged(checkpoint)
-    raise UserError(
-        f"{what} is not a number, though all weights of {checkpoint.source} are", fix="try --dtype bf16 or --dtype fp32"
-    )
+    raise _overflow(f"{what} has", dtype)
+
+
+def raise_at_first_non_finite(step: str, dtype: torch.dtype) -> Watch:
+    """For `Transformer.forward`: raises UserError at the first part whose output holds NaN or infinity. To be used
+    after `raise_if_damaged`. step: which one, in words; dtype: what is computed in."""
+
+    def watch(name: str, output: Tensor) -> None:
+        if not torch.isfinite(output).all():
+            raise _overflow(f"{step}: {name} gives", dtype)
+
+    return watch
+
+
+def _overflow(what: str, dtype: torch.dtype) -> UserError:
+    advice = {
+        torch.float16: "try --dtype bf16 or --dtype fp32",
+        torch.bfloat16: "try --dtype fp32",
+        torch.float32: "these weights overflow even in fp32: use another checkpoint",
+    }
+    return UserError(f"{what} NaN or infinite values, though all weights are finite", fix=advice[dtype])

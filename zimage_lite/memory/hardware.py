@@ -45,7 +45,7 @@ def _choose_device(name: str) -> torch.device:
 
 
 def _best_dtype(device: torch.device) -> torch.dtype:
-    """float16 overflows in this model unless it is scaled, so a device without bfloat16 computes in float32."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-        return torch.bfloat16
-    return torch.float32
+    """bfloat16 where CUDA has it in hardware, else float16, which model/float16.py keeps finite."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16

@@ -35,15 +35,18 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x: [..., dim] -> the same, normalised over dim."""
+    """Normalises over the last axis, in float32."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim, device="meta"), requires_grad=False)
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        """x: [..., dim], `scale` times what is to be normalised. Returns the same shape in `dtype`, or else in the
+        dtype of the weight."""
+        weight = self.weight if dtype is None else self.weight.to(dtype)
+        return rms_norm(x, weight, self.eps * scale**2)
 
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -7,17 +7,18 @@ and the final norm are never run, so they are never asked for.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from zimage_kernels import apply_rope, attention
 
 from ..config import TextEncoderConfig
+from .float16 import ATTENTION_SCALE, FEED_FORWARD_SCALE, scale_in, scaled, stream_dtype, swiglu
 from .linear import Linear, RMSNorm, Stream
 from .rope import Rope, rope_angles
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention with normalised queries and keys."""
+    """Grouped-query attention with normalised queries and keys. In float16 its result is ATTENTION_SCALE times as
+    large."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
@@ -30,11 +31,11 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, rope: Rope, lengths: list[int]) -> Tensor:
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = (apply_rope(h, *rope, interleaved=False) for h in (self.q_norm(q), self.k_norm(k)))
-        return self.o_proj(attention(q, k, v, lengths, causal=True).flatten(1))
+        return self.o_proj(scaled(attention(q, k, v, lengths, causal=True).flatten(1), ATTENTION_SCALE))
 
 
 class MLP(nn.Module):
-    """SwiGLU."""
+    """SwiGLU. In float16 its result is FEED_FORWARD_SCALE times as large."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class MLP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)).mul_(self.up_proj(x)))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):
@@ -57,8 +58,10 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rope: Rope, lengths: list[int]) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, lengths)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        h = self.self_attn(self.input_layernorm(x), rope, lengths)
+        x = torch.add(x, h, alpha=1 / scale_in(h.dtype, ATTENTION_SCALE))
+        h = self.mlp(self.post_attention_layernorm(x))
+        return torch.add(x, h, alpha=1 / scale_in(h.dtype, FEED_FORWARD_SCALE))
 
 
 class TextEncoder(nn.Module):
@@ -69,11 +72,12 @@ class TextEncoder(nn.Module):
 
     def forward(self, embeddings: Tensor, lengths: list[int], stream: Stream = iter) -> list[Tensor]:
         """embeddings: [tokens, hidden] in the compute dtype, the prompts one after another without padding;
-        lengths: tokens of each prompt. Returns [length, hidden] for each."""
+        lengths: tokens of each prompt. Returns [length, hidden] for each, in the same dtype, but float32 where that
+        is float16: massive activations are part of the features."""
         positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(1)
         cos, sin = rope_angles(positions, (self.config.head_dim,), self.config.rope_theta)
         rope = cos.to(embeddings.device), sin.to(embeddings.device)
-        x = embeddings
+        x = embeddings.to(stream_dtype(embeddings.dtype))
         for layer in stream(self.layers):
             x = layer(x, rope, lengths)
         return list(x.split(lengths))

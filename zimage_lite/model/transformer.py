@@ -6,12 +6,17 @@
 
 Several sequences (a batch, or the two sides of guidance) lie one after another in the same [tokens, dim] tensor, so
 that every weight is used once for all of them; only attention looks at the borders.
+
+What the time does to the blocks depends on nothing else, so it is computed for all steps before the first one, and the
+weights that it takes (`is_time_weight`), 2 % of all, are not needed afterwards.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +24,19 @@ from torch import Tensor, nn
 from zimage_kernels import apply_rope, attention
 
 from ..config import PATCH_SIZE, SEQUENCE_MULTIPLE, TransformerConfig
+from .float16 import ATTENTION_SCALE, FEED_FORWARD_SCALE, scale_in, scaled, stream_dtype, swiglu
 from .linear import Linear, RMSNorm, Stream
 from .rope import Rope, grid_positions, rope_angles
 
 _TIME_FREQUENCIES = 256
 _TIME_HIDDEN = 1024
 
+Watch = Callable[[str, Tensor], None]  # the name of a block or other part, what came out of it
+
 
 class Attention(nn.Module):
+    """With normalised queries and keys. In float16 its result is ATTENTION_SCALE times as large."""
+
     def __init__(self, dim: int, n_heads: int, eps: float) -> None:
         super().__init__()
         self.n_heads = n_heads
@@ -37,18 +47,18 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Rope, lengths: list[int]) -> Tensor:
         q, k, v = (project(x).unflatten(-1, (self.n_heads, -1)) for project in (self.to_q, self.to_k, self.to_v))
         q, k = apply_rope(self.norm_q(q), *rope), apply_rope(self.norm_k(k), *rope)
-        return self.to_out[0](attention(q, k, v, lengths).flatten(1))
+        return self.to_out[0](scaled(attention(q, k, v, lengths).flatten(1), ATTENTION_SCALE))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU."""
+    """SwiGLU. In float16 its result is FEED_FORWARD_SCALE times as large."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.w1, self.w2, self.w3 = Linear(dim, hidden), Linear(hidden, dim), Linear(dim, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)).mul_(self.w3(x)))
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
 class Block(nn.Module):
@@ -65,19 +75,19 @@ class Block(nn.Module):
         if modulated:
             self.adaLN_modulation = nn.ModuleList([Linear(config.conditioning_dim, 4 * dim, bias=True)])
 
-    def forward(self, x: Tensor, rope: Rope, lengths: list[int], condition: Tensor | None = None) -> Tensor:
-        """x: [tokens, dim]; condition: [1, conditioning_dim], the embedded time."""
-        scale_attn, gate_attn, scale_ffn, gate_ffn = self._modulation(condition)
+    def forward(self, x: Tensor, rope: Rope, lengths: list[int], modulation: Tensor | None = None) -> Tensor:
+        """x: [tokens, dim], the residual stream; modulation: [4, dim], one row of what `modulation` returns."""
+        scale_attn, gate_attn, scale_ffn, gate_ffn = (1.0,) * 4 if modulation is None else modulation
         h = self.attention(self.attention_norm1(x) * scale_attn, rope, lengths)
-        x = x + gate_attn * self.attention_norm2(h)
+        x = x + gate_attn * self.attention_norm2(h, scale_in(h.dtype, ATTENTION_SCALE), x.dtype)
         h = self.feed_forward(self.ffn_norm1(x) * scale_ffn)
-        return x + gate_ffn * self.ffn_norm2(h)
+        return x + gate_ffn * self.ffn_norm2(h, scale_in(h.dtype, FEED_FORWARD_SCALE), x.dtype)
 
-    def _modulation(self, condition: Tensor | None) -> tuple[Tensor | float, ...]:
-        if condition is None:
-            return 1.0, 1.0, 1.0, 1.0
+    def modulation(self, condition: Tensor) -> Tensor:
+        """condition: [times, conditioning_dim], embedded times. -> [times, 4, dim]: scale and gate of the attention,
+        then of the feed-forward, ready to multiply by."""
         scale_attn, gate_attn, scale_ffn, gate_ffn = self.adaLN_modulation[0](condition).chunk(4, dim=-1)
-        return 1.0 + scale_attn, gate_attn.tanh(), 1.0 + scale_ffn, gate_ffn.tanh()
+        return torch.stack((1.0 + scale_attn, gate_attn.tanh(), 1.0 + scale_ffn, gate_ffn.tanh()), dim=1)
 
 
 class TimeEmbedder(nn.Module):
@@ -86,12 +96,12 @@ class TimeEmbedder(nn.Module):
         first = Linear(_TIME_FREQUENCIES, _TIME_HIDDEN, bias=True)
         self.mlp = nn.ModuleList([first, nn.SiLU(), Linear(_TIME_HIDDEN, out_dim, bias=True)])
 
-    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """t: [1] float32 -> [1, out_dim] in dtype: 128 cosines, then 128 sines, then an MLP."""
+    def forward(self, t: Tensor) -> Tensor:
+        """t: [times] float32 -> [times, out_dim] float32: 128 cosines, then 128 sines, then an MLP."""
         half = _TIME_FREQUENCIES // 2
         steps = torch.arange(half, dtype=torch.float32, device=t.device)
         angles = t[:, None] * torch.exp(-math.log(10000) * steps / half)
-        h = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
+        h = torch.cat([angles.cos(), angles.sin()], dim=-1)
         for layer in self.mlp:
             h = layer(h)
         return h
@@ -103,14 +113,37 @@ class FinalLayer(nn.Module):
         self.linear = Linear(config.dim, config.patch_dim, bias=True)
         self.adaLN_modulation = nn.ModuleList([nn.SiLU(), Linear(config.conditioning_dim, config.dim, bias=True)])
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        scale = 1.0 + self.adaLN_modulation[1](self.adaLN_modulation[0](condition))
-        return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * scale)
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        """x: [tokens, dim], the residual stream; scale: [dim], one row of what `modulation` returns."""
+        return self.linear((F.layer_norm(x, x.shape[-1:], eps=1e-6) * scale).to(scale.dtype))
+
+    def modulation(self, condition: Tensor) -> Tensor:
+        """condition: [times, conditioning_dim], embedded times. -> [times, dim], to multiply the normed input by."""
+        return 1.0 + self.adaLN_modulation[1](self.adaLN_modulation[0](condition))
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """All that a step needs to know of its time. noise_refiner, layers: [blocks, 4, dim], see `Block.modulation`;
+    final: [dim], see `FinalLayer.modulation`."""
+
+    noise_refiner: Tensor
+    layers: Tensor
+    final: Tensor
+
+    def to(self, device: torch.device) -> Modulation:
+        return Modulation(self.noise_refiner.to(device), self.layers.to(device), self.final.to(device))
+
+
+def is_time_weight(name: str) -> bool:
+    """Whether a weight serves `Transformer.modulations` alone. name: in the transformer or in one of its blocks."""
+    return name.startswith("t_embedder.") or "adaLN_modulation" in name.split(".")
 
 
 @dataclass(frozen=True)
 class Caption:
-    """A prompt, refined once and used in every step. tokens: [length, dim], length a multiple of 32."""
+    """A prompt, refined once and used in every step. tokens: [length, dim], length a multiple of 32, in the dtype of
+    the residual stream."""
 
     tokens: Tensor
     rope: Rope
@@ -137,40 +170,68 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList([Block(config) for _ in range(config.n_layers)])
 
     def refine_captions(self, features: list[Tensor], stream: Stream = iter) -> list[Caption]:
-        """features: [length, cap_feat_dim] each, the text encoder's output -> captions. Does not depend on time."""
+        """features: [length, cap_feat_dim] each, the text encoder's output -> captions. Does not depend on time.
+
+        Computes in the dtype of the weights, whatever that of the features is."""
         norm, project = self.cap_embedder
         captions = [_pad(project(norm(feature)), self.cap_pad_token) for feature in features]
         lengths = [len(caption) for caption in captions]
         # A caption's tokens, pads included, count up along the first axis from 1.
         ropes = [self._rope(grid_positions((length, 1, 1), (1, 0, 0))) for length in lengths]
-        x, rope = torch.cat(captions), _join(ropes)
+        x, rope = _residual(captions), _join(ropes)
         for block in stream(self.context_refiner):
             x = block(x, rope, lengths)
         return [Caption(tokens, own) for tokens, own in zip(x.split(lengths), ropes, strict=True)]
 
-    def forward(self, latents: list[Tensor], captions: list[Caption], t: Tensor, stream: Stream = iter) -> list[Tensor]:
-        """One evaluation for one or several images at the same time t.
+    def modulations(self, times: Tensor, dtype: torch.dtype, stream: Stream = iter) -> list[Modulation]:
+        """times: [T] float32, 1 - sigma of each step: 0 is pure noise. -> what each step takes, in `dtype`, which is
+        the one that `forward` will compute in, on the device of times.
 
-        latents: [channels, height, width] each, in the compute dtype, height and width even. t: [1] float32,
-        1 - sigma: 0 is pure noise. Returns data - noise, the negated flow velocity, in the shapes of latents.
+        Computed in float32 and with nothing but the time weights, which must be bound: those of a block when it is
+        yielded by `stream`, which gets all blocks that know the time, the others at once.
         """
-        condition = self.t_embedder(t * self.config.t_scale, latents[0].dtype)
-        embed, final = (next(iter(modules.values())) for modules in (self.all_x_embedder, self.all_final_layer))
+        condition = self.t_embedder(times * self.config.t_scale)
+        blocks: Any = stream([*self.noise_refiner, *self.layers])
+        vectors = torch.stack([block.modulation(condition).to(dtype) for block in blocks], dim=1)
+        refiner, layers = vectors.split((len(self.noise_refiner), len(self.layers)), dim=1)
+        final = _only(self.all_final_layer).modulation(condition).to(dtype)
+        return [Modulation(*step) for step in zip(refiner, layers, final, strict=True)]
+
+    def forward(
+        self,
+        latents: list[Tensor],
+        captions: list[Caption],
+        modulation: Modulation,
+        stream: Stream = iter,
+        watch: Watch | None = None,
+    ) -> list[Tensor]:
+        """One evaluation for one or several images at the same time.
+
+        latents: [channels, height, width] each, in the compute dtype, height and width even. modulation: of that time,
+        in the same dtype. watch: called after each part with its name ("embedder", "noise_refiner.0", "layers.17",
+        "final layer") and its output. Returns data - noise, the negated flow velocity, in the shapes of latents.
+        """
+        watch = watch or _look_away
+        embed, final = _only(self.all_x_embedder), _only(self.all_final_layer)
         images = [_pad(embed(patchify(latent)), self.x_pad_token) for latent in latents]
         ropes = [self._image_rope(*pair) for pair in zip(latents, captions, strict=True)]
         lengths = [len(image) for image in images]
-        x, rope = torch.cat(images), _join(ropes)
-        for block in stream(self.noise_refiner):
-            x = block(x, rope, lengths, condition)
+        x, rope = _residual(images), _join(ropes)
+        watch("embedder", x)
+        for i, (block, vectors) in enumerate(zip(stream(self.noise_refiner), modulation.noise_refiner, strict=True)):
+            x = block(x, rope, lengths, vectors)
+            watch(f"noise_refiner.{i}", x)
 
         images = list(x.split(lengths))
         x = torch.cat([part for pair in zip(images, (c.tokens for c in captions), strict=True) for part in pair])
         rope = _join([part for pair in zip(ropes, (c.rope for c in captions), strict=True) for part in pair])
         lengths = [len(image) + len(caption.tokens) for image, caption in zip(images, captions, strict=True)]
-        for block in stream(self.layers):
-            x = block(x, rope, lengths, condition)
-        tokens = final(x, condition).split(lengths)
-        return [unpatchify(patches, latent.shape) for patches, latent in zip(tokens, latents, strict=True)]
+        for i, (block, vectors) in enumerate(zip(stream(self.layers), modulation.layers, strict=True)):
+            x = block(x, rope, lengths, vectors)
+            watch(f"layers.{i}", x)
+        tokens = final(x, modulation.final)
+        watch("final layer", tokens)
+        return [unpatchify(own, latent.shape) for own, latent in zip(tokens.split(lengths), latents, strict=True)]
 
     def _rope(self, positions: Tensor) -> Rope:
         cos, sin = rope_angles(positions, self.config.axes_dims, self.config.rope_theta)
@@ -205,6 +266,22 @@ def _missing(length: int) -> int:
 def _pad(tokens: Tensor, pad_token: Tensor) -> Tensor:
     """Fill up with the learned pad token, which is attended like any other."""
     return torch.cat([tokens, pad_token.expand(_missing(len(tokens)), -1)])
+
+
+def _residual(parts: list[Tensor]) -> Tensor:
+    """The stream that the blocks add to: what was embedded, one after another."""
+    x = torch.cat(parts)
+    return x.to(stream_dtype(x.dtype))
+
+
+def _only(modules: nn.ModuleDict) -> Any:
+    """There is one patch size."""
+    (module,) = modules.values()
+    return module
+
+
+def _look_away(name: str, output: Tensor) -> None:
+    pass
 
 
 def _join(ropes: list[Rope]) -> Rope:
