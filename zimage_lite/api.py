@@ -14,6 +14,7 @@ from .conversion import Written
 from .conversion import quantize as _quantize
 from .hub import is_hub_id, snapshot
 from .pipeline import Pipeline
+from .synthetic import is_synthetic, open_synthetic
 from .units import parse_bytes
 
 StrPath = str | PathLike[str]
@@ -32,7 +33,7 @@ def load(
     vae: StrPath | None = None,
     tokenizer: StrPath | None = None,
 ) -> Pipeline:
-    """Open a model folder, one of the Hub, or the built-in demo. Raises UserError.
+    """Open a model folder, one of the Hub, the built-in demo, or "synthetic:FORMAT". Raises UserError.
 
     Nothing is loaded before `Pipeline.generate`. vram, ram: ceilings such as "6GB"; the other paths replace parts of
     the model.
@@ -50,10 +51,13 @@ def load(
 
 
 def open_named(model: StrPath | None, parts: Mapping[str, Path | None]) -> ModelFiles:
-    """What MODEL means: a folder, an all-in-one file, "demo", or as text a Hub id, which is downloaded first.
+    """What MODEL means: a folder, an all-in-one file, "demo", or as text "synthetic:FORMAT" or a Hub id, which is
+    downloaded first.
 
     parts: "transformer", "text_encoder", "vae" or "tokenizer" -> what replaces the model's. Raises UserError.
     """
+    if isinstance(model, str) and is_synthetic(model):
+        return open_synthetic(model, parts)
     if isinstance(model, str) and is_hub_id(model):
         return replace(open_model(snapshot(model), parts), name=model)  # else its name would be the commit's
     return open_model(None if model is None else model_folder(model), parts)

@@ -109,6 +109,18 @@ def open_checkpoint(
     """
     folder = path if path.is_dir() else None
     files = [open_tensor_file(file, file_bytes) for file in (weight_files(path) if folder else [path])]
+    given = read_json(folder / "config.json") if folder and (folder / "config.json").exists() else None
+    stamps = {file.path: file.stamp for file in files if file.path not in (file_bytes or {})}
+    return replace(checkpoint_of(files, path, component, given), stamps=stamps)
+
+
+def checkpoint_of(
+    files: list[TensorFile], path: Path, component: str | None = None, given: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """What the files make up together. path: where they lie; given: the values of a config.json beside them.
+
+    Raises UserError if it is not `component`.
+    """
     raw = [tensor for file in files for tensor in stored_tensors(file)]
     names = {tensor.name for tensor in raw}
     if len(names) < len(raw):
@@ -120,11 +132,8 @@ def open_checkpoint(
     tensors = {tensor.name: tensor for tensor in canonical}
     if len(tensors) < len(canonical):
         raise FileFormatError(f"{path}: the same tensor is there twice, under two spellings")
-    metadata = files[0].metadata
-    given = read_json(folder / "config.json") if folder and (folder / "config.json").exists() else None
     config = _config(found, tensors, _embedded_config(files[0]) if given is None else given, str(path))
-    stamps = {file.path: file.stamp for file in files if file.path not in (file_bytes or {})}
-    return Checkpoint(found, path, _layout(found, files, prefix, names), tensors, config, metadata, stamps)
+    return Checkpoint(found, path, _layout(found, files, prefix, names), tensors, config, files[0].metadata)
 
 
 def components_in(path: Path) -> tuple[str, ...]:

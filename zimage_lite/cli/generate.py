@@ -39,7 +39,11 @@ _MAX_IMAGES = 10_000
     metavar="FILE.jsonl",
     help="One JSON object a line: prompt, and seed, width, height if wanted.",
 )
-@click.option("--model", help="Model folder, all-in-one file, or Hub id OWNER/NAME.  [default: demo, built in]")
+@click.option(
+    "--model",
+    help="Model folder, all-in-one file, Hub id OWNER/NAME, or synthetic:FORMAT, random weights of the true size made "
+    "in memory.  [default: demo, built in]",
+)
 @click.option(
     "-o",
     "--output",
@@ -147,6 +151,8 @@ def _notes(model: str | None, pipeline: Pipeline, requests: Sequence[GenerateOpt
     theta = pipeline.model.text_encoder.config.rope_theta
     if theta != TextEncoderConfig.rope_theta:
         yield f"the text encoder's rope_theta is {theta:g}, not 1e6: it is another Qwen3 than Z-Image's own"
+    if pipeline.model.synthetic:
+        yield f"{pipeline.model.name}: the weights are random, so the picture is noise"
     if model == DEMO:
         width, height = pipeline.model.default_size
         yield f"the built-in demo draws one simple shape at {width}x{height}; for Z-Image-Turbo, name it with --model"
@@ -232,7 +238,7 @@ def _recipe(request: GenerateOptions, pipeline: Pipeline) -> dict[str, Any]:
         "guidance": request.guidance,
         "negative": request.negative,
         "shift": request.shift,
-        "model": model.name,
+        "model": f"{model.name} (random weights: the picture is noise)" if model.synthetic else model.name,
         "format": model.transformer.main_format,
         "version": f"zimage-lite {__version__}",
     }
@@ -250,6 +256,7 @@ def _measured(pipeline: Pipeline, requests: Sequence[GenerateOptions]) -> dict[s
         "dtype": str(pipeline.hardware.dtype).removeprefix("torch."),
         "backend": "reference",
         "format": pipeline.model.transformer.main_format,
+        "synthetic": pipeline.model.synthetic,
         "seconds_per_step": round(meter.phases["denoise"]["seconds"] / steps, 3),
         "phases": meter.phases,
         "peak_rss_bytes": peak_rss_bytes(),
