@@ -6,6 +6,7 @@ import os
 
 # Before torch: threads that spin while they wait made these tests 15 times slower beside another program on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ["ZIMAGE_LITE_CACHE"] = "off"  # no test touches the user's, and none profits from another's prompts
 
 from collections.abc import Callable
 from pathlib import Path

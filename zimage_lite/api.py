@@ -32,11 +32,12 @@ def load(
     text_encoder: StrPath | None = None,
     vae: StrPath | None = None,
     tokenizer: StrPath | None = None,
+    cache: bool = True,
 ) -> Pipeline:
     """Open a model folder, one of the Hub, the built-in demo, or "synthetic:FORMAT". Raises UserError.
 
-    Nothing is loaded before `Pipeline.generate`. vram, ram: ceilings such as "6GB"; the other paths replace parts of
-    the model.
+    Nothing is loaded before `Pipeline.generate`. vram, ram: ceilings such as "6GB"; cache: keep prompt embeddings on
+    the disk; the other paths replace parts of the model.
     """
     replaced = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
     files = open_named(model, {name: Path(path) for name, path in replaced.items() if path is not None})
@@ -46,6 +47,7 @@ def load(
         backend=backend,
         vram_bytes=parse_bytes(vram) if vram else None,
         ram_bytes=parse_bytes(ram) if ram else None,
+        cache=cache,
     )
     return Pipeline(files, options)
 

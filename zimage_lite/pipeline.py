@@ -30,6 +30,7 @@ from .model.scheduler import euler_step, guided, initial_noise, model_time, sigm
 from .model.text_encoder import TextEncoder
 from .model.transformer import Caption, Transformer
 from .model.vae import Decoder, to_pixels
+from .prompt_cache import PromptCache, cache_folder, embedding_key
 
 TOKENS_PER_PASS = 1024  # prompts are encoded and refined together up to this many tokens
 
@@ -56,6 +57,7 @@ class Pipeline:
         if self.options.backend == "triton":
             raise UserError("--backend triton: there are no Triton kernels yet", fix="use auto or reference")
         self.hardware = probe(self.options.device, self.options.dtype)
+        self.cache = PromptCache(cache_folder() if self.options.cache else None)
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[GenerateOptions], progress: Progress = silent) -> list[Tensor]:
@@ -86,7 +88,27 @@ class Pipeline:
         )
 
     def encode(self, texts: Sequence[str], progress: Progress = silent) -> list[Tensor]:
-        """-> the embedding of each text: [tokens, width] on the device, in the compute dtype."""
+        """-> the embedding of each text: [tokens, width] on the device, in the compute dtype. Kept ones are not
+        computed again."""
+        found = self._kept(texts)
+        unknown = [text for text in dict.fromkeys(texts) if text not in found]
+        if unknown:
+            embeddings = self._encode(unknown, progress)
+            self.model.text_encoder.require_unchanged()  # else they would be kept for other weights
+            for text, embedding in zip(unknown, embeddings, strict=True):
+                self.cache.put(self._key(text), embedding)
+                found[text] = embedding
+        return [found[text] for text in texts]
+
+    def _kept(self, texts: Iterable[str]) -> dict[str, Tensor]:
+        """The embeddings that are on the disk."""
+        found = {text: self.cache.get(self._key(text)) for text in texts}
+        return {text: rows.to(self.hardware.device) for text, rows in found.items() if rows is not None}
+
+    def _key(self, text: str) -> str:
+        return embedding_key(self.model.tokenizer.encode(text), self.model.text_encoder, self.hardware.dtype)
+
+    def _encode(self, texts: Sequence[str], progress: Progress) -> list[Tensor]:
         table = self.model.text_encoder.tensors["embed_tokens.weight"]
         batches = list(_batches([self.model.tokenizer.encode(text) for text in texts]))
         component, embeddings = self._text_encoder(batches), []
@@ -155,8 +177,10 @@ class Pipeline:
         """The budget of all three phases, before the first one starts. Raises BudgetError for the hungriest of them."""
         limit = budget(self.options, self.hardware)
         prompts = {text: self.model.tokenizer.encode(text) for text in texts}
+        kept = self._kept(texts)
+        unknown = [ids for text, ids in prompts.items() if text not in kept]
         components = (
-            self._text_encoder(list(_batches(prompts.values()))),
+            *([self._text_encoder(list(_batches(unknown)))] if unknown else []),
             self._transformer(requests, {text: len(ids) for text, ids in prompts.items()}),
             self._decoder([request.size[::-1] for request in requests], limit)[0],
         )

@@ -90,10 +90,16 @@ _MAX_IMAGES = 10_000
     show_default=True,
     help="Kernels to compute with.",
 )
+@click.option(
+    "--no-cache",
+    is_flag=True,
+    help="Neither keep the prompts' embeddings on the disk nor use kept ones. (ZIMAGE_LITE_CACHE=off does the same, "
+    "and =FOLDER names another place.)",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 def command(
     prompts: tuple[str, ...], prompt_file: Path | None, model: str | None, out: Path, count: int,
-    vram: str | None, ram: str | None, device: str, dtype: str, backend: str, as_json: bool,
+    vram: str | None, ram: str | None, device: str, dtype: str, backend: str, no_cache: bool, as_json: bool,
     transformer: Path | None, text_encoder: Path | None, vae: Path | None, tokenizer: Path | None, **image: Any,
 ) -> None:  # fmt: skip
     """Draw images from prompts.
@@ -104,7 +110,12 @@ def command(
     model = _model(model, parts)
     requests = _requests(prompts, prompt_file, GenerateOptions(**image), count)
     options = RuntimeOptions(
-        device, dtype, backend, parse_bytes(vram) if vram else None, parse_bytes(ram) if ram else None
+        device,
+        dtype,
+        backend,
+        parse_bytes(vram) if vram else None,
+        parse_bytes(ram) if ram else None,
+        cache=not no_cache,
     )
     paths = _output_paths(out, len(requests))
 
