@@ -40,7 +40,7 @@ def main() -> None:
         runs.append(run(args.work, "quantize", args.checkpoint.resolve(), "-o", name, "--to", name))
         size = ("--width", args.size, "--height", args.size, "--steps", args.steps)
         image = ("--model", name, "-o", f"{name}.png")
-        runs.append(run(args.work, "generate", "a red circle", *image, "--ram", args.ram, *size))
+        runs.append(run(args.work, "generate", "a red circle", *image, "--ram", args.ram, "--no-cache", *size))
         shutil.rmtree(args.work / name)
     report = {"machine": machine(), "version": __version__, "commit": commit(), "ram": args.ram, "runs": runs}
     args.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -6,6 +6,7 @@ import os
 
 # Before torch: threads that spin while they wait made these tests 15 times slower beside another program on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ["ZIMAGE_LITE_CACHE"] = "off"  # no test touches the user's, and none profits from another's prompts
 
 from collections.abc import Callable
 from pathlib import Path
@@ -141,7 +142,7 @@ def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
 
 def bound(module: torch.nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     checkpoint = open_checkpoint(folder).restricted_to(shapes(module))
-    read_into(module, checkpoint.tensors, Hardware(torch.device("cpu"), dtype, 0))
+    read_into(module, checkpoint.tensors, Hardware(torch.device("cpu"), dtype))
     return module
 
 

@@ -23,7 +23,7 @@ from zimage_lite.model.transformer import Modulation, Transformer, is_time_weigh
 from zimage_lite.pipeline import Pipeline
 
 TIMES = torch.tensor([0.0, 0.3, 0.9])
-CPU = Hardware(torch.device("cpu"), torch.float32, 0)
+CPU = Hardware(torch.device("cpu"), torch.float32)
 
 
 def tensors(modulation: Modulation) -> tuple[torch.Tensor, ...]:

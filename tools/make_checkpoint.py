@@ -18,18 +18,15 @@ from pathlib import Path
 
 import torch
 from qwen_vocabulary import SPECIAL_TOKENS, byte_vocabulary, qwen_vocabulary
-from torch import Tensor, nn
+from torch import Tensor
 
+from zimage_lite.catalog import component_shapes
 from zimage_lite.checkpoint import safetensors
 from zimage_lite.checkpoint.diffusers_config import config_json, model_index
 from zimage_lite.checkpoint.names import NATIVE_TRANSFORMER, NameMap, flux_vae
 from zimage_lite.checkpoint.tokenizer import byte_level_bpe
 from zimage_lite.checkpoint.writer import open_writer
 from zimage_lite.config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VaeConfig
-from zimage_lite.model.linear import shapes
-from zimage_lite.model.text_encoder import TextEncoder
-from zimage_lite.model.transformer import Transformer
-from zimage_lite.model.vae import Decoder, Encoder
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 SHARD_BYTES = 9_973_693_184  # as the Hub's transformer is cut: three shards in float32
@@ -76,21 +73,6 @@ def make_checkpoint(
     write = write_diffusers if layout == "diffusers" else write_comfyui
     write_tokenizer(out / "tokenizer", size)  # first: it may lack its package
     write(out, SIZES[size], DTYPES[dtype], seed)
-
-
-def component_shapes(config: TransformerConfig | TextEncoderConfig | VaeConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a component under its canonical name, in the order of the model."""
-    if isinstance(config, TransformerConfig):
-        return shapes(Transformer(config))
-    if isinstance(config, VaeConfig):
-        return shapes(nn.ModuleDict({"encoder": Encoder(config), "decoder": Decoder(config)}))
-    needed = shapes(TextEncoder(config))
-    last = f"layers.{config.num_hidden_layers - 1}."  # stored, though Z-Image never runs it
-    extra = {
-        last + name.removeprefix("layers.0."): shape for name, shape in needed.items() if name.startswith("layers.0.")
-    }
-    table = (config.vocab_size, config.hidden_size)
-    return {"embed_tokens.weight": table, **needed, **extra, "norm.weight": (config.hidden_size,)}
 
 
 def write_diffusers(out: Path, configs: tuple, dtype: torch.dtype, seed: int) -> None:

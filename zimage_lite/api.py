@@ -14,6 +14,7 @@ from .conversion import Written
 from .conversion import quantize as _quantize
 from .hub import is_hub_id, snapshot
 from .pipeline import Pipeline
+from .synthetic import is_synthetic, open_synthetic
 from .units import parse_bytes
 
 StrPath = str | PathLike[str]
@@ -31,11 +32,12 @@ def load(
     text_encoder: StrPath | None = None,
     vae: StrPath | None = None,
     tokenizer: StrPath | None = None,
+    cache: bool = True,
 ) -> Pipeline:
-    """Open a model folder, one of the Hub, or the built-in demo. Raises UserError.
+    """Open a model folder, one of the Hub, the built-in demo, or "synthetic:FORMAT". Raises UserError.
 
-    Nothing is loaded before `Pipeline.generate`. vram, ram: ceilings such as "6GB"; the other paths replace parts of
-    the model.
+    Nothing is loaded before `Pipeline.generate`. vram, ram: ceilings such as "6GB"; cache: keep prompt embeddings on
+    the disk; the other paths replace parts of the model.
     """
     replaced = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
     files = open_named(model, {name: Path(path) for name, path in replaced.items() if path is not None})
@@ -45,15 +47,19 @@ def load(
         backend=backend,
         vram_bytes=parse_bytes(vram) if vram else None,
         ram_bytes=parse_bytes(ram) if ram else None,
+        cache=cache,
     )
     return Pipeline(files, options)
 
 
 def open_named(model: StrPath | None, parts: Mapping[str, Path | None]) -> ModelFiles:
-    """What MODEL means: a folder, an all-in-one file, "demo", or as text a Hub id, which is downloaded first.
+    """What MODEL means: a folder, an all-in-one file, "demo", or as text "synthetic:FORMAT" or a Hub id, which is
+    downloaded first.
 
     parts: "transformer", "text_encoder", "vae" or "tokenizer" -> what replaces the model's. Raises UserError.
     """
+    if isinstance(model, str) and is_synthetic(model):
+        return open_synthetic(model, parts)
     if isinstance(model, str) and is_hub_id(model):
         return replace(open_model(snapshot(model), parts), name=model)  # else its name would be the commit's
     return open_model(None if model is None else model_folder(model), parts)

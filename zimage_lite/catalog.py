@@ -6,18 +6,22 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from .checkpoint.checkpoint import Checkpoint
+from torch import nn
+
+from .checkpoint.checkpoint import Checkpoint, ModelConfig
 from .checkpoint.stored import StoredTensor
-from .config import TextEncoderConfig, TransformerConfig
+from .config import TextEncoderConfig, TransformerConfig, VaeConfig
 from .model.linear import shapes
 from .model.text_encoder import TextEncoder
 from .model.transformer import Transformer
+from .model.vae import Decoder, Encoder
 from .quant.fidelity import Sums, TensorError, by_group
 from .quant.formats import FORMATS, Format
 from .quant.output_file import OutTensor, output_tensors
 from .quant.recipe import Target, target, targets
 
 _CONTAINERS = ("gguf", "comfy", "bnb", "quanto")
+_COMPONENTS = {TransformerConfig: "transformer", TextEncoderConfig: "text_encoder", VaeConfig: "vae"}
 
 
 @dataclass(frozen=True)
@@ -94,13 +98,23 @@ def _shrinks(tensor: OutTensor, row: Format) -> bool:
 @cache
 def _true_model(component: str) -> Checkpoint:
     """Names and shapes of the released model, in bfloat16, without files."""
-    if component == "transformer":
-        config: TransformerConfig | TextEncoderConfig = TransformerConfig()
-        wanted = shapes(Transformer(TransformerConfig()))
-    else:
-        config = TextEncoderConfig()
-        # The runtime leaves out the last layer and norm, and gathers embedding rows from the file, which has them all.
-        wanted = shapes(TextEncoder(replace(config, num_hidden_layers=config.num_hidden_layers + 1)))
-        wanted |= {"embed_tokens.weight": (config.vocab_size, config.hidden_size), "norm.weight": (config.hidden_size,)}
-    tensors = {name: StoredTensor(name, FORMATS["bf16"], shape, {}) for name, shape in wanted.items()}
-    return Checkpoint(component, Path(), "", tensors, config)
+    return without_files(TransformerConfig() if component == "transformer" else TextEncoderConfig())
+
+
+def without_files(config: ModelConfig) -> Checkpoint:
+    """Names and shapes of a component as it is released, in bfloat16, without bytes."""
+    bf16 = FORMATS["bf16"]
+    tensors = {name: StoredTensor(name, bf16, shape, {}) for name, shape in component_shapes(config).items()}
+    return Checkpoint(_COMPONENTS[type(config)], Path(), "", tensors, config)
+
+
+def component_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a component under its canonical name, in the order of the model."""
+    if isinstance(config, TransformerConfig):
+        return shapes(Transformer(config))
+    if isinstance(config, VaeConfig):
+        return shapes(nn.ModuleDict({"encoder": Encoder(config), "decoder": Decoder(config)}))
+    # The runtime leaves out the last layer and norm, and gathers embedding rows from the file, which has them all.
+    layers = shapes(TextEncoder(replace(config, num_hidden_layers=config.num_hidden_layers + 1)))
+    table = (config.vocab_size, config.hidden_size)
+    return {"embed_tokens.weight": table, **layers, "norm.weight": (config.hidden_size,)}

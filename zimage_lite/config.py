@@ -184,6 +184,7 @@ class RuntimeOptions:
     backend: str = "auto"
     vram_bytes: int | None = None
     ram_bytes: int | None = None
+    cache: bool = True  # keep prompt embeddings on the disk
 
     def __post_init__(self) -> None:
         for name, known in (("device", DEVICES), ("dtype", DTYPES), ("backend", BACKENDS)):

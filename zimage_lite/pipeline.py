@@ -35,6 +35,7 @@ from .model.text_encoder import TextEncoder
 from .model.transformer import Caption, Transformer
 from .model.vae import Decoder, to_pixels
 from .prediction import Job, Model, model_of, phases
+from .prompt_cache import PromptCache, cache_folder, embedding_key
 from .units import format_gb
 
 LESS_AFTER_OOM = 0.85  # of what did not fit is planned for the second time, or less if less is free
@@ -70,6 +71,7 @@ class Pipeline:
         if self.options.backend == "triton":
             raise UserError("--backend triton: there are no Triton kernels yet", fix="use auto or reference")
         self.hardware = probe(self.options.device, self.options.dtype)
+        self.cache = PromptCache(cache_folder() if self.options.cache else None)
 
     def generate(self, requests: Sequence[GenerateOptions], progress: Progress = silent) -> list[Tensor]:
         """-> one [height, width, 3] uint8 tensor per request, on the CPU. Raises UserError."""
@@ -85,10 +87,12 @@ class Pipeline:
         told = [texts(request) for request in requests]
         prompts = list(dict.fromkeys(text for of in told for text in of))
         tokens = {text: len(self.model.tokenizer.encode(text)) for text in prompts}
-        groups = grouped(requests, told, tokens)
-        encode, *others = self._planned([Job(16, 16, prompt_tokens=tuple(tokens.values())), *(g.job for g in groups)])
+        groups, kept = grouped(requests, told, tokens), self._kept(prompts)
+        unknown = [text for text in prompts if text not in kept]
+        encode, others = self._planned([tokens[text] for text in unknown], [group.job for group in groups])
         self.meter = Meter()
-        embeddings = dict(zip(prompts, self._within(encode, partial(self._encode, prompts, progress)), strict=True))
+        self.plans.clear()
+        embeddings = {**kept, **self._embeddings(unknown, encode, progress)}
         steps, images = (
             _Count(progress, "denoise", sum(r.steps for r in requests)),
             _Count(progress, "decode", len(requests)),
@@ -115,17 +119,21 @@ class Pipeline:
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str], progress: Progress = silent) -> list[Tensor]:
-        """-> the embedding of each: [tokens, width] on the CPU, in the dtype of the residual stream."""
-        tokens = tuple(len(self.model.tokenizer.encode(text)) for text in prompts)
-        (ways,) = self._planned([Job(16, 16, prompt_tokens=tokens)])
-        return list(self._within(ways, partial(self._encode, prompts, progress)))
+        """-> the embedding of each: [tokens, width] on the CPU, in the dtype of the residual stream. Kept ones are not
+        computed again."""
+        found = self._kept(prompts)
+        unknown = [text for text in dict.fromkeys(prompts) if text not in found]
+        ways, _ = self._planned([len(self.model.tokenizer.encode(text)) for text in unknown], [])
+        found |= self._embeddings(unknown, ways, progress)
+        return [found[text] for text in prompts]
 
     @torch.inference_mode()
     def decode(self, latents: Sequence[Tensor]) -> list[Tensor]:
         """latents: of one size. -> images [height, width, 3] uint8, on the CPU."""
         height, width = latents[0].shape[1:]
         job = Job(width * VAE_FACTOR, height * VAE_FACTOR, images=len(latents))
-        return list(self._within(self._planned([job, job])[2], partial(self._decode, latents)))
+        _, (_, decode) = self._planned([], [job])
+        return list(self._within(decode, partial(self._decode, latents)))
 
     @cached_property
     def transformer(self) -> Component:
@@ -144,13 +152,16 @@ class Pipeline:
     def sizes(self) -> Model:
         return model_of(self.model)
 
-    def _planned(self, jobs: Sequence[Job]) -> list[Ways]:
-        """Of the first job how it is encoded, of the others how they are denoised and decoded. Raises BudgetError."""
+    def _planned(self, unknown: Sequence[int], jobs: Sequence[Job]) -> tuple[Ways | None, list[Ways]]:
+        """unknown: tokens of each prompt that must be encoded. -> how to do that, and how each job is denoised and
+        decoded, one after the other. Raises BudgetError."""
         machine = machine_here(self.hardware)
         budgets = budgets_in_force(machine, self.options.vram_bytes, self.options.ram_bytes)
-        found = [phases(self.sizes, job, machine) for job in jobs]
-        ways = [found[0][0], *(way for of in found[1:] for way in of[1:])]
-        return [Ways(way, plan) for way, plan in zip(ways, plan_phases(ways, machine, budgets), strict=True)]
+        ways = [way for job in jobs for way in phases(self.sizes, job, machine)[1:]]
+        if unknown:
+            ways.insert(0, phases(self.sizes, Job(16, 16, prompt_tokens=tuple(unknown)), machine)[0])
+        found = [Ways(way, plan) for way, plan in zip(ways, plan_phases(ways, machine, budgets), strict=True)]
+        return (found[0], found[1:]) if unknown else (None, found)
 
     def _within(self, ways: Ways, run: Callable[[int, Plan], Iterator[_Item]]) -> Iterator[_Item]:
         """What run(done, plan) yields from its item `done` on. If memory runs out in spite of the plan, because another
@@ -184,6 +195,24 @@ class Pipeline:
         (plan,) = plan_phases([ways.phases], machine, limits)
         self.tell(f"{old.phase}: memory ran out, another program must have taken it; going on with {_peaks(plan)}")
         return plan
+
+    def _kept(self, prompts: Iterable[str]) -> dict[str, Tensor]:
+        """The embeddings that are on the disk."""
+        found = {text: self.cache.get(self._key(text)) for text in prompts}
+        return {text: embedding for text, embedding in found.items() if embedding is not None}
+
+    def _key(self, text: str) -> str:
+        return embedding_key(self.model.tokenizer.encode(text), self.model.text_encoder, self.hardware.dtype)
+
+    def _embeddings(self, prompts: Sequence[str], ways: Ways | None, progress: Progress) -> dict[str, Tensor]:
+        """Computed, and kept for the next time."""
+        if ways is None:
+            return {}
+        found = dict(zip(prompts, self._within(ways, partial(self._encode, prompts, progress)), strict=True))
+        self.model.text_encoder.require_unchanged()  # else they would be kept for other weights
+        for text, embedding in found.items():
+            self.cache.put(self._key(text), embedding)
+        return found
 
     def _encode(self, prompts: Sequence[str], progress: Progress, done: int, plan: Plan) -> Iterator[Tensor]:
         hardware, component = self._hardware(plan), self.text_encoder

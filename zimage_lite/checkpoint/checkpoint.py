@@ -5,10 +5,11 @@ Opening reads headers only, so it takes milliseconds and no memory, whatever the
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,19 @@ class Checkpoint:
                 raise FileFormatError(
                     f"{path} changed while it was read", fix="wait until it is complete, then try again"
                 )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash that tells these weights from others without reading them: by the files' names, sizes and times, and
+        by what lies where in them. Of weights that lie in no file, by the name of the model."""
+        files = [(path.name, *stamp[:2]) for path, stamp in sorted(self.stamps.items())]
+        places = [
+            (name, tensor.format.name, tensor.shape, tensor.first_row, entry.path.name, entry.offset, entry.nbytes)
+            for name, tensor in sorted(self.tensors.items())
+            for entry in tensor.parts.values()
+        ]
+        said = [self.component, self.source.name, repr(self.config), files, places]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     @property
     def nbytes(self) -> int:
@@ -109,6 +123,18 @@ def open_checkpoint(
     """
     folder = path if path.is_dir() else None
     files = [open_tensor_file(file, file_bytes) for file in (weight_files(path) if folder else [path])]
+    given = read_json(folder / "config.json") if folder and (folder / "config.json").exists() else None
+    stamps = {file.path: file.stamp for file in files if file.path not in (file_bytes or {})}
+    return replace(checkpoint_of(files, path, component, given), stamps=stamps)
+
+
+def checkpoint_of(
+    files: list[TensorFile], path: Path, component: str | None = None, given: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """What the files make up together. path: where they lie; given: the values of a config.json beside them.
+
+    Raises UserError if it is not `component`.
+    """
     raw = [tensor for file in files for tensor in stored_tensors(file)]
     names = {tensor.name for tensor in raw}
     if len(names) < len(raw):
@@ -120,11 +146,8 @@ def open_checkpoint(
     tensors = {tensor.name: tensor for tensor in canonical}
     if len(tensors) < len(canonical):
         raise FileFormatError(f"{path}: the same tensor is there twice, under two spellings")
-    metadata = files[0].metadata
-    given = read_json(folder / "config.json") if folder and (folder / "config.json").exists() else None
     config = _config(found, tensors, _embedded_config(files[0]) if given is None else given, str(path))
-    stamps = {file.path: file.stamp for file in files if file.path not in (file_bytes or {})}
-    return Checkpoint(found, path, _layout(found, files, prefix, names), tensors, config, metadata, stamps)
+    return Checkpoint(found, path, _layout(found, files, prefix, names), tensors, config, files[0].metadata)
 
 
 def components_in(path: Path) -> tuple[str, ...]:

@@ -39,6 +39,7 @@ class ModelFiles:
     tokenizer: PromptTokenizer
     scheduler: SchedulerConfig
     default_size: tuple[int, int]  # width and height
+    synthetic: bool = False  # random weights: what it draws is noise
 
 
 def open_model(model: Path | None, overrides: Mapping[str, Path | None] | None = None) -> ModelFiles:
@@ -48,40 +49,41 @@ def open_model(model: Path | None, overrides: Mapping[str, Path | None] | None =
         raise UserError(f"{model}: no such model", expected="a folder with transformer/, text_encoder/ and vae/")
     if model is not None and model.is_file() and len(components_in(model)) < len(COMPONENTS):
         raise UserError(f"{model}: a model is a folder", fix=f"name a single file with {_flag_for(model)}")
-    parts = {}
+    parts: dict[str, Any] = {}
     for component in COMPONENTS:
         path = chosen.get(component) or find_component(model, component)
         if path is None:
             place = f"{model} has no {component}/" if model else f"no {COMPONENTS[component]}"
             raise UserError(place, fix=f"name one with {_FLAGS[component]} FILE")
         parts[component] = open_checkpoint(path, component)
-    _require_fit(**parts)
-    tokenizer = _tokenizer(model, chosen.get("tokenizer"), parts["text_encoder"])
-    highest, rows = max(tokenizer.tokenizer.get_vocab().values()), parts["text_encoder"].config.vocab_size
-    if highest >= rows:
-        raise WrongModelError(
-            f"{tokenizer.source}: the highest token",
-            got=highest,
-            expected=f"less than {rows}, as the encoder has rows",
-        )
-    return ModelFiles(
+    files = ModelFiles(
         name=(model or parts["transformer"].source).resolve().name,
-        tokenizer=tokenizer,
+        tokenizer=_tokenizer(model, chosen.get("tokenizer"), parts["text_encoder"]),
         scheduler=scheduler_config(model),
         default_size=default_size(model),
         **parts,
     )
+    require_fit(files)
+    return files
 
 
-def _require_fit(transformer: Checkpoint, text_encoder: Checkpoint, vae: Checkpoint) -> None:
-    """Raise WrongModelError unless the parts have the sizes that the transformer works with."""
-    wanted = transformer.config
+def require_fit(files: ModelFiles) -> None:
+    """Raise WrongModelError unless the parts have the sizes that the transformer works with, and the encoder a row for
+    every token."""
+    wanted, encoder, vae = files.transformer.config, files.text_encoder, files.vae
     for part, what, got, expected, verb in (
-        (text_encoder, "width of the text encoder", text_encoder.config.hidden_size, wanted.cap_feat_dim, "takes"),
+        (encoder, "width of the text encoder", encoder.config.hidden_size, wanted.cap_feat_dim, "takes"),
         (vae, "latent channels of the VAE", vae.config.latent_channels, wanted.in_channels, "has"),
     ):
         if got != expected:
             raise WrongModelError(f"{part.source}: {what}", got=got, expected=f"{expected}, as the transformer {verb}")
+    highest, rows = max(files.tokenizer.tokenizer.get_vocab().values()), encoder.config.vocab_size
+    if highest >= rows:
+        raise WrongModelError(
+            f"{files.tokenizer.source}: the highest token",
+            got=highest,
+            expected=f"less than {rows}, as the encoder has rows",
+        )
 
 
 def find_component(model: Path | None, component: str) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ..errors import FileFormatError, WrongModelError
 from ..quant.formats import FORMATS
@@ -60,7 +61,7 @@ def _four_bit(file: TensorFile, name: str, kind: str, state_entry: Entry) -> Sto
 
 
 def _as_bytes(entry: Entry) -> Entry:
-    return Entry(entry.path, entry.name, "U8", (entry.nbytes,), entry.offset, entry.nbytes)
+    return replace(entry, kind="U8", shape=(entry.nbytes,))
 
 
 def _eight_bit(file: TensorFile, layer: str, scale: Entry) -> StoredTensor:

@@ -39,7 +39,11 @@ _MAX_IMAGES = 10_000
     metavar="FILE.jsonl",
     help="One JSON object a line: prompt, and seed, width, height if wanted.",
 )
-@click.option("--model", help="Model folder, all-in-one file, or Hub id OWNER/NAME.  [default: demo, built in]")
+@click.option(
+    "--model",
+    help="Model folder, all-in-one file, Hub id OWNER/NAME, or synthetic:FORMAT, random weights of the true size made "
+    "in memory.  [default: demo, built in]",
+)
 @click.option(
     "-o",
     "--output",
@@ -86,10 +90,16 @@ _MAX_IMAGES = 10_000
     show_default=True,
     help="Kernels to compute with.",
 )
+@click.option(
+    "--no-cache",
+    is_flag=True,
+    help="Neither keep the prompts' embeddings on the disk nor use kept ones. (ZIMAGE_LITE_CACHE=off does the same, "
+    "and =FOLDER names another place.)",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 def command(
     prompts: tuple[str, ...], prompt_file: Path | None, model: str | None, out: Path, count: int,
-    vram: str | None, ram: str | None, device: str, dtype: str, backend: str, as_json: bool,
+    vram: str | None, ram: str | None, device: str, dtype: str, backend: str, no_cache: bool, as_json: bool,
     transformer: Path | None, text_encoder: Path | None, vae: Path | None, tokenizer: Path | None, **image: Any,
 ) -> None:  # fmt: skip
     """Draw images from prompts.
@@ -100,7 +110,12 @@ def command(
     model = _model(model, parts)
     requests = _requests(prompts, prompt_file, GenerateOptions(**image), count)
     options = RuntimeOptions(
-        device, dtype, backend, parse_bytes(vram) if vram else None, parse_bytes(ram) if ram else None
+        device,
+        dtype,
+        backend,
+        parse_bytes(vram) if vram else None,
+        parse_bytes(ram) if ram else None,
+        cache=not no_cache,
     )
     paths = _output_paths(out, len(requests))
 
@@ -146,6 +161,8 @@ def _notes(model: str | None, pipeline: Pipeline, requests: Sequence[GenerateOpt
     theta = pipeline.model.text_encoder.config.rope_theta
     if theta != TextEncoderConfig.rope_theta:
         yield f"the text encoder's rope_theta is {theta:g}, not 1e6: it is another Qwen3 than Z-Image's own"
+    if pipeline.model.synthetic:
+        yield f"{pipeline.model.name}: the weights are random, so the picture is noise"
     if model == DEMO:
         width, height = pipeline.model.default_size
         yield f"the built-in demo draws one simple shape at {width}x{height}; for Z-Image-Turbo, name it with --model"
@@ -231,7 +248,7 @@ def _recipe(request: GenerateOptions, pipeline: Pipeline) -> dict[str, Any]:
         "guidance": request.guidance,
         "negative": request.negative,
         "shift": request.shift,
-        "model": model.name,
+        "model": f"{model.name} (random weights: the picture is noise)" if model.synthetic else model.name,
         "format": model.transformer.main_format,
         "version": f"zimage-lite {__version__}",
     }
@@ -244,6 +261,7 @@ def _measured(pipeline: Pipeline, requests: Sequence[GenerateOptions]) -> dict[s
         "dtype": pipeline.hardware.dtype_name,
         "backend": "reference",
         "format": pipeline.model.transformer.main_format,
+        "synthetic": pipeline.model.synthetic,
         "seconds_per_step": round(meter.phases["denoise"]["seconds"] / steps, 3),
         "phases": {
             name: {"planned": plan.facts(), "measured": meter.phases[name]} for name, plan in pipeline.plans.items()

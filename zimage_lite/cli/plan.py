@@ -40,7 +40,9 @@ class _Prediction:
 
 
 @click.command(name="plan")
-@click.option("--model", help="Plan for this model folder, file, or Hub id.  [default: Z-Image-Turbo's shapes]")
+@click.option(
+    "--model", help="Plan for this model folder, file, Hub id, or synthetic:FORMAT.  [default: Z-Image-Turbo's shapes]"
+)
 @click.option("--format", "format_name", metavar="FORMAT", help="Format of those shapes.  [default: int8]")
 @click.option("--gpu", "gpu_name", metavar="NAME", help='Such as "RTX 3060 Laptop".  [default: the one that is here]')
 @click.option("--vram", metavar="SIZE", help="Ceiling for the GPU's memory, such as 6GB.  [default: what is free]")

@@ -60,7 +60,7 @@ class OutTensor:
 
 
 @dataclass(frozen=True)
-class _Array:
+class Array:
     """One array of the output file."""
 
     name: str
@@ -79,6 +79,7 @@ class OutputFile:
     places: Mapping[tuple[str, str], int]
     markers: Mapping[int, bytes]
     total_bytes: int
+    arrays: tuple[tuple[Array, int], ...]  # with their offsets
 
 
 def output_tensors(source: Checkpoint, target: Target) -> list[OutTensor]:
@@ -162,11 +163,12 @@ def lay_out(tensors: list[OutTensor], target: Target, info: Mapping[str, Any]) -
         {array.part: offset for array, offset in placed if array.part},
         {offset: array.content for array, offset in placed if array.content},
         max((offset + array.nbytes for array, offset in placed), default=len(header)),
+        tuple(placed),
     )
 
 
-def _gguf_arrays(tensors: list[OutTensor]) -> list[_Array]:
-    return [_Array(t.name, _ggml_type(t.format), t.shape, t.nbytes, (t.name, "")) for t in tensors]
+def _gguf_arrays(tensors: list[OutTensor]) -> list[Array]:
+    return [Array(t.name, _ggml_type(t.format), t.shape, t.nbytes, (t.name, "")) for t in tensors]
 
 
 def _ggml_type(row: Format) -> str:
@@ -174,18 +176,18 @@ def _ggml_type(row: Format) -> str:
     return row.name
 
 
-def _safetensors_arrays(tensors: list[OutTensor], target: Target) -> list[_Array]:
+def _safetensors_arrays(tensors: list[OutTensor], target: Target) -> list[Array]:
     arrays = []
     for tensor in tensors:
         for suffix, (dtype, shape) in tensor.layout.items():
             n_bytes = DTYPE_BYTES[dtype] * math.prod(shape)
             name = tensor.format.part_name(tensor.name, suffix)
-            arrays.append(_Array(name, dtype, tensor.stored_shape(suffix), n_bytes, (tensor.name, suffix)))
+            arrays.append(Array(name, dtype, tensor.stored_shape(suffix), n_bytes, (tensor.name, suffix)))
         if tensor.format.container == "comfy":
             text = json.dumps(tensor.format.codec.marker(tensor.options), separators=(",", ":"))
             text += " " * (-len(text) % MARKER_ALIGNMENT)  # so that what follows stays aligned
             layer = tensor.name.removesuffix(".weight")
-            arrays.append(_Array(f"{layer}.comfy_quant", "U8", (len(text),), len(text), content=text.encode()))
+            arrays.append(Array(f"{layer}.comfy_quant", "U8", (len(text),), len(text), content=text.encode()))
     # Inside a block the large arrays come first: their sizes are round, so everything after them is aligned as well.
     return sorted(arrays, key=lambda array: (_block_order(array.name), -array.nbytes))
 
