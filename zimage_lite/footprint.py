@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from .catalog import Part
+from .memory.arena import ALIGNMENT, aligned
 from .quant.formats import Format
 from .quant.tensor import CPU_PIECE_WEIGHTS
 
@@ -18,6 +19,16 @@ _GPU_PIECE_WEIGHTS = 2**24  # unpacked and multiplied at a time
 _UNPACKING = {"int8": 5, "quanto": 8, "comfy_float": 8}
 _MOST_UNPACKING, _GGUF_PY_UNPACKING = 10, 16
 _PLAIN = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}  # compute dtype -> the format that is that already
+
+
+def arena_bytes(parts: Iterable[Part]) -> int:
+    """Of a block, each of whose tensors and their parts starts at an aligned place; never less."""
+    return sum(aligned(p.n_bytes) + ALIGNMENT * (_n_parts(p.format, p.columns) - 1) for p in parts)
+
+
+@lru_cache(maxsize=256)
+def _n_parts(format: Format, columns: int) -> int:
+    return len(format.layout(format.row_group or 1, columns))
 
 
 def unpacking_bytes(part: Part, device: str, dtype: str) -> int:

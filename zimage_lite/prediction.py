@@ -27,7 +27,7 @@ from .config import (
     TransformerConfig,
     VaeConfig,
 )
-from .footprint import ITEM_BYTES, STREAM_BYTES, by_block, of_time, time_bytes, unpacking_bytes
+from .footprint import ITEM_BYTES, STREAM_BYTES, arena_bytes, by_block, of_time, time_bytes, unpacking_bytes
 from .memory.machine import Machine, Work
 from .memory.plan import Block, Phase, activation_bytes
 from .memory.plan_vae import decode_ways
@@ -149,7 +149,7 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     def blocks(group: str, count: int, tokens: int, attention: float) -> list[Block]:
         found = {name: of_blocks[name] for name in (f"{group}.{i}" for i in range(count))}
         return [
-            Block(name, sum(p.n_bytes for p in parts), _transformer_work(parts, tokens, c.dim, attention, charge))
+            Block(name, arena_bytes(parts), _transformer_work(parts, tokens, c.dim, attention, charge))
             for name, parts in found.items()
         ]
 
@@ -200,7 +200,7 @@ def _encode(model: Model, job: Job, device: str, machine: Machine) -> Phase:
     of_layers, _ = by_block(model.text_encoder)
     for name in (f"layers.{i}" for i in range(c.layers_used)):
         parts = of_layers[name]
-        n_bytes, weights = sum(part.n_bytes for part in parts), _linear_weights(parts)
+        n_bytes, weights = arena_bytes(parts), _linear_weights(parts)
         traffic = n_bytes + 4 * weights if _is_lossy(parts) else n_bytes
         blocks.append(Block(name, n_bytes, Work(2 * weights * tokens, attention, traffic)))
     q_dim, kv_dim = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
