@@ -5,6 +5,9 @@ Assumed of the computation, as it is designed: adaLN vectors are computed once o
 blocks in another format than int8 are re-encoded to int8 on the device, one at a time, before they compute; blocks that
 are kept in 16 bits compute in 16 bits; norms, gates and quantization are fused (30 times the tokens x width x 2 bytes
 of traffic per block). The text encoder unpacks its weights to 16 bits.
+
+Bytes hold for that and for the reference alike, which unpacks a piece of a weight where the kernels re-encode a block:
+the larger of the two counts.
 """
 
 from __future__ import annotations
@@ -24,16 +27,15 @@ from .config import (
     TransformerConfig,
     VaeConfig,
 )
+from .footprint import ITEM_BYTES, STREAM_BYTES, arena_bytes, by_block, of_time, time_bytes, unpacking_bytes
 from .memory.machine import Machine, Work
 from .memory.plan import Block, Phase, activation_bytes
 from .memory.plan_vae import decode_ways
 from .model.linear import shapes
 from .model.vae import Decoder
 from .quant.recipe import KEEP, as_it_is, target
-from .quant.tensor import CPU_PIECE_WEIGHTS
 
 _TRAFFIC = 30  # of a block's fused element-wise work, in tokens x width x 2 bytes
-_CPU_UNPACKING_BYTES = 6 * CPU_PIECE_WEIGHTS
 _LATENT_COPIES = 3  # the latent, the model's answer and their sum, in float32
 _CAPTION_TOKENS = 128  # a long prompt
 _BATCHES = (1, 2, 4, 8)  # images at once
@@ -136,95 +138,99 @@ def phases(model: Model, job: Job, machine: Machine) -> list[list[Phase]]:
 
 def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) -> Phase:
     """So many images at once."""
-    c, item, caption = model.transformer_config, _item_bytes(device, machine), _padded(max(job.prompt_tokens))
+    c, caption = model.transformer_config, _padded(max(job.prompt_tokens))
+    dtype = machine.dtype(device)
+    item, stream = ITEM_BYTES[dtype], STREAM_BYTES[dtype]
     image, sequences = job.image_tokens, batch * (2 if job.guided else 1)
-    weights = [part for part in model.transformer if not _of_time(part)]
-    time_weights = sum(part.n_bytes for part in model.transformer if _of_time(part))
+    time_weights = [part for part in model.transformer if of_time(part)]
+    of_blocks, rest = by_block([part for part in model.transformer if not of_time(part)])
     charge = _BATCH_CHARGE ** math.log2(batch)
 
     def blocks(group: str, count: int, tokens: int, attention: float) -> list[Block]:
-        found = [(f"{group}.{i}", _under(weights, f"{group}.{i}")) for i in range(count)]
+        found = {name: of_blocks[name] for name in (f"{group}.{i}" for i in range(count))}
         return [
-            Block(name, sum(p.n_bytes for p in parts), _transformer_work(parts, tokens, c.dim, attention, charge))
-            for name, parts in found
+            Block(name, arena_bytes(parts), _transformer_work(parts, tokens, c.dim, attention, charge))
+            for name, parts in found.items()
         ]
 
     def attention(tokens: int) -> float:
         return 4.0 * c.dim * tokens**2
 
     refined = [[_padded(tokens) for tokens in prompts] for prompts in job.prompt_batches]
-    together = max(map(sum, refined))
+    together, pads = max(map(sum, refined)), sum(map(sum, refined))
     n_refiners, whole = c.n_refiner_layers, image + caption
     prelude = blocks("context_refiner", n_refiners, together, max(sum(map(attention, batch)) for batch in refined))
     main = blocks("noise_refiner", n_refiners, sequences * image, sequences * attention(image)) + blocks(
         "layers", c.n_layers, sequences * whole, sequences * attention(whole)
     )
-    streamed = ("context_refiner.", "noise_refiner.", "layers.")
-    rest = [part for part in weights if not part.name.startswith(streamed)]
-    tokens = max(sequences * whole, together)
-    scratch = max(_reencoded(_under(weights, block.name)) for block in [*prelude, *main])
-    fixed = {
-        "embedders": item * sum(part.rows * part.columns for part in rest),
-        "adaLN vectors": 2 * job.steps * (n_refiners + c.n_layers) * 4 * c.dim,
-        "latents": _LATENT_COPIES * 4 * sequences * c.in_channels * job.latents,
-        "captions": item * sum(map(sum, refined)) * c.dim,
-        "activations": activation_bytes(tokens, c.dim, c.ffn_dim, c.n_heads, item),
-    }
-    fixed |= (
-        {"unpacking": _CPU_UNPACKING_BYTES} if device == "cpu" else {"re-encoded block": scratch} if scratch else {}
-    )
+    unpacking = max(unpacking_bytes(part, device, dtype) for parts in of_blocks.values() for part in parts)
+    if device == "gpu":
+        unpacking = max(unpacking, *map(_reencoded, of_blocks.values()))
+    tokens, embedded = max(sequences * whole, together), max(sequences * image, together)
+    activations = activation_bytes(tokens, c.dim, c.ffn_dim, c.n_heads, item, stream)
+    latent = 4 * c.in_channels * job.latents
+    once = {"time weights": time_bytes(time_weights)}
     return Phase(
         name="denoise",
         blocks=tuple(main),
         passes=job.steps * -(-job.images // batch),
         prelude=tuple(prelude),
         prelude_passes=len(refined),
-        read_once_bytes=time_weights,
+        read_once_bytes=sum(part.n_bytes for part in time_weights),
         device=device,
-        fixed=fixed,
+        fixed={
+            "embedders": item * sum(part.rows * part.columns for part in rest),
+            "adaLN vectors": item * job.steps * (4 * (n_refiners + c.n_layers) + 1) * c.dim,
+            "latents": latent * (_LATENT_COPIES * sequences + job.images),
+            "captions": stream * (pads * c.dim + sum(job.prompt_tokens) * c.cap_feat_dim),
+            "activations": activations + embedded * c.dim * stream,  # what was embedded is kept while blocks run
+            "unpacking": unpacking,
+            **(once if device == "cpu" else {}),
+        },
+        ram_fixed=once if device == "gpu" else {},
         way=batch,
     )
 
 
 def _encode(model: Model, job: Job, device: str, machine: Machine) -> Phase:
-    c, item, batches = model.text_encoder_config, _item_bytes(device, machine), job.prompt_batches
-    tokens, blocks = max(map(sum, batches)), []
+    c, batches, blocks = model.text_encoder_config, job.prompt_batches, []
+    dtype, tokens = machine.dtype(device), max(map(sum, batches))
+    item, stream = ITEM_BYTES[dtype], STREAM_BYTES[dtype]
     attention = max(sum(4 * c.num_attention_heads * c.head_dim * n**2 for n in batch) for batch in batches)
-    matrices = [part for part in model.text_encoder if part.name.startswith("layers.")]
-    for i in range(c.layers_used):
-        parts = _under(matrices, f"layers.{i}")
-        n_bytes, weights = sum(part.n_bytes for part in parts), _linear_weights(parts)
-        unpacking = n_bytes + 4 * weights if _weight_only(parts) else n_bytes
-        blocks.append(Block(f"layers.{i}", n_bytes, Work(2 * weights * tokens, attention, unpacking)))
-    largest = max((part.rows * part.columns for part in matrices), default=0)
-    activations = activation_bytes(tokens, c.hidden_size, c.intermediate_size, c.num_attention_heads, item)
+    of_layers, _ = by_block(model.text_encoder)
+    for name in (f"layers.{i}" for i in range(c.layers_used)):
+        parts = of_layers[name]
+        n_bytes, weights = arena_bytes(parts), _linear_weights(parts)
+        traffic = n_bytes + 4 * weights if _is_lossy(parts) else n_bytes
+        blocks.append(Block(name, n_bytes, Work(2 * weights * tokens, attention, traffic)))
+    q_dim, kv_dim = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
     return Phase(
         name="encode",
         blocks=tuple(blocks),
         passes=len(batches),
         device=device,
         fixed={
-            "activations": activations,
-            "embeddings": sum(job.prompt_tokens) * c.hidden_size * item,
-            "unpacking": _CPU_UNPACKING_BYTES if device == "cpu" else 2 * largest,
+            "activations": activation_bytes(
+                tokens, c.hidden_size, c.intermediate_size, c.num_attention_heads, item, stream, q_dim, kv_dim
+            ),
+            "embeddings": c.hidden_size * (tokens * item + sum(job.prompt_tokens) * stream),  # of what goes in and out
+            "unpacking": max(unpacking_bytes(p, device, dtype) for block in blocks for p in of_layers[block.name]),
         },
     )
 
 
 def _decode(model: Model, job: Job, device: str, machine: Machine) -> Iterator[Phase]:
     """One image after another, each whole or in bands of rows. The weights always stay."""
-    item, config = _item_bytes(device, machine), model.vae_config
-    whole = decode_ways(config, job.height, job.width, item)[0]
-    traffic = 8 * whole.device_bytes  # of what is done to each element between the products
-    dtype = machine.gpu_dtype if device == "gpu" else machine.cpu_dtype
+    config, dtype = model.vae_config, machine.dtype(device)
+    item = ITEM_BYTES[dtype]
+    ways = decode_ways(config, job.height, job.width, item, device == "gpu")
+    traffic = 8 * ways[0].device_bytes / ways[0].flops  # of what is done to each element between the products
     images = {"image": 3 * job.pixels, "latents": 4 * config.latent_channels * job.latents * job.images}
-    for way in decode_ways(config, job.height, job.width, item):
-        if (dtype == "fp16" and not way.rows_per_band) or (device == "cpu" and way.spilled):
-            continue  # only bands scale their maps so that 16 bits hold them; and in RAM the maps are already
+    for way in ways[dtype == "fp16" :]:  # only bands scale their maps so that float16 holds them
         work = Work(
             way.flops,
             way.attention_flops,
-            traffic * way.flops / whole.flops,
+            traffic * way.flops,
             host_bytes=way.traffic_bytes,
             launches=_LAUNCHES_PER_CONVOLUTION * way.reads,
         )
@@ -240,15 +246,6 @@ def _decode(model: Model, job: Job, device: str, machine: Machine) -> Iterator[P
         )
 
 
-def _item_bytes(device: str, machine: Machine) -> int:
-    return 4 if (machine.gpu_dtype if device == "gpu" else machine.cpu_dtype) == "fp32" else 2
-
-
-def _of_time(part: Part) -> bool:
-    """Needed once per schedule, on the CPU."""
-    return "adaLN_modulation" in part.name or part.name.startswith("t_embedder.")
-
-
 def _transformer_work(parts: Sequence[Part], tokens: int, dim: int, attention: float, charge: float) -> Work:
     weights = _linear_weights(parts)
     int8 = any(part.format.lossy for part in parts)
@@ -257,15 +254,11 @@ def _transformer_work(parts: Sequence[Part], tokens: int, dim: int, attention: f
     return Work(charge * 2 * weights * tokens, charge * attention, charge * traffic, int8)
 
 
-def _under(parts: Iterable[Part], block: str) -> list[Part]:
-    return [part for part in parts if part.name.startswith(f"{block}.")]
-
-
 def _linear_weights(parts: Iterable[Part]) -> int:
     return sum(part.rows * part.columns for part in parts if part.rows > 1)
 
 
-def _weight_only(parts: Iterable[Part]) -> bool:
+def _is_lossy(parts: Iterable[Part]) -> bool:
     return any(part.format.lossy for part in parts)
 
 

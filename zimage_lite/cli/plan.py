@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ class _Prediction:
     model: str
     gpu: Gpu
     budgets: Budgets
+    count: int
     plans: Sequence[Plan]
     slow_plans: Sequence[Plan]
 
@@ -50,11 +51,12 @@ class _Prediction:
 @click.option("--width", type=int, default=1024, show_default=True, help="Pixels, a multiple of 16.")
 @click.option("--height", type=int, default=1024, show_default=True, help="Pixels, a multiple of 16.")
 @click.option("--steps", type=int, default=_IMAGE.steps, show_default=True, help="Denoising steps.")
+@click.option("--count", type=int, default=1, show_default=True, help="Images of this size.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw one step as a picture.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 def command(
     model: str | None, format_name: str | None, gpu_name: str | None, vram: str | None, ram: str, width: int,
-    height: int, steps: int, plot: Path | None, as_json: bool,
+    height: int, steps: int, count: int, plot: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Predict where the weights would live, the memory peaks, the time, and what bounds it, for any GPU.
 
@@ -64,9 +66,11 @@ def command(
         raise UserError("--format is for the shapes of Z-Image-Turbo", fix="leave it out, a --model has its own")
     if plot and plot.suffix.lower() != ".svg":
         raise UserError("--plot", got=str(plot), expected="a name that ends in .svg")
+    if count < 1:
+        raise UserError("--count", got=count, expected="at least 1")
     wanted = GenerateOptions(width=width, height=height, steps=steps)
     limits = parse_bytes(vram) if vram else None, parse_bytes(ram)
-    prediction = _predict(_sizes(model, format_name or "int8"), gpu_name, limits, wanted)
+    prediction = _predict(_sizes(model, format_name or "int8"), gpu_name, limits, wanted, count)
     _describe(prediction, wanted)
     if plot:
         from ..checkpoint.output import replacing
@@ -91,7 +95,7 @@ def _sizes(model: str | None, format_name: str) -> Model:
 
 
 def _predict(
-    model: Model, gpu_name: str | None, limits: tuple[int | None, int], wanted: GenerateOptions
+    model: Model, gpu_name: str | None, limits: tuple[int | None, int], wanted: GenerateOptions, count: int
 ) -> _Prediction:
     from ..memory.machine import machine
     from ..memory.planner import budgets_in_force, plan_phases
@@ -104,10 +108,10 @@ def _predict(
         machines = [replace(one, vram_free_bytes=free) for one in machines]
     if sys.platform == "win32":
         machines = [replace(one, pinned_limit_bytes=ram // 2) for one in machines]
-    todo = phases(model, Job(*wanted.size, steps=wanted.steps), machines[0])
+    todo = phases(model, Job(*wanted.size, steps=wanted.steps, images=count), machines[0])
     budgets = budgets_in_force(machines[0], vram, ram)
     fast, slow = (plan_phases(todo, one, budgets) for one in machines)
-    return _Prediction(model.name, gpu, budgets, fast, slow)
+    return _Prediction(model.name, gpu, budgets, count, fast, slow)
 
 
 def _choose(name: str | None, vram: int | None) -> tuple[Gpu, int | None]:
@@ -144,17 +148,19 @@ def _describe(prediction: _Prediction, wanted: GenerateOptions) -> None:
 
     gpu, budgets = prediction.gpu, prediction.budgets
     width, height = wanted.size
-    say(f"A prediction, nothing was run: {prediction.model}, {width}x{height}, {wanted.steps} steps, {gpu.name}")
+    images = f"{prediction.count} images of {width}x{height}" if prediction.count > 1 else f"{width}x{height}"
+    say(f"A prediction, nothing was run: {prediction.model}, {images}, {wanted.steps} steps, {gpu.name}")
     watts = f"{gpu.watts[0]}-{gpu.watts[1]} W" if gpu.watts[0] < gpu.watts[1] else f"{gpu.watts[1]} W"
     say(
         f"at {watts}, copies at {gpu.link_gbps:g} GB/s (PCIe {gpu.pcie}); within {_gib(budgets.vram_bytes)} of GPU "
         f"memory and {format_gb(budgets.ram_bytes)} of RAM"
     )
-    say(f"{'phase':<9}{'on':<5}{'time':>16}{'GPU memory':>13}{'RAM':>10}  bound by")
+    say(f"{'phase':<9}{'on':<5}{'time':>16}{'GPU memory':>13}{'RAM':>10}  {'bound by':<10}how")
     for fast, slow in zip(prediction.plans, prediction.slow_plans, strict=True):
         ram = format_gb(fast.peak_ram_bytes)
         time = _seconds(fast.total_ms, slow.total_ms)
-        say(f"{fast.phase:<9}{fast.device:<5}{time:>16}{_gib(fast.peak_vram_bytes):>13}{ram:>10}  {fast.bound_by}")
+        facts = f"{fast.phase:<9}{fast.device:<5}{time:>16}{_gib(fast.peak_vram_bytes):>13}{ram:>10}  {fast.bound_by}"
+        say(f"{facts:<65}{_how(fast)}".rstrip())
     total = [sum(plan.total_ms for plan in plans) for plans in (prediction.plans, prediction.slow_plans)]
     say(f"{'together':<14}{_seconds(*total):>16}")
     fast, slow = prediction.plans[1], prediction.slow_plans[1]
@@ -172,12 +178,21 @@ def _describe(prediction: _Prediction, wanted: GenerateOptions) -> None:
     say("(one step; digits: the slot of a block that passes through, #: blocks that stay, .: waiting)")
 
 
+def _how(plan: Plan) -> str:
+    """What of a phase's ways is not the plain one: batches, bands."""
+    if plan.phase == "denoise":
+        return f"{plan.way} images at once" if plan.way > 1 else ""
+    return str(plan.way) if plan.way else ""
+
+
 def _as_json(prediction: _Prediction, wanted: GenerateOptions) -> dict[str, Any]:
+    from ..memory.plan_vae import VaePlan
+
     phases = []
     for fast, slow in zip(prediction.plans, prediction.slow_plans, strict=True):
         facts = {name: getattr(fast, name) for name in _FACTS}
         times = {name: [getattr(fast, name), getattr(slow, name)] for name in ("pass_ms", "startup_ms", "total_ms")}
-        phases.append({**facts, **times})
+        phases.append({**facts, **times, "way": asdict(fast.way) if isinstance(fast.way, VaePlan) else fast.way})
     return {
         "prediction": True,
         "model": prediction.model,
@@ -185,6 +200,7 @@ def _as_json(prediction: _Prediction, wanted: GenerateOptions) -> dict[str, Any]
         "watts": prediction.gpu.watts,
         "size": wanted.size,
         "steps": wanted.steps,
+        "count": prediction.count,
         "vram_bytes": prediction.budgets.vram_bytes,
         "ram_bytes": prediction.budgets.ram_bytes,
         "phases": phases,

@@ -82,6 +82,9 @@ class Machine:
     gpu_dtype: str = "bf16"
     cpu_dtype: str = "fp32"
 
+    def dtype(self, device: str) -> str:
+        return self.gpu_dtype if device == "gpu" else self.cpu_dtype
+
 
 def processor(gpu: Gpu, high_power: bool = True, ideal: bool = False) -> Processor:
     """ideal: every rate at its peak, as if no kernel lost anything. The faster, the harder it is to hide copies.

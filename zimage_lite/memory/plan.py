@@ -171,13 +171,34 @@ def round_up(n_bytes: int) -> str:
     return f"{-(-n_bytes // 100_000_000) / 10:g}GB"
 
 
-def activation_bytes(tokens: int, dim: int, ffn_dim: int, n_heads: int, item_bytes: int) -> int:
-    """Peak of one transformer block's activations: residual, normed input, q, k, v with a float32 copy each while they
-    are rotated, or the two feed-forward halves and their product. Attention is fused, but its CPU version keeps
-    per-thread score tiles, which the constant term covers."""
-    attention = tokens * dim * (6 * item_bytes + 4 * 4)
-    feed_forward = tokens * (3 * dim + 3 * ffn_dim) * item_bytes
-    return max(attention, feed_forward) + n_heads * 2**20
+def activation_bytes(
+    tokens: int,
+    dim: int,
+    ffn_dim: int,
+    n_heads: int,
+    item_bytes: int,
+    stream_bytes: int | None = None,
+    q_dim: int | None = None,
+    kv_dim: int | None = None,
+) -> int:
+    """Peak of one transformer block's activations, its input included. item_bytes: of what linears compute in;
+    stream_bytes: of the residual stream, if it is wider. q_dim, kv_dim: of queries, and of keys or values; else dim.
+
+    Either while a query or key is rotated in float32: residual, normed input, q, k and v, two of them normed, and the
+    rotation itself; or in SwiGLU: residual before and after the attention, what the attention gave, normed input, and
+    gate, up and their product. Beside either the angles, and scores: of 512 tokens in float32 where no fused kernel
+    takes the heads as they are, else tiles of some threads.
+    """
+    stream, q, kv = stream_bytes or item_bytes, q_dim or dim, kv_dim or dim
+    rotation = (2 if item_bytes == 4 else 3) * 4 * q  # copy, halves of the result, result; float32 needs no copy
+    attention = dim * (stream + item_bytes) + (2 * q + 3 * kv) * item_bytes + rotation
+    product = tokens * ffn_dim
+    widened = 8 * min(product, 2**20) if stream > item_bytes else 0  # float16 multiplies so many in float32 at a time
+    feed_forward = (
+        2 * tokens * dim * (stream + item_bytes) + 2 * product * item_bytes + max(product * item_bytes, widened)
+    )
+    angles = 4 * q // n_heads * tokens
+    return max(tokens * attention, feed_forward) + angles + n_heads * 2**20
 
 
 def decode_bytes(pixels: int, widest: int, item_bytes: int) -> int:

@@ -46,10 +46,12 @@ class VaePlan:
 
 
 @lru_cache(maxsize=32)
-def decode_ways(config: VaeConfig, height: int, width: int, item_bytes: int) -> tuple[VaePlan, ...]:
-    """All of them, the whole image first."""
-    ways = dict.fromkeys([*_ways(True, False), *_ways(False, True)])
-    return tuple(predict_decode(config, height, width, item_bytes, way) for way in ways)
+def decode_ways(config: VaeConfig, height: int, width: int, item_bytes: int, host: bool) -> tuple[VaePlan, ...]:
+    """All of them, the whole image first. host: whether the maps may lie in the memory of a host that is not the
+    device."""
+    ways = [*_ways(True, False), *(VaePlan(rows, spilled=True) for rows in _BAND_ROWS * host)]
+    some = [way for way in ways if way.rows_per_band < height]
+    return tuple(predict_decode(config, height, width, item_bytes, way) for way in some)
 
 
 def plan_decode(
@@ -107,7 +109,7 @@ def predict_encode(
     return walk.took(way)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Rows:
     """A map that is stored ("map") or computed: "norm", "conv", "double", "add"."""
 
@@ -128,7 +130,7 @@ def _map(channels: int, height: int, width: int) -> _Rows:
 
 
 def _norm(x: _Rows) -> _Rows:
-    return replace(x, kind="norm", sources=(x,))
+    return _Rows("norm", x.channels, x.height, x.width, (x,))
 
 
 def _conv(x: _Rows, channels: int, kernel: int = 3, stride: int = 1) -> _Rows:
@@ -197,7 +199,7 @@ class _Walk:
             hidden = self.stored(hidden)
         self.moments(hidden)
         new = _conv(_norm(hidden), channels)
-        out = self.stored(replace(new, kind="add", sources=(new, shortcut)), in_place=True)
+        out = self.stored(_Rows("add", new.channels, new.height, new.width, (new, shortcut)), in_place=True)
         if not in_place:
             self.free(x)
         return out
@@ -231,10 +233,18 @@ class _Walk:
         rows = min(rows, x.height)
         if x.kind == "map":
             return 0.0, x.values(rows), 0
-        wanted = {"conv": (rows - 1) * x.stride + x.kernel, "double": rows // 2 + 1}.get(x.kind, rows)
-        sums = [sum(column) for column in zip(*(self.of_a_band(source, wanted) for source in x.sources), strict=True)]
-        own = 2 * x.kernel**2 * x.sources[0].channels * x.values(rows) if x.kind == "conv" else 0
-        return sums[0] + own, int(sums[1]), int(sums[2]) + (x.kind == "conv")
+        wanted = rows
+        if x.kind == "conv":
+            wanted = (rows - 1) * x.stride + x.kernel
+        elif x.kind == "double":
+            wanted = rows // 2 + 1
+        flops, values, reads = self.of_a_band(x.sources[0], wanted)
+        if x.kind == "conv":
+            return flops + 2 * x.kernel**2 * x.sources[0].channels * x.values(rows), values, reads + 1
+        if x.kind == "add":
+            more = self.of_a_band(x.sources[1], rows)
+            return flops + more[0], values + more[1], reads + more[2]
+        return flops, values, reads
 
     def stored(self, x: _Rows, in_place: bool = False) -> _Rows:
         most, band = self.read(x, self.band)
