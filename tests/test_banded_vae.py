@@ -244,7 +244,7 @@ def test_the_image_does_not_depend_on_the_budget(pipeline: Pipeline) -> None:
             assert pipeline.plans["decode"].peak_ram_bytes <= budget
             ways.append(pipeline.plans["decode"].way)
     assert ways[0].rows_per_band == 0 and len(set(ways)) == len(ways) >= 3
-    assert (ways[-1].rows_per_band, ways[-1].store_hidden) == (2, False)
+    assert ways[-1].rows_per_band <= 4 and not ways[-1].store_hidden
     named = re.search(r"the smallest that works is --ram (\S+)", str(caught.value))
     assert named and budget < parse_bytes(named[1]) <= budget + 10**8 + 1
 

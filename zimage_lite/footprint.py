@@ -6,15 +6,14 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from .catalog import Part
-from .memory.arena import ALIGNMENT, aligned
+from .checkpoint.stored import ALIGNMENT, aligned
 from .quant.formats import Format
-from .quant.tensor import CPU_PIECE_WEIGHTS
+from .quant.tensor import CPU_PIECE_WEIGHTS, GPU_PIECE_WEIGHTS
 
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 STREAM_BYTES = {"bf16": 2, "fp16": 4, "fp32": 4}  # of the residual stream: float16 is too narrow for it
 
 _BLOCKS = ("context_refiner", "noise_refiner", "layers")
-_GPU_PIECE_WEIGHTS = 2**24  # unpacked and multiplied at a time
 # Bytes per weight while one is unpacked, its result included: the most of a family's formats, as counted on tensors.
 _UNPACKING = {"int8": 5, "quanto": 8, "comfy_float": 8}
 _MOST_UNPACKING, _GGUF_PY_UNPACKING = 10, 16
@@ -48,7 +47,7 @@ def _unpacking_bytes(format: Format, rows: int, columns: int, device: str, dtype
             per_weight = _GGUF_PY_UNPACKING
     _, shape = format.layout(rows, columns)[""]
     if format.row_group and shape[:-1] == (rows,):
-        limit = CPU_PIECE_WEIGHTS if device == "cpu" else _GPU_PIECE_WEIGHTS
+        limit = CPU_PIECE_WEIGHTS if device == "cpu" else GPU_PIECE_WEIGHTS
         rows = min(rows, max(limit // columns // format.row_group, 1) * format.row_group)
     return per_weight * rows * columns
 

@@ -117,7 +117,7 @@ class MadeEntry(Entry):
             done, at = done + n, 0
         return buffer
 
-    def will_read(self, start: int, nbytes: int) -> None:
+    def _advise(self, start: int, nbytes: int, advice: str) -> None:
         """There is no disk."""
 
 

@@ -21,6 +21,8 @@ TORCH_DTYPES = {
 # On the CPU a weight is unpacked and multiplied in pieces of 8 MB, which stay in the cache: 1.3 times as fast as whole
 # with q8_0 on two threads of a Zen 4, and the unpacked weight (157 MB) never exists.
 CPU_PIECE_WEIGHTS = 2**21
+# On a GPU in pieces that still fill it: unpacking a whole weight takes up to 10 bytes for each of its 39 M elements.
+GPU_PIECE_WEIGHTS = 2**24
 
 
 def rows_columns(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -63,8 +65,9 @@ class QTensor:
         """x @ W.T. x: [tokens, columns] in the compute dtype -> [tokens, rows] in the same."""
         rows, columns = self.shape
         step, group = rows, self.format.row_group
-        if x.device.type == "cpu" and self.parts[""].dtype != x.dtype and group and self.parts[""].ndim == 2:
-            step = max(CPU_PIECE_WEIGHTS // columns // group, 1) * group
+        if self.parts[""].dtype != x.dtype and group and self.parts[""].ndim == 2:
+            piece = CPU_PIECE_WEIGHTS if x.device.type == "cpu" else GPU_PIECE_WEIGHTS
+            step = max(piece // columns // group, 1) * group
         pieces = [self._rows(start, min(start + step, rows))._linear(x) for start in range(0, rows, step)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
 
