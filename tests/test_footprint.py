@@ -5,15 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from zimage_lite.catalog import Part
-from zimage_lite.config import TextEncoderConfig, TransformerConfig
+from zimage_lite.config import TextEncoderConfig, TransformerConfig, VaeConfig
 from zimage_lite.footprint import STREAM_BYTES, unpacking_bytes
 from zimage_lite.memory.live_bytes import LiveBytes
 from zimage_lite.memory.plan import activation_bytes
+from zimage_lite.memory.plan_vae import VaePlan, predict_decode
 from zimage_lite.model.linear import Linear
 from zimage_lite.model.text_encoder import Layer
 from zimage_lite.model.transformer import Block
+from zimage_lite.model.vae import Decoder
+from zimage_lite.pipeline import decode_as_planned
 from zimage_lite.quant.formats import FORMATS
 from zimage_lite.quant.tensor import TORCH_DTYPES, QTensor
 
@@ -99,3 +103,19 @@ def test_unpacking(name: str, dtype: str) -> None:
         packed.linear(x)
     promised = unpacking_bytes(Part("", chosen, rows, columns, packed.nbytes), "cpu", dtype)
     assert promised / 3 <= live.peak_bytes <= promised + 2 * 4 * rows + 10 * x.nbytes
+
+
+@pytest.mark.parametrize("way", [VaePlan(), VaePlan(32), VaePlan(32, False), VaePlan(16, False, False)], ids=str)
+def test_flops_of_decoding(way: VaePlan) -> None:
+    """As torch counts them. 3 %: bands at an edge compute a row less than those inside."""
+    config, side = VaeConfig(), 512
+    with torch.device("meta"):
+        decoder, latent = Decoder(config).to(torch.bfloat16), torch.empty(16, side // 8, side // 8)
+    for owner in decoder.modules():
+        if isinstance(owner, Linear):
+            owner.packed = QTensor(FORMATS["bf16"], tuple(owner.weight.shape), {"": owner.weight})
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        decode_as_planned(decoder, latent, way)
+    promised = predict_decode(config, side, side, 2, way)
+    total = counter.get_total_flops()
+    assert total <= promised.flops + promised.attention_flops <= 1.03 * total

@@ -16,7 +16,7 @@ import pytest
 
 from zimage_lite.cli import run
 from zimage_lite.errors import BudgetError, UserError
-from zimage_lite.memory.gpus import GPUS, Gpu, find_gpu, gpu_with
+from zimage_lite.memory.gpus import GPUS, find_gpu, gpu_with
 from zimage_lite.memory.machine import CUDA_CONTEXT_BYTES, Machine, Processor, Work, machine
 from zimage_lite.memory.placement import GRANULE_BYTES, nested_order
 from zimage_lite.memory.plan import DEVICE, FILE, PAGEABLE, PINNED, Block, Budgets, Phase, Plan
@@ -38,8 +38,9 @@ Ways = list[list[Phase]]
 
 
 @cache
-def work(format_name: str, size: tuple[int, int] = (1024, 1024), gpu: Gpu = LAPTOP, images: int = 1) -> Ways:
-    return phases(true_model(format_name), Job(*size, images=images), machine(gpu, 16 * GB))
+def work(format_name: str, size: tuple[int, int] = (1024, 1024), dtype: str = "bf16", images: int = 1) -> Ways:
+    there = replace(machine(LAPTOP, 16 * GB), gpu_dtype=dtype)
+    return phases(true_model(format_name), Job(*size, images=images), there)
 
 
 def denoise(format_name: str, size: tuple[int, int] = (1024, 1024)) -> Phase:
@@ -136,6 +137,66 @@ def test_on_the_cpu_the_ram_is_the_device() -> None:
     assert set(made.homes.values()) == {DEVICE, FILE}
 
 
+# --- Ways of doing the same
+
+
+def ways(*facts: tuple[str, int, float]) -> list[Phase]:
+    """(name, MB of GPU memory, ms) of each: one block that stays."""
+    blocks = [Block("b", 2 * GRANULE_BYTES, Work(ms * 1e9, launches=0)) for _, _, ms in facts]
+    return [
+        Phase("decode", (block,), fixed={"maps": 10**6 * megabytes}, way=name)
+        for block, (name, megabytes, _) in zip(blocks, facts, strict=True)
+    ]
+
+
+def test_the_fastest_way_that_fits() -> None:
+    there = plain_machine(process_bytes=0, context_bytes=0)
+    choices = ways(("slow", 100, 9), ("large", 900, 3), ("first", 500, 4), ("second", 400, 4))
+    for megabytes, name in ((1000, "large"), (600, "first"), (450, "second"), (110, "slow")):
+        (made,) = plan_phases([choices], there, Budgets(megabytes * 10**6, GB))
+        assert made.way == name
+    with pytest.raises(BudgetError, match=r"decode does not fit .* is --vram 0.2GB"):
+        plan_phases([choices], there, Budgets(90 * 10**6, GB))
+
+
+def test_a_way_on_the_cpu_is_one_of_them() -> None:
+    there = replace(plain_machine(process_bytes=0, context_bytes=0), cpu=Processor(0.1, 0.1, 0.1, 0.1, 1e9))
+    on_gpu = ways(("gpu", 900, 3))[0]
+    choices = [on_gpu, replace(on_gpu, device="cpu", way="cpu")]
+    assert plan_phases([choices], there, Budgets(GB, GB))[0].way == "gpu"
+    slow = plan_phases([choices], there, Budgets(0, GB))[0]
+    assert (slow.way, slow.device, slow.peak_vram_bytes) == ("cpu", "cpu", 0)
+    with pytest.raises(BudgetError) as caught:
+        plan_phases([choices], there, Budgets(0, GB // 2))
+    assert named(str(caught.value)) == [{"vram": GB}, {"ram": GB}]
+
+
+def test_batches_where_copies_are_slow() -> None:
+    """Two images double the work of a step but not its copies."""
+    fast, slow = (replace(machine(LAPTOP, 32 * GB), link_gbps=gbps) for gbps in (25.0, 4.0))
+    budgets = Budgets(3 * GB, 32 * GB)
+    todo = work("int8", (512, 512), images=8)
+    assert [phase.way for phase in todo[1]] == [1, 2, 4, 8]
+    assert [phase.way for phase in work("int8", (512, 512), images=3)[1]] == [1, 2]
+    chosen = plan_phases(todo, slow, budgets)[1]
+    one_by_one = plan_phases([todo[1][:1]], slow, budgets)[0]
+    assert chosen.way > 1 and chosen.passes == 8 * -(-8 // chosen.way)
+    assert chosen.total_ms < one_by_one.total_ms / 2  # 5.7 GB at 4 GB/s against 270 ms of compute for each image
+    # Nothing to gain where copies are hidden: a larger batch is charged more than it saves.
+    assert plan_phases(todo, fast, Budgets(10 * GB, 32 * GB))[1].way == 1
+
+
+@pytest.mark.parametrize("link_gbps", [3.0, 6.0, 12.5])
+def test_more_memory_is_never_slower_with_batches(link_gbps: float) -> None:
+    todo = work("int8", (512, 512), images=8)
+    there = replace(machine(LAPTOP, 32 * GB), link_gbps=link_gbps)
+    plans = [plan_phases(todo, there, Budgets(vram * 10**8, 16 * GB)) for vram in range(15, 90, 5)]
+    for phase in zip(*plans, strict=True):
+        times = [made.total_ms for made in phase]
+        assert all(b <= a + 1e-5 for a, b in itertools.pairwise(times)), times
+    assert len({made[1].way for made in plans}) > 1
+
+
 # --- The grid
 
 
@@ -221,7 +282,7 @@ def test_every_plan_adds_up(format_name: str) -> None:
         for ram in RAM:
             there = machine(gpu, ram)
             budgets = budgets_in_force(there)
-            plans = plan_or_learn(work(format_name, size, gpu), there, budgets)
+            plans = plan_or_learn(work(format_name, size, there.gpu_dtype), there, budgets)
             assert plans or not before, "less RAM was enough"
             for made in plans:
                 check(made, budgets)
@@ -293,6 +354,33 @@ def test_2_gib_are_enough(format_name: str) -> None:
         check(made, budgets)
 
 
+@pytest.mark.parametrize("format_name", ["int8", "int4"])
+def test_the_smallest_that_works(format_name: str) -> None:
+    """All on the GPU, at little cost: the goal was 2 GiB."""
+    there, todo = machine(LAPTOP, 16 * GB), work(format_name)
+    with pytest.raises(BudgetError) as caught:
+        plan_phases(todo, there, Budgets(GB // 2, 16 * GB))
+    smallest = named(str(caught.value))[0]["vram"]
+    assert smallest <= 1.4 * GIB
+    plans, free = (plan_phases(todo, there, Budgets(vram, 16 * GB)) for vram in (smallest, 6 * GB))
+    assert [made.device for made in plans] == ["gpu"] * 3
+    assert sum(made.total_ms for made in plans) <= 1.25 * sum(made.total_ms for made in free)
+
+
+def test_large_images_decode_on_small_gpus() -> None:
+    for format_name in ("int8", "int4"):
+        plans = plan_phases(work(format_name, (2048, 3072)), machine(LAPTOP, 16 * GB), Budgets(6 * GB, 16 * GB))
+        assert plans[2].device == "gpu" and plans[2].way.rows_per_band == 64
+
+
+def test_float16_decodes_in_bands() -> None:
+    """Which scale their maps."""
+    todo = work("int8", (512, 512), dtype="fp16")
+    assert machine(find_gpu("RTX 2060 Laptop"), 16 * GB).gpu_dtype == "fp16"
+    made = plan_phases(todo, machine(LAPTOP, 16 * GB), PLENTY)[2]
+    assert made.device == "gpu" and made.way.rows_per_band
+
+
 def test_rates_are_those_of_the_roofline() -> None:
     """One int8 block at 1024x1024 ideally takes an RTX 3060 Laptop 18.2 ms, beside 973 MB of traffic."""
     gpu = machine(LAPTOP, 16 * GB, ideal=True).gpu
@@ -350,9 +438,22 @@ def test_the_verb(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert result["gpu"] == "RTX 3060 Laptop 6GB" and result["vram_bytes"] == 3 * GB
     assert [phase["phase"] for phase in result["phases"]] == ["encode", "denoise", "decode"]
     assert all(phase["peak_vram_bytes"] <= 3 * GB for phase in result["phases"])
+    assert result["phases"][1]["way"] == 1 and not result["phases"][2]["way"]["spilled"]
     fast, slow = result["phases"][1]["pass_ms"]
     assert fast < slow
     assert picture.read_text(encoding="utf-8").startswith("<svg")
+
+
+def test_the_verb_says_how(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--vram", "1.8GB", "--width", "512", "--height", "512", "--count", "8"]
+    assert run(["plan", "--gpu", "4050 laptop", *sizes, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "8 images of 512x512" in captured.err
+    assert re.search(r"denoise .*compute +\d images at once\n", captured.err)
+    assert re.search(r"decode .*compute +whole image\n", captured.err)
+    result = json.loads(captured.out)
+    assert result["count"] == 8 and result["phases"][2]["passes"] == 8
+    assert result["phases"][1]["way"] > 1 and result["phases"][2]["way"]["rows_per_band"] == 0
 
 
 def test_the_verb_refuses(refused, tiny: Path) -> None:
@@ -361,6 +462,7 @@ def test_the_verb_refuses(refused, tiny: Path) -> None:
     assert named(line)[0]["vram"] <= 2 * GIB
     refused("plan", "--gpu", "RTX 3060 Laptop", "--format", "int5")
     refused("plan", "--gpu", "RTX 3060 Laptop", "--plot", "step.png")
+    refused("plan", "--gpu", "RTX 3060 Laptop", "--count", "0")
     refused("plan", "--gpu", "RTX 3060 Laptop", "--model", tiny, "--format", "int8")
 
 

@@ -183,7 +183,8 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
             "adaLN vectors": item * job.steps * (4 * (n_refiners + c.n_layers) + 1) * c.dim,
             "latents": latent * (_LATENT_COPIES * sequences + job.images),
             "captions": stream * (pads * c.dim + sum(job.prompt_tokens) * c.cap_feat_dim),
-            "activations": activations + embedded * c.dim * stream,  # what was embedded is kept while blocks run
+            # What was embedded is kept while blocks run, and so are the angles of its parts.
+            "activations": activations + embedded * c.dim * stream + (tokens + pads) * c.head_dim * 4,
             "unpacking": unpacking,
             **(once if device == "cpu" else {}),
         },

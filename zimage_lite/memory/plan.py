@@ -199,9 +199,3 @@ def activation_bytes(
     )
     angles = 4 * q // n_heads * tokens
     return max(tokens * attention, feed_forward) + angles + n_heads * 2**20
-
-
-def decode_bytes(pixels: int, widest: int, item_bytes: int) -> int:
-    """Peak of the VAE decoder: input, normed input and output of a convolution at full size and the width of the last
-    level but one, and the convolution's own workspace, which was as large again on the CPU."""
-    return 4 * pixels * widest * item_bytes

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..config import VAE_FACTOR, VAE_QUERIES, VaeConfig
-from .plan import decode_bytes
 
 _BAND_ROWS = (64, 32, 16)
 _SMALL_SHARE, _SMALL_BYTES = 500, 2**15  # vectors that norms are made of: 1/500 of the whole, and so many bytes more
@@ -98,7 +97,9 @@ def predict_decode(
     plan = walk.took(way)
     if way.rows_per_band:
         return plan
-    return replace(plan, device_bytes=decode_bytes(height * width, config.block_out_channels[1], item_bytes))
+    # Input, normed input and output of a convolution at full size and the width of the last level but one, and the
+    # convolution's own workspace, which was as large again on the CPU.
+    return replace(plan, device_bytes=4 * height * width * config.block_out_channels[1] * item_bytes)
 
 
 def predict_encode(
