@@ -21,7 +21,7 @@ from zimage_lite.config import RuntimeOptions, VaeConfig
 from zimage_lite.errors import BudgetError
 from zimage_lite.memory import hardware
 from zimage_lite.memory.live_bytes import LiveBytes
-from zimage_lite.memory.plan_vae import VaePlan, plan_decode, predict_decode, predict_encode
+from zimage_lite.memory.plan_vae import VaePlan, decode_ways, predict_decode, predict_encode
 from zimage_lite.model import vae
 from zimage_lite.model.banded import Banded, Moments
 from zimage_lite.model.linear import bind, shapes
@@ -192,27 +192,21 @@ GIB = 2**30
 
 @pytest.mark.parametrize(("height", "width", "budget"), [(1024, 1024, 1.0 * GIB), (2048, 3072, 4.0 * GIB)])
 def test_16_bit_images_fit_where_they_should(height: int, width: int, budget: float) -> None:
+    """Without computing more than a third twice, and without the host's memory."""
     weights = 2 * sum(torch.Size(shape).numel() for shape in shapes(Decoder(TRUE)).values())
-    for host in (0, 8 * 10**9):
-        plan = plan_decode(TRUE, height, width, 2, int(budget) - weights, host)
-        assert plan.device_bytes + weights <= budget and plan.rows_per_band >= 16 and not plan.spilled
+    ways = decode_ways(TRUE, height, width, 2, host=False)
+    fits = [way for way in ways if way.device_bytes + weights <= budget]
+    assert fits and fits[0].flops <= 1.33 * ways[0].flops
 
 
-@pytest.mark.parametrize("host", [0, 10**10])
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (208, 336), (1024, 1024), (3072, 2048)])
-def test_more_memory_never_plans_a_slower_way(height: int, width: int, host: int) -> None:
-    budgets = [int(10**5 * 1.2**n) for n in range(70)]
-    plans = [plan_decode(TRUE, height, width, 2, budget, host) for budget in budgets]
-    smallest = plans[0].device_bytes
-    for plan, budget in zip(plans, budgets, strict=True):
-        assert plan.device_bytes == smallest or smallest <= plan.device_bytes <= budget
-        assert plan.host_bytes <= host
-        if budget < smallest:
-            assert plan == plans[0]
-    order = [(plan.rows_per_band > 0, plan.spilled, not plan.store_input, not plan.store_hidden, -plan.rows_per_band)
-             for plan in plans]  # fmt: skip
-    assert all(later <= earlier for earlier, later in pairwise(order))
-    assert len(set(order)) >= 3
+def test_ways(height: int, width: int) -> None:
+    """The whole image first; each kind of band in turn; what is stored less takes less and computes more."""
+    whole, *bands = decode_ways(TRUE, height, width, 2, host=True)
+    assert whole.rows_per_band == 0 and len(set(bands)) == len(bands)
+    for stored, again in pairwise([way for way in bands if way.rows_per_band == 16 and not way.spilled]):
+        assert again.flops > stored.flops and again.device_bytes <= stored.device_bytes
+    assert all(way.host_bytes > 0 and way.device_bytes < bands[0].device_bytes for way in bands if way.spilled)
 
 
 def test_planning_loads_no_torch() -> None:

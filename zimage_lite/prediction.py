@@ -166,7 +166,7 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     unpacking = max(unpacking_bytes(part, device, dtype) for parts in of_blocks.values() for part in parts)
     if device == "gpu":
         unpacking = max(unpacking, *map(_reencoded, of_blocks.values()))
-    tokens, embedded = max(sequences * whole, together), max(sequences * image, together)
+    tokens = max(sequences * whole, together)
     activations = activation_bytes(tokens, c.dim, c.ffn_dim, c.n_heads, item, stream)
     latent = 4 * c.in_channels * job.latents
     once = {"time weights": time_bytes(time_weights)}
@@ -183,8 +183,7 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
             "adaLN vectors": item * job.steps * (4 * (n_refiners + c.n_layers) + 1) * c.dim,
             "latents": latent * (_LATENT_COPIES * sequences + job.images),
             "captions": stream * (pads * c.dim + sum(job.prompt_tokens) * c.cap_feat_dim),
-            # What was embedded is kept while blocks run, and so are the angles of its parts.
-            "activations": activations + embedded * c.dim * stream + (tokens + pads) * c.head_dim * 4,
+            "activations": activations + (tokens + pads) * c.head_dim * 4,  # the angles of the parts stay, too
             "unpacking": unpacking,
             **(once if device == "cpu" else {}),
         },

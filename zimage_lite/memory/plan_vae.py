@@ -6,7 +6,6 @@ size computed again instead, first the input of that level, then the hidden maps
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -48,44 +47,12 @@ class VaePlan:
 def decode_ways(config: VaeConfig, height: int, width: int, item_bytes: int, host: bool) -> tuple[VaePlan, ...]:
     """All of them, the whole image first. host: whether the maps may lie in the memory of a host that is not the
     device."""
-    ways = [*_ways(True, False), *(VaePlan(rows, spilled=True) for rows in _BAND_ROWS * host)]
-    some = [way for way in ways if way.rows_per_band < height]
-    return tuple(predict_decode(config, height, width, item_bytes, way) for way in some)
-
-
-def plan_decode(
-    config: VaeConfig,
-    height: int,
-    width: int,
-    item_bytes: int,
-    budget_bytes: int,
-    host_bytes: int = 0,
-    whole: bool = True,
-) -> VaePlan:
-    """The fastest way to decode an image of height x width pixels in budget_bytes beside the weights, or the smallest
-    one if none fits. host_bytes: what maps may take in the memory of a host that is not the device.
-    whole: whether the whole image at once is a choice."""
-    smallest = None
-    for way in _ways(whole, host_bytes > 0):
-        plan = predict_decode(config, height, width, item_bytes, way)
-        if plan.host_bytes > host_bytes:
-            continue
-        if plan.device_bytes <= budget_bytes:
-            return plan
-        if smallest is None or plan.device_bytes < smallest.device_bytes:
-            smallest = plan
-    assert smallest is not None
-    return smallest
-
-
-def _ways(whole: bool, host: bool) -> Iterator[VaePlan]:
-    if whole:
-        yield VaePlan()
-    choices = [VaePlan(1), VaePlan(1, store_input=False), VaePlan(1, store_input=False, store_hidden=False)]
-    choices += [VaePlan(1, spilled=True)] * host
-    for choice in choices:
-        for rows in _BAND_ROWS + _SMALL_BAND_ROWS * (choice is choices[-1]):
-            yield replace(choice, rows_per_band=rows)
+    ways = [VaePlan()]
+    for choice in (VaePlan(1), VaePlan(1, store_input=False), VaePlan(1, store_input=False, store_hidden=False)):
+        ways += [replace(choice, rows_per_band=rows) for rows in _BAND_ROWS]
+    ways += [replace(ways[-1], rows_per_band=rows) for rows in _SMALL_BAND_ROWS]
+    ways += [VaePlan(rows, spilled=True) for rows in _BAND_ROWS * host]
+    return tuple(predict_decode(config, height, width, item_bytes, way) for way in ways if way.rows_per_band < height)
 
 
 def predict_decode(

@@ -179,6 +179,7 @@ class Transformer(nn.Module):
         # A caption's tokens, pads included, count up along the first axis from 1.
         ropes = [self._rope(grid_positions((length, 1, 1), (1, 0, 0))) for length in lengths]
         x, rope = _residual(captions), _join(ropes)
+        del captions
         for block in stream(self.context_refiner):
             x = block(x, rope, lengths)
         return [Caption(tokens, own) for tokens, own in zip(x.split(lengths), ropes, strict=True)]
@@ -217,15 +218,16 @@ class Transformer(nn.Module):
         ropes = [self._image_rope(*pair) for pair in zip(latents, captions, strict=True)]
         lengths = [len(image) for image in images]
         x, rope = _residual(images), _join(ropes)
+        del images
         watch("embedder", x)
         for i, (block, vectors) in enumerate(zip(stream(self.noise_refiner), modulation.noise_refiner, strict=True)):
             x = block(x, rope, lengths, vectors)
             watch(f"noise_refiner.{i}", x)
 
-        images = list(x.split(lengths))
-        x = torch.cat([part for pair in zip(images, (c.tokens for c in captions), strict=True) for part in pair])
+        told = [caption.tokens for caption in captions]
+        x = torch.cat([part for pair in zip(x.split(lengths), told, strict=True) for part in pair])
         rope = _join([part for pair in zip(ropes, (c.rope for c in captions), strict=True) for part in pair])
-        lengths = [len(image) + len(caption.tokens) for image, caption in zip(images, captions, strict=True)]
+        lengths = [image + len(tokens) for image, tokens in zip(lengths, told, strict=True)]
         for i, (block, vectors) in enumerate(zip(stream(self.layers), modulation.layers, strict=True)):
             x = block(x, rope, lengths, vectors)
             watch(f"layers.{i}", x)
