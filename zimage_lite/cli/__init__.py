@@ -56,7 +56,9 @@ def main(args: list[str] | None = None) -> None:
     # that a person would notice.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # unfinished outputs are removed then as on Ctrl-C
-    sys.exit(run(args))
+    code = run(args)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done: while Python ends, it would only print a traceback
+    sys.exit(code)
 
 
 def run(args: list[str] | None = None) -> int:
