@@ -8,8 +8,8 @@ rounds, so that finished ones are handed over as they come.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TypeVar, cast
@@ -22,6 +22,7 @@ from .checkpoint.model_files import ModelFiles
 from .config import TOKENS_PER_PASS, VAE_FACTOR, GenerateOptions, RuntimeOptions
 from .denoising import Batch, NotFiniteError, Schedule, overflow, raise_at_first_non_finite, schedule, texts
 from .errors import BudgetError, UserError
+from .failures import Clearing, forget, is_out_of_memory
 from .grouping import grouped, rounds
 from .loading import Component, Weights, opened, raise_if_damaged, read_into
 from .memory.hardware import Hardware, machine_here, probe
@@ -75,12 +76,17 @@ class Pipeline:
 
     def generate(self, requests: Sequence[GenerateOptions], progress: Progress = silent) -> list[Tensor]:
         """-> one [height, width, 3] uint8 tensor per request, on the CPU. Raises UserError."""
-        found = dict(self.images(requests, progress))
+        with Clearing(self._release):  # an interrupt can come between `images` and what puts it in inference mode
+            found = dict(self.images(requests, progress))
         return [found[index] for index in range(len(requests))]
 
     @torch.inference_mode()
     def images(self, requests: Sequence[GenerateOptions], progress: Progress = silent) -> Iterator[tuple[int, Tensor]]:
         """The same as they come, each with its place in `requests`."""
+        with Clearing(self._release):
+            yield from self._drawn(requests, progress)
+
+    def _drawn(self, requests: Sequence[GenerateOptions], progress: Progress) -> Iterator[tuple[int, Tensor]]:
         if not requests:
             return
         requests = [self.complete(request) for request in requests]
@@ -102,10 +108,10 @@ class Pipeline:
             for places in rounds(group, denoise.plan):
                 some = [group.requests[place] for place in places]
                 latents = list(self._within(denoise, partial(self._denoise, some, embeddings, times, steps)))
-                decoded = self._within(decode, partial(self._decode, latents))
-                for place, image in zip(places, decoded, strict=True):
-                    images.add()
-                    yield group.indices[place], image
+                with closing(self._within(decode, partial(self._decode, latents))) as decoded:
+                    for place, image in zip(places, decoded, strict=True):
+                        images.add()
+                        yield group.indices[place], image
 
     def complete(self, request: GenerateOptions) -> GenerateOptions:
         """What was left open is what the model says of itself."""
@@ -123,8 +129,9 @@ class Pipeline:
         computed again."""
         found = self._kept(prompts)
         unknown = [text for text in dict.fromkeys(prompts) if text not in found]
-        ways, _ = self._planned([len(self.model.tokenizer.encode(text)) for text in unknown], [])
-        found |= self._embeddings(unknown, ways, progress)
+        with Clearing(self._release):
+            ways, _ = self._planned([len(self.model.tokenizer.encode(text)) for text in unknown], [])
+            found |= self._embeddings(unknown, ways, progress)
         return [found[text] for text in prompts]
 
     @torch.inference_mode()
@@ -132,8 +139,9 @@ class Pipeline:
         """latents: of one size. -> images [height, width, 3] uint8, on the CPU."""
         height, width = latents[0].shape[1:]
         job = Job(width * VAE_FACTOR, height * VAE_FACTOR, images=len(latents))
-        _, (_, decode) = self._planned([], [job])
-        return list(self._within(decode, partial(self._decode, latents)))
+        with Clearing(self._release):
+            _, (_, decode) = self._planned([], [job])
+            return list(self._within(decode, partial(self._decode, latents)))
 
     @cached_property
     def transformer(self) -> Component:
@@ -163,7 +171,7 @@ class Pipeline:
         found = [Ways(way, plan) for way, plan in zip(ways, plan_phases(ways, machine, budgets), strict=True)]
         return (found[0], found[1:]) if unknown else (None, found)
 
-    def _within(self, ways: Ways, run: Callable[[int, Plan], Iterator[_Item]]) -> Iterator[_Item]:
+    def _within(self, ways: Ways, run: Callable[[int, Plan], Iterator[_Item]]) -> Generator[_Item, None, None]:
         """What run(done, plan) yields from its item `done` on. If memory runs out in spite of the plan, because another
         program took it, plans again with less, once, and goes on where it was. Raises BudgetError."""
         done = 0
@@ -173,17 +181,13 @@ class Pipeline:
                     done += 1
                     yield item
                 return
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
                     raise
-            # Out of the handler: its traceback holds the frames, and with them the tensors, of what failed.
-            if not again:
-                break
-            ways.plan = self._planned_again(ways)
-        raise BudgetError(
-            f"{ways.plan.phase}: memory ran out twice, although {_peaks(ways.plan)} were planned",
-            fix="close other programs, or name a smaller --vram or --ram, a smaller image or a smaller format",
-        )
+                forget(error)  # a reader's future may hold it
+            if again:  # out of the handler: the error itself is gone
+                ways.plan = self._planned_again(ways)
+        raise _ran_out(f"twice, although {_peaks(ways.plan)} were planned", ways.plan)
 
     def _planned_again(self, ways: Ways) -> Plan:
         machine, old = machine_here(self.hardware), ways.plan
@@ -192,7 +196,10 @@ class Pipeline:
             limits = replace(limits, vram_bytes=min(limits.vram_bytes, int(LESS_AFTER_OOM * old.peak_vram_bytes)))
         else:
             limits = replace(limits, ram_bytes=min(limits.ram_bytes, int(LESS_AFTER_OOM * old.peak_ram_bytes)))
-        (plan,) = plan_phases([ways.phases], machine, limits)
+        try:
+            (plan,) = plan_phases([ways.phases], machine, limits)
+        except BudgetError:
+            raise _ran_out(f"although {_peaks(old)} were planned, and it cannot be done with less", old) from None
         self.tell(f"{old.phase}: memory ran out, another program must have taken it; going on with {_peaks(plan)}")
         return plan
 
@@ -250,7 +257,7 @@ class Pipeline:
                         for latents in batch.denoised(model, hardware, stream):
                             count.add(len(latents))
                     except NotFiniteError as error:
-                        failed = batch, error
+                        failed = batch, error.with_traceback(None)
                         break
                     yield from latents
             if failed:
@@ -307,6 +314,13 @@ class Pipeline:
         """The GPU's work may be done by the CPU beside it."""
         return self.hardware.on_cpu() if plan.device == "cpu" and self.hardware.device.type == "cuda" else self.hardware
 
+    def _release(self) -> None:
+        for name in ("transformer", "text_encoder", "decoder"):
+            if name in vars(self):  # else it was never made
+                release(getattr(self, name).model)
+        if self.hardware.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     @contextmanager
     def _open(self, component: Component, plan: Plan) -> Iterator[Weights]:
         """With the time and memory that it takes."""
@@ -351,9 +365,9 @@ def _batches(items: Iterable[_Item]) -> Iterator[list[_Item]]:
     yield batch
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """torch's CPU allocator has no exception of its own."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+def _ran_out(how: str, plan: Plan) -> BudgetError:
+    advice = "close other programs, or name a smaller --vram or --ram, a smaller image or a smaller format"
+    return BudgetError(f"{plan.phase}: memory ran out {how}", fix=advice)
 
 
 def _peaks(plan: Plan) -> str:

@@ -10,7 +10,10 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from threading import current_thread, main_thread
 from typing import Any
 
 import click
@@ -18,6 +21,7 @@ import click
 from .. import __version__
 from ..errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, UserError
 
+_INTERRUPTED = "interrupted; nothing was left half-written"
 _VERBS = {
     "generate": "Draw images from prompts.",
     "quantize": "Turn a checkpoint into a smaller one.",
@@ -36,7 +40,8 @@ class _Verbs(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in _VERBS:
             return None
-        return import_module(f".{name}", __package__).command
+        with leaving_at_once():
+            return import_module(f".{name}", __package__).command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -56,7 +61,9 @@ def main(args: list[str] | None = None) -> None:
     # that a person would notice.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # unfinished outputs are removed then as on Ctrl-C
-    sys.exit(run(args))
+    code = run(args)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done: while Python ends, it would only print a traceback
+    sys.exit(code)
 
 
 def run(args: list[str] | None = None) -> int:
@@ -78,9 +85,30 @@ def run(args: list[str] | None = None) -> int:
         say(f"error: {error.filename}: {error.strerror}")  # a name too long, a folder that may not be read
         return EXIT_USER
     except (KeyboardInterrupt, click.Abort):
-        say("interrupted; nothing was left half-written")
+        say(_INTERRUPTED)
         return EXIT_INTERRUPTED
     return code or EXIT_OK  # click hands over the code of its own Exit, and what a verb returns, which is nothing
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """For imports that load torch, before anything is written: an interrupt ends the process there and then. Raised as
+    an exception into C++ that calls Python, it made torch abort, with a message of its own."""
+    raising = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is signal.default_int_handler]
+    if "torch" in sys.modules or current_thread() is not main_thread():
+        raising = []
+    for number in raising:
+        signal.signal(number, _leave)
+    try:
+        yield
+    finally:
+        for number in raising:
+            signal.signal(number, signal.default_int_handler)
+
+
+def _leave(*_: object) -> None:
+    os.write(2, f"{_INTERRUPTED}\n".encode())
+    os._exit(EXIT_INTERRUPTED)
 
 
 def say(text: str) -> None:

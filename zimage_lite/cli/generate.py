@@ -18,7 +18,7 @@ from ..config import BACKENDS, DEVICES, DTYPES, GenerateOptions, RuntimeOptions,
 from ..errors import UserError
 from ..memory.meter import peak_rss_bytes
 from ..units import format_gb, parse_bytes
-from . import print_json, say
+from . import leaving_at_once, print_json, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,8 +119,9 @@ def command(
     )
     paths = _output_paths(out, len(requests))
 
-    from ..api import open_named
-    from ..pipeline import Pipeline
+    with leaving_at_once():
+        from ..api import open_named
+        from ..pipeline import Pipeline
     from .progress import phase_progress
 
     pipeline = Pipeline(open_named(model, parts), options, tell=lambda line: say(f"note: {line}"))

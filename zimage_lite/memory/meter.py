@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ class Meter:
         with _highest_rss() as highest:
             yield
         self.add(name, seconds=round(time.perf_counter() - start, 3))
-        self.reached(name, peak_rss_bytes=highest[0])
+        self.reached(name, peak_rss_bytes=highest.rss_bytes)
         if _cuda_in_use():
             import torch
 
@@ -78,22 +79,30 @@ def rss_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+@dataclass(eq=False)
+class _Highest:
+    rss_bytes: int
+
+
 @contextmanager
-def _highest_rss() -> Iterator[list[int]]:
-    """Yields a list of one number: the highest resident memory so far, looked up every 20 ms by a thread."""
-    highest, done = [rss_bytes()], threading.Event()
+def _highest_rss() -> Iterator[_Highest]:
+    """Yields the highest resident memory so far, looked up every 20 ms by a thread."""
+    highest, done = _Highest(rss_bytes()), threading.Event()
+    wanted = weakref.ref(highest)
 
     def watch() -> None:
-        while not done.wait(SAMPLE_SECONDS):
-            highest[0] = max(highest[0], rss_bytes())
+        while not done.wait(SAMPLE_SECONDS) and (found := wanted()):  # nobody's, if an interrupt came before done.set
+            found.rss_bytes = max(found.rss_bytes, rss_bytes())
+            del found
 
     thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
     try:
+        thread.start()
         yield highest
     finally:
         done.set()
-        thread.join()
+        if thread.is_alive():  # not if an interrupt came while it was started
+            thread.join()
 
 
 def _cuda_in_use() -> bool:

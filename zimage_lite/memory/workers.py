@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import wait as wait_for
+from concurrent.futures import TimeoutError as NotYet
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event as Flag
 from typing import Any, Protocol
@@ -137,9 +138,7 @@ class Threads:
 
     def wait(self, event: Happening) -> None:
         start = time.perf_counter()
-        while wait_for(event, _PATIENCE_SECONDS).not_done:
-            pass
-        moments = [part.result() for part in event]
+        moments = [_result(part) for part in event]
         self._wait_seconds += time.perf_counter() - start
         for moment in moments:
             if moment is not None:
@@ -147,13 +146,25 @@ class Threads:
 
     def close(self) -> Moved:
         """-> what was done."""
-        self._closed.set()
-        for pool in (self._readers, self._copier, self._pinner):
-            pool.shutdown(wait=True, cancel_futures=True)
-        waited = self.link.waited_seconds()
-        self.link.close()
+        try:
+            try:
+                self._stop()
+            except KeyboardInterrupt:  # is heard when nothing moves any more
+                self._stop()
+                raise
+            waited = self.link.waited_seconds()
+        finally:
+            self.link.close()
         seconds = self._wait_seconds if waited is None else waited
         return Moved(self._read_bytes, self._copied_bytes, self._pinned_bytes, seconds)
+
+    def _stop(self) -> None:
+        self._closed.set()
+        pools = self._readers, self._copier, self._pinner
+        for pool in pools:
+            pool.shutdown(wait=False, cancel_futures=True)
+        for pool in pools:
+            pool.shutdown(wait=True)
 
     def _copy(self, source: Tensor, into: Tensor, after: Sequence[Happening]) -> Any:
         moments = [part.result() for event in after for part in event]
@@ -172,3 +183,12 @@ class Threads:
         if not self._closed.is_set():
             with torch.inference_mode():
                 job()
+
+
+def _result(part: Future[Any]) -> Any:
+    """Of a job that may not be done. Not by `concurrent.futures.wait`: it takes the locks of all futures one by one,
+    and an interrupt meanwhile would leave them taken, so that no reader ever ended."""
+    while not part.done():
+        with suppress(NotYet):
+            part.exception(_PATIENCE_SECONDS)
+    return part.result()
