@@ -1,4 +1,4 @@
-"""The streamer's workers on a real machine: a few threads that read, one that copies, and a link to the device.
+"""The streamer's workers on a real machine: a few threads that read, one that copies, one that pins, and a link.
 
 Everything is asked for by the computing thread and refers only to what was asked before, and each worker takes its work
 in order, so nothing can wait for itself.
@@ -44,7 +44,7 @@ class Link(Protocol):
         device has caught up."""
 
     def pin(self, buffer: Tensor) -> bool:
-        """Let the link read this memory by itself, if it can."""
+        """Let the link read this memory by itself, if it can. Called in a thread of its own, before copies from it."""
 
     def close(self) -> None:
         """When nothing is being copied any more."""
@@ -100,19 +100,20 @@ class Threads:
         self._readers = ThreadPoolExecutor(READERS, "read")
         self._copier = ThreadPoolExecutor(1, "copy")
         self._pinner = ThreadPoolExecutor(1, "pin")
+        self._pinning: dict[int, Future[None]] = {}  # by address
         self._read_bytes = self._copied_bytes = self._pinned_bytes = 0
         self._wait_seconds = 0.0
 
     def pin(self, buffers: Iterable[Tensor]) -> None:
-        """One after another, while the first pass reads: it takes about as long as reading. Until then, and where the
-        system refuses, copies are slower."""
+        """One after another, while the first pass reads: it takes about as long as reading. A buffer is not copied from
+        before; where the system refuses, its copies are slower."""
 
         def pin(buffer: Tensor) -> None:
             if not self._closed.is_set() and self.link.pin(buffer):
                 self._pinned_bytes += len(buffer)
 
         for buffer in buffers:
-            self._pinner.submit(pin, buffer)
+            self._pinning[buffer.data_ptr()] = self._pinner.submit(pin, buffer)
 
     def read(self, name: str, into: Tensor, after: Sequence[Happening]) -> Happening:
         self._read_bytes += self.sizes[name]
@@ -128,7 +129,9 @@ class Threads:
     def copy(self, name: str, source: Tensor, into: Tensor, after: Sequence[Happening]) -> Happening:
         n_bytes = self.sizes[name]
         self._copied_bytes += n_bytes
-        return [self._copier.submit(self._copy, source[:n_bytes], into[:n_bytes], after)]
+        pinning = self._pinning.get(source.data_ptr())
+        ready = after if pinning is None else [*after, [pinning]]
+        return [self._copier.submit(self._copy, source[:n_bytes], into[:n_bytes], ready)]
 
     def mark(self) -> Happening:
         done: Future[Any] = Future()
@@ -150,8 +153,10 @@ class Threads:
         self._closed.set()
         for pool in (self._readers, self._copier, self._pinner):
             pool.shutdown(wait=True, cancel_futures=True)
-        waited = self.link.waited_seconds()
-        self.link.close()
+        try:
+            waited = self.link.waited_seconds()
+        finally:
+            self.link.close()
         seconds = self._wait_seconds if waited is None else waited
         return Moved(self._read_bytes, self._copied_bytes, self._pinned_bytes, seconds)
 
