@@ -6,7 +6,7 @@ The device has a queue to compute and one to copy, as a GPU has, and what is put
 is told, in real time; a disk, likewise, is a queue that reading threads wait for. Streamer, threads, futures and
 copies in RAM are real. A step is the 32 blocks of the true model, 20 ms each. The bar of every case:
 
-    step <= 1.05 x max(compute, link, disk) + one block
+    mean step <= 1.05 x max(compute, link, disk) + one block
 
 Exits with 1 if a case misses it. The last line is the JSON that also goes to --out.
 """
@@ -77,7 +77,7 @@ class Device(HostLink):
     def mark(self) -> float:  # type: ignore[override]
         return self.computing.end
 
-    def hold(self, moment: float) -> None:  # type: ignore[override]
+    def hold(self, moment: float, paused: None) -> None:  # type: ignore[override]
         self.computing.add(0.0, [moment])
 
     def block(self, moment: float) -> None:  # type: ignore[override]

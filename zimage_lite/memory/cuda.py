@@ -42,13 +42,15 @@ class CudaLink:
         moment.record(torch.cuda.current_stream(self.device))
         return moment
 
-    def hold(self, moment: torch.cuda.Event) -> None:
+    def pause(self) -> torch.cuda.Event:
+        moment = torch.cuda.Event(enable_timing=True)
+        moment.record(torch.cuda.current_stream(self.device))
+        return moment
+
+    def hold(self, moment: torch.cuda.Event, paused: torch.cuda.Event) -> None:
         computing = torch.cuda.current_stream(self.device)
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record(computing)
         computing.wait_event(moment)
-        after.record(computing)
-        self._waits.append((before, after))
+        self._waits.append((paused, self.pause()))
 
     def block(self, moment: torch.cuda.Event) -> None:
         moment.synchronize()

@@ -33,8 +33,11 @@ class Link(Protocol):
     def mark(self) -> Any:
         """The moment when everything asked to compute so far is done."""
 
-    def hold(self, moment: Any) -> None:
-        """Compute nothing more before that moment."""
+    def pause(self) -> Any:
+        """The moment from which the device may have nothing to compute, for `hold`."""
+
+    def hold(self, moment: Any, paused: Any) -> None:
+        """Compute nothing more before that moment. paused: when the waiting began."""
 
     def block(self, moment: Any) -> None:
         """Wait for it in the calling thread."""
@@ -59,7 +62,10 @@ class HostLink:
     def mark(self) -> None:
         return None
 
-    def hold(self, moment: None) -> None:
+    def pause(self) -> None:
+        return None
+
+    def hold(self, moment: None, paused: None) -> None:
         return None
 
     def block(self, moment: None) -> None:
@@ -139,14 +145,14 @@ class Threads:
         return [done]
 
     def wait(self, event: Happening) -> None:
-        start = time.perf_counter()
+        start, paused = time.perf_counter(), self.link.pause()
         while wait_for(event, _PATIENCE_SECONDS).not_done:
             pass
         moments = [part.result() for part in event]
         self._wait_seconds += time.perf_counter() - start
         for moment in moments:
             if moment is not None:
-                self.link.hold(moment)
+                self.link.hold(moment, paused)
 
     def close(self) -> Moved:
         """-> what was done."""
