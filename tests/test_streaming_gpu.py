@@ -44,7 +44,7 @@ def budget_for(resident: Pipeline, blocks: int) -> int:
     return max(fixed + blocks * size, others)
 
 
-@pytest.mark.parametrize("blocks", [2, 3, 17])
+@pytest.mark.parametrize("blocks", [2, 3, 8])
 @pytest.mark.parametrize("name", ["int8", "int4", "q4_k_m"])
 def test_streamed_equals_resident(name: str, blocks: int) -> None:
     """Bit for bit: the same products of the same bytes, wherever they lay before."""
@@ -61,18 +61,21 @@ def test_streamed_equals_resident(name: str, blocks: int) -> None:
 
 
 def test_peaks_stay_under_the_plan() -> None:
-    """What torch's allocator takes, and the context that is assumed; and all is given back."""
+    """What torch's allocator gives out, and the context that is assumed; and all is given back.
+
+    Not what it takes: from 20 MB on and in steps, which only matters where a model is as small as this one. Nor what
+    cuBLAS takes of it once and keeps, 32 MiB on Hopper: the resident run has made it do that."""
     _, resident = drawn("int8")
     gc.collect()
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
+    before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     _, streamed = drawn("int8", budget_for(resident, 8))
     for phase, plan in streamed.plans.items():
-        taken = streamed.meter.phases[phase]["peak_reserved_bytes"] - before
+        taken = streamed.meter.phases[phase]["peak_vram_bytes"] - before
         assert taken + CUDA_CONTEXT_BYTES <= plan.peak_vram_bytes, phase
     gc.collect()
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() <= before
+    assert torch.cuda.memory_allocated() == before and torch.cuda.memory_reserved() <= reserved
 
 
 def test_cpu_and_gpu_draw_the_same() -> None:
