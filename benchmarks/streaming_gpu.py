@@ -3,6 +3,8 @@
     python benchmarks/streaming_gpu.py --out benchmarks/results/NAME.json
     python benchmarks/streaming_gpu.py --dry            a tiny model on the CPU, to see that this script works
 
+It needs torch, numpy, numba, psutil and tokenizers; where the package is not installed, PYTHONPATH=.:kernels.
+
 First a small model must give the same picture on the GPU as on the CPU, to rounding, and streamed the same as resident,
 bit for bit. Each case is a process of its own: a cap on torch's allocator (the cap less the context that the planner
 assumes), 8 steps at that --vram, and what was measured beside what was planned; the steady time is the median from step
