@@ -18,14 +18,12 @@ written after each case; the last line is the same JSON.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -34,6 +32,8 @@ from typing import Any
 
 import torch
 from full_size import commit, machine
+from gpu_trace import overlap
+from gpu_used import Nvml, Peak
 
 from zimage_lite.config import GenerateOptions, RuntimeOptions, TextEncoderConfig, TransformerConfig, VaeConfig
 from zimage_lite.errors import BudgetError
@@ -246,104 +246,6 @@ class ProfiledSteps:
                 path = Path(folder) / "trace.json"
                 self._profiler.export_chrome_trace(str(path))
                 self.found = overlap(json.loads(path.read_text())["traceEvents"])
-
-
-def overlap(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of the time in which weights were copied, the share in which something was computed, too."""
-    copies, kernels, kinds = [], [], dict[str, int]()
-    for event in events:
-        span = (event.get("ts", 0.0), event.get("ts", 0.0) + event.get("dur", 0.0))
-        if event.get("cat") == "gpu_memcpy" and "HtoD" in event["name"]:
-            copies.append(span)
-            kinds[event["name"]] = kinds.get(event["name"], 0) + int(event.get("args", {}).get("bytes", 0))
-        elif event.get("cat") == "kernel":
-            kernels.append(span)
-    copies, kernels = union(copies), union(kernels)
-    both, copying = union_length(common(copies, kernels)), union_length(copies)
-    spans = copies + kernels
-    window = max(end for _, end in spans) - min(start for start, _ in spans) if spans else 0.0
-    return {
-        "window_ms": window / 1e3,
-        "copy_ms": copying / 1e3,
-        "compute_ms": union_length(kernels) / 1e3,
-        "both_ms": both / 1e3,
-        "overlap": round(both / copying, 4) if copying else None,
-        "copied_bytes": kinds,
-    }
-
-
-Spans = list[tuple[float, float]]
-
-
-def union(spans: Spans) -> Spans:
-    """Disjoint, in order."""
-    found: Spans = []
-    for start, end in sorted(spans):
-        if found and start <= found[-1][1]:
-            found[-1] = (found[-1][0], max(end, found[-1][1]))
-        else:
-            found.append((start, end))
-    return found
-
-
-def common(a: Spans, b: Spans) -> Spans:
-    """Of two unions."""
-    found, i, j = Spans(), 0, 0
-    while i < len(a) and j < len(b):
-        start, end = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
-        if start < end:
-            found.append((start, end))
-        if a[i][1] < b[j][1]:
-            i += 1
-        else:
-            j += 1
-    return found
-
-
-def union_length(spans: Spans) -> float:
-    return sum(end - start for start, end in spans)
-
-
-class Nvml:
-    """What the driver says is used of GPU 0, by all processes."""
-
-    def __init__(self) -> None:
-        self.works, self._device, self._memory = False, ctypes.c_void_p(), (ctypes.c_ulonglong * 3)()
-        try:
-            self._library = ctypes.CDLL("nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1")
-            self.works = not self._library.nvmlInit_v2()
-            self.works &= not self._library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(self._device))
-        except OSError:
-            return
-
-    def used(self) -> int:
-        if not self.works:
-            return 0
-        self._library.nvmlDeviceGetMemoryInfo(self._device, self._memory)
-        return int(self._memory[2])
-
-
-class Peak:
-    """The highest use, looked up every 5 ms by a thread."""
-
-    def __init__(self, nvml: Nvml | None) -> None:
-        self.nvml, self.bytes, self._done = nvml, 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Peak:
-        if self.nvml:
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        if self.nvml:
-            self._thread.join()
-
-    def _watch(self) -> None:
-        assert self.nvml
-        while not self._done.wait(0.005):
-            self.bytes = max(self.bytes, self.nvml.used())
 
 
 def wrong(case: dict[str, Any]) -> str | None:
