@@ -133,6 +133,7 @@ def test_a_component_gives_everything_back(tiny: Path, budget: str, fails: bool)
     blocks = [*transformer.noise_refiner, *transformer.layers]
     try:
         with loading.opened(component, plan, CPU) as weights:
+            arena = weights._arena.untyped_storage()
             rest = packed(transformer)
             with weights.prelude(2) as stream:
                 for _ in range(2):
@@ -151,6 +152,7 @@ def test_a_component_gives_everything_back(tiny: Path, budget: str, fails: bool)
     except ZeroDivisionError:
         assert fails
     assert packed(transformer) == 0 and threading.active_count() == threads
+    assert torch._C._storage_Use_Count(arena._cdata) == 1  # ours; `weights` and `stream`, too, are still here
     assert {parameter.device.type for parameter in transformer.parameters()} == {"meta"}
 
 

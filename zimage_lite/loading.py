@@ -130,12 +130,17 @@ class Weights:
         link = CudaLink(self.hardware.device) if cuda else HostLink()
         workers = Threads(component.block_bytes, self._jobs, link)
         names = {block: name for name, block in component.blocks.items()}
+        places = self._places(route, slot_bytes)
+        stream = Streamer(route, places, workers, names, self._bind, release)
+        pinned = [*places.staging, *(places.held[name] for name, home in route.homes.items() if home == PINNED)]
+        del places  # else a traceback of this frame would keep the memory
         try:
-            places = self._places(route, slot_bytes)
-            workers.pin([*places.staging, *(places.held[name] for name, home in route.homes.items() if home == PINNED)])
-            yield Streamer(route, places, workers, names, self._bind, release)
+            workers.pin(pinned)
+            pinned.clear()
+            yield stream
         finally:
             self.moved.append(workers.close())
+            stream.end()
 
     def _places(self, route: Route, slot_bytes: int) -> Places[Tensor]:
         """Cut from the two buffers: resident blocks, then slots; staging buffers, then what waits in RAM."""

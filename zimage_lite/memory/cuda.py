@@ -8,16 +8,24 @@ import torch
 from torch import Tensor
 
 _PAGE_BYTES = 4096
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every CUDA context of the process
 
 
 class CudaLink:
-    """Copies run on a stream of their own. A moment is a CUDA event."""
+    """Copies run on a stream of their own. A moment is a CUDA event.
+
+    Make it when all places on the device are there: they come from the computing stream's allocator, so whatever was
+    asked of that stream until now may still be using their memory. Close it before they are given back.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.copying = torch.cuda.Stream(device)
+        # With its number: threads begin with device 0 as their current one, whatever this thread has chosen.
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", index)
+        self.copying = torch.cuda.Stream(self.device)
+        self.copying.wait_stream(torch.cuda.current_stream(self.device))
         self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._pinned: list[Tensor] = []
+        self._pinned: list[int] = []  # where they begin
 
     def copy(self, source: Tensor, into: Tensor, after: Sequence[torch.cuda.Event]) -> torch.cuda.Event:
         with torch.cuda.stream(self.copying):
@@ -34,13 +42,15 @@ class CudaLink:
         moment.record(torch.cuda.current_stream(self.device))
         return moment
 
-    def hold(self, moment: torch.cuda.Event) -> None:
+    def pause(self) -> torch.cuda.Event:
+        moment = torch.cuda.Event(enable_timing=True)
+        moment.record(torch.cuda.current_stream(self.device))
+        return moment
+
+    def hold(self, moment: torch.cuda.Event, paused: torch.cuda.Event) -> None:
         computing = torch.cuda.current_stream(self.device)
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record(computing)
         computing.wait_event(moment)
-        after.record(computing)
-        self._waits.append((before, after))
+        self._waits.append((paused, self.pause()))
 
     def block(self, moment: torch.cuda.Event) -> None:
         moment.synchronize()
@@ -51,18 +61,24 @@ class CudaLink:
 
     def pin(self, buffer: Tensor) -> bool:
         """Let the GPU read this memory while the CPU does something else. Not by torch's own pinned tensors: it rounds
-        each up to a power of two. False if the system does not allow so much; then copies are slower, but right."""
+        each up to a power of two. False if the system does not allow so much; then copies are slower, but right.
+
+        No copy may come from a buffer while it is being pinned. A refusal is remembered as CUDA's last error by the
+        calling thread, where torch would take it for that of the next kernel: call it in a thread that has no others.
+        """
         start = buffer.data_ptr() // _PAGE_BYTES * _PAGE_BYTES
         end = -(-(buffer.data_ptr() + buffer.nbytes) // _PAGE_BYTES) * _PAGE_BYTES
-        status = torch.cuda.cudart().cudaHostRegister(start, end - start, 0)
+        with torch.cuda.device(self.device):
+            status = torch.cuda.cudart().cudaHostRegister(start, end - start, _PORTABLE)
         if int(status):
             return False
-        self._pinned.append(buffer)
+        self._pinned.append(start)
         return True
 
     def close(self) -> None:
         """When nothing is being copied any more."""
-        self.copying.synchronize()
-        for buffer in self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr() // _PAGE_BYTES * _PAGE_BYTES)
-        self._pinned.clear()
+        try:
+            self.copying.synchronize()
+        finally:
+            while self._pinned:
+                torch.cuda.cudart().cudaHostUnregister(self._pinned.pop())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .gpus import Gpu
 
-CUDA_CONTEXT_BYTES = 500_000_000  # counts against --vram, but is not the allocator's
+CUDA_CONTEXT_BYTES = 540_000_000  # counts against --vram, but not as tensors; with cuBLAS's workspace of 8 to 32 MiB
 VRAM_MARGIN_BYTES = 300_000_000  # left to the desktop and to the allocator's rounding
 DESKTOP_BYTES = 300_000_000  # what other programs hold of a GPU that nobody has asked
 PROCESS_BYTES = 1_200_000_000  # Python, torch with its CUDA libraries, and what the driver keeps in RAM: assumed

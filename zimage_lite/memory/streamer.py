@@ -130,6 +130,12 @@ class Streamer(Generic[Module, Place, Event]):
             self._slot_free[passage.slot] = [self.workers.mark()]
             self._ask_ahead()
 
+    def end(self) -> None:
+        """Let go of all places, so that their memory is free even while somebody still has this streamer."""
+        self.places = Places({}, {}, [], [])
+        for queue in (self._unread, self._read, self._coming):
+            queue.clear()
+
     def _passages(self) -> Iterator[_Passage[Place, Event]]:
         streamed = 0
         for number in range(self.route.passes):

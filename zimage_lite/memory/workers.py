@@ -1,4 +1,4 @@
-"""The streamer's workers on a real machine: a few threads that read, one that copies, and a link to the device.
+"""The streamer's workers on a real machine: a few threads that read, one that copies, one that pins, and a link.
 
 Everything is asked for by the computing thread and refers only to what was asked before, and each worker takes its work
 in order, so nothing can wait for itself.
@@ -34,8 +34,11 @@ class Link(Protocol):
     def mark(self) -> Any:
         """The moment when everything asked to compute so far is done."""
 
-    def hold(self, moment: Any) -> None:
-        """Compute nothing more before that moment."""
+    def pause(self) -> Any:
+        """The moment from which the device may have nothing to compute, for `hold`."""
+
+    def hold(self, moment: Any, paused: Any) -> None:
+        """Compute nothing more before that moment. paused: when the waiting began."""
 
     def block(self, moment: Any) -> None:
         """Wait for it in the calling thread."""
@@ -45,7 +48,7 @@ class Link(Protocol):
         device has caught up."""
 
     def pin(self, buffer: Tensor) -> bool:
-        """Let the link read this memory by itself, if it can."""
+        """Let the link read this memory by itself, if it can. Called in a thread of its own, before copies from it."""
 
     def close(self) -> None:
         """When nothing is being copied any more."""
@@ -60,7 +63,10 @@ class HostLink:
     def mark(self) -> None:
         return None
 
-    def hold(self, moment: None) -> None:
+    def pause(self) -> None:
+        return None
+
+    def hold(self, moment: None, paused: None) -> None:
         return None
 
     def block(self, moment: None) -> None:
@@ -101,19 +107,20 @@ class Threads:
         self._readers = ThreadPoolExecutor(READERS, "read")
         self._copier = ThreadPoolExecutor(1, "copy")
         self._pinner = ThreadPoolExecutor(1, "pin")
+        self._pinning: dict[int, Future[None]] = {}  # by address
         self._read_bytes = self._copied_bytes = self._pinned_bytes = 0
         self._wait_seconds = 0.0
 
     def pin(self, buffers: Iterable[Tensor]) -> None:
-        """One after another, while the first pass reads: it takes about as long as reading. Until then, and where the
-        system refuses, copies are slower."""
+        """One after another, while the first pass reads: it takes about as long as reading. A buffer is not copied from
+        before; where the system refuses, its copies are slower."""
 
         def pin(buffer: Tensor) -> None:
             if not self._closed.is_set() and self.link.pin(buffer):
                 self._pinned_bytes += len(buffer)
 
         for buffer in buffers:
-            self._pinner.submit(pin, buffer)
+            self._pinning[buffer.data_ptr()] = self._pinner.submit(pin, buffer)
 
     def read(self, name: str, into: Tensor, after: Sequence[Happening]) -> Happening:
         self._read_bytes += self.sizes[name]
@@ -129,7 +136,9 @@ class Threads:
     def copy(self, name: str, source: Tensor, into: Tensor, after: Sequence[Happening]) -> Happening:
         n_bytes = self.sizes[name]
         self._copied_bytes += n_bytes
-        return [self._copier.submit(self._copy, source[:n_bytes], into[:n_bytes], after)]
+        pinning = self._pinning.get(source.data_ptr())
+        ready = after if pinning is None else [*after, [pinning]]
+        return [self._copier.submit(self._copy, source[:n_bytes], into[:n_bytes], ready)]
 
     def mark(self) -> Happening:
         done: Future[Any] = Future()
@@ -137,12 +146,12 @@ class Threads:
         return [done]
 
     def wait(self, event: Happening) -> None:
-        start = time.perf_counter()
+        start, paused = time.perf_counter(), self.link.pause()
         moments = [_result(part) for part in event]
         self._wait_seconds += time.perf_counter() - start
         for moment in moments:
             if moment is not None:
-                self.link.hold(moment)
+                self.link.hold(moment, paused)
 
     def close(self) -> Moved:
         """-> what was done."""
