@@ -17,6 +17,7 @@ VAE_FACTOR = 8  # image pixels per latent pixel, each way
 VAE_QUERIES = 1024  # of its attention, at a time
 SIZE_MULTIPLE = VAE_FACTOR * PATCH_SIZE
 TOKENS_PER_PASS = 1024  # prompts are encoded and refined together up to this many tokens
+MOST_PER_ROUND = 64  # images are denoised before the first of them is decoded
 MAX_PROMPT_TOKENS = 512  # as diffusers truncates
 DEFAULT_SIZE = 1024  # pixels each way, where the model's card names no other
 MAX_STEPS = 1000  # as many as the model was trained with

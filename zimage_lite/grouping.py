@@ -6,12 +6,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from .config import GenerateOptions
+from .config import MOST_PER_ROUND, GenerateOptions
 from .memory.plan import Plan
 from .prediction import Job
 
 RELOADING_SHARE = 0.1  # of a round's time, at most, is spent on bringing the transformer's weights in again
-MOST_PER_ROUND = 64
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ rounds, so that finished ones are handed over as they come.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -252,10 +253,12 @@ class Pipeline:
             failed = None
             with weights.passes(len(batches) * len(times)) as stream:
                 for batch in batches:
-                    latents: list[Tensor] = []
+                    latents, start = list[Tensor](), time.perf_counter()
                     try:
                         for latents in batch.denoised(model, hardware, stream):
                             count.add(len(latents))
+                            start, before = time.perf_counter(), start
+                            self.meter.step_seconds.append(round(start - before, 4))
                     except NotFiniteError as error:
                         failed = batch, error.with_traceback(None)
                         break

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from .catalog import Part, stored_parts, true_parts
 from .checkpoint.model_files import ModelFiles
 from .config import (
+    MOST_PER_ROUND,
     PATCH_SIZE,
     SEQUENCE_MULTIPLE,
     TOKENS_PER_PASS,
@@ -84,10 +85,20 @@ class Job:
         return _padded(self.latents // PATCH_SIZE**2)
 
     @property
-    def prompt_batches(self) -> list[tuple[int, ...]]:
-        """As they are encoded: together while they have at most TOKENS_PER_PASS."""
+    def round_images(self) -> int:
+        """At most, in a round."""
+        return min(self.images, MOST_PER_ROUND)
+
+    @property
+    def round_tokens(self) -> tuple[int, ...]:
+        """Of the prompts of a round, at most."""
+        return tuple(sorted(self.prompt_tokens)[-self.round_images * (2 if self.guided else 1) :])
+
+    @staticmethod
+    def batches(prompt_tokens: Sequence[int]) -> list[tuple[int, ...]]:
+        """As they are encoded and refined: together while they have at most TOKENS_PER_PASS."""
         found: list[tuple[int, ...]] = []
-        for tokens in self.prompt_tokens:
+        for tokens in prompt_tokens:
             if found and sum(found[-1]) + tokens <= TOKENS_PER_PASS:
                 found[-1] += (tokens,)
             else:
@@ -156,7 +167,7 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     def attention(tokens: int) -> float:
         return 4.0 * c.dim * tokens**2
 
-    refined = [[_padded(tokens) for tokens in prompts] for prompts in job.prompt_batches]
+    refined = [[_padded(tokens) for tokens in prompts] for prompts in job.batches(job.round_tokens)]
     together, pads = max(map(sum, refined)), sum(map(sum, refined))
     n_refiners, whole = c.n_refiner_layers, image + caption
     prelude = blocks("context_refiner", n_refiners, together, max(sum(map(attention, batch)) for batch in refined))
@@ -169,7 +180,8 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     tokens = max(sequences * whole, together)
     activations = activation_bytes(tokens, c.dim, c.ffn_dim, c.n_heads, item, stream)
     latent = 4 * c.in_channels * job.latents
-    once = {"time weights": time_bytes(time_weights)}
+    embeddings = stream * sum(job.prompt_tokens) * c.cap_feat_dim
+    host = {"time weights": time_bytes(time_weights), "embeddings": embeddings}
     return Phase(
         name="denoise",
         blocks=tuple(main),
@@ -181,19 +193,19 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
         fixed={
             "embedders": item * sum(part.rows * part.columns for part in rest),
             "adaLN vectors": item * job.steps * (4 * (n_refiners + c.n_layers) + 1) * c.dim,
-            "latents": latent * (_LATENT_COPIES * sequences + job.images),
-            "captions": stream * (pads * c.dim + sum(job.prompt_tokens) * c.cap_feat_dim),
+            "latents": latent * (_LATENT_COPIES * sequences + job.round_images),
+            "captions": stream * pads * (c.dim + c.cap_feat_dim),
             "activations": activations + (tokens + pads) * c.head_dim * 4,  # the angles of the parts stay, too
             "unpacking": unpacking,
-            **(once if device == "cpu" else {}),
+            **(host if device == "cpu" else {}),
         },
-        ram_fixed=once if device == "gpu" else {},
+        ram_fixed=host if device == "gpu" else {},
         way=batch,
     )
 
 
 def _encode(model: Model, job: Job, device: str, machine: Machine) -> Phase:
-    c, batches, blocks = model.text_encoder_config, job.prompt_batches, []
+    c, batches, blocks = model.text_encoder_config, job.batches(job.prompt_tokens), []
     dtype, tokens = machine.dtype(device), max(map(sum, batches))
     item, stream = ITEM_BYTES[dtype], STREAM_BYTES[dtype]
     attention = max(sum(4 * c.num_attention_heads * c.head_dim * n**2 for n in batch) for batch in batches)
@@ -225,7 +237,7 @@ def _decode(model: Model, job: Job, device: str, machine: Machine) -> Iterator[P
     item = ITEM_BYTES[dtype]
     ways = decode_ways(config, job.height, job.width, item, device == "gpu")
     traffic = 8 * ways[0].device_bytes / ways[0].flops  # of what is done to each element between the products
-    images = {"image": 3 * job.pixels, "latents": 4 * config.latent_channels * job.latents * job.images}
+    images = {"image": 3 * job.pixels, "latents": 4 * config.latent_channels * job.latents * job.round_images}
     for way in ways[dtype == "fp16" :]:  # only bands scale their maps so that float16 holds them
         work = Work(
             way.flops,

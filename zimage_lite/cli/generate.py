@@ -264,6 +264,7 @@ def _measured(pipeline: Pipeline, requests: Sequence[GenerateOptions]) -> dict[s
         "format": pipeline.model.transformer.main_format,
         "synthetic": pipeline.model.synthetic,
         "seconds_per_step": round(meter.phases["denoise"]["seconds"] / steps, 3),
+        "step_seconds": list(meter.step_seconds),
         "phases": {
             name: {"planned": plan.facts(), "measured": meter.phases[name]} for name, plan in pipeline.plans.items()
         },

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .workers import Moved
 
 SAMPLE_SECONDS = 0.02
+_STEPS_KEPT = 1000
 
 
 @dataclass
@@ -28,6 +30,7 @@ class Meter:
     """
 
     phases: dict[str, dict[str, float]] = field(default_factory=dict)
+    step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_STEPS_KEPT))  # the last ones, each
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
