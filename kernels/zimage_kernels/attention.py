@@ -148,8 +148,8 @@ def _attend(
     if k_scale_ptrs is None:
         logits = tl.dot(q, k, tl.broadcast_to(absent, (q.shape[0], k.shape[1])))
     else:
-        k_scale = tl.load(k_scale_ptrs, mask=inside, other=0)
-        logits = tl.dot(q, k).to(tl.float32) * k_scale[None, :] + absent
+        logits = tl.dot(q, k).to(tl.float32)
+        logits = logits * tl.load(k_scale_ptrs, mask=inside, other=0)[None, :] + absent
     new_peak = tl.maximum(peak, tl.max(logits, 1) * q_scale)
     shrink = tl.exp2(peak - new_peak)
     weights = tl.exp2(logits * q_scale[:, None] - new_peak[:, None])
@@ -193,27 +193,32 @@ def _attention_kernel(
         return
     m = first + tl.arange(0, BLOCK_M)
     m_read = tl.minimum(m, end - 1)
-    n = begin + tl.arange(0, BLOCK_N)
+    n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, 128)
     q = tl.load(q_ptr + head * 128 + m_read[:, None] * q_stride + d[None, :])
-    k_ptrs = k_ptr + head * 128 + n[None, :] * k_stride + d[:, None]
-    v_ptrs = v_ptr + head * 128 + n[:, None] * v_stride + d[None, :]
+    k_ptr += begin * k_stride + head * 128
+    v_ptr += begin * v_stride + head * 128
+    k_tile = n[None, :] * k_stride + d[:, None]  # offsets in 32 bits: fewer registers than as many pointers
+    v_tile = n[:, None] * v_stride + d[None, :]
     if q_scale_ptr is None:
-        q_scale, k_scale_ptrs = tl.full((BLOCK_M,), softmax_scale, tl.float32), None
+        q_scale = tl.full((BLOCK_M,), softmax_scale, tl.float32)
     else:
         q_scale = tl.load(q_scale_ptr + head * q_scale_head + m_read * q_scale_stride)
         q_scale = tl.maximum(q_scale, 1e-30) * softmax_scale  # -inf times 0 is NaN
-        k_scale_ptrs = k_scale_ptr + head * k_scale_head + n * k_scale_stride
+        k_scale_ptr += begin * k_scale_stride + head * k_scale_head
     acc = tl.zeros((BLOCK_M, 128), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     for start in range(begin, end, BLOCK_N):
         inside = start + tl.arange(0, BLOCK_N) < end
-        acc, total, peak = _attend(q, q_scale, acc, total, peak, k_ptrs, k_scale_ptrs, v_ptrs, inside, FLOAT16_SUMS)
-        k_ptrs += BLOCK_N * k_stride
-        v_ptrs += BLOCK_N * v_stride
-        if k_scale_ptrs is not None:
-            k_scale_ptrs += BLOCK_N * k_scale_stride
+        k_scale_ptrs = None if k_scale_ptr is None else k_scale_ptr + n * k_scale_stride
+        acc, total, peak = _attend(
+            q, q_scale, acc, total, peak, k_ptr + k_tile, k_scale_ptrs, v_ptr + v_tile, inside, FLOAT16_SUMS
+        )
+        k_ptr += BLOCK_N * k_stride
+        v_ptr += BLOCK_N * v_stride
+        if k_scale_ptr is not None:
+            k_scale_ptr += BLOCK_N * k_scale_stride
     out = acc / total[:, None]
     out_ptrs = out_ptr + head * 128 + m[:, None] * (heads * 128) + d[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=m[:, None] < end)
