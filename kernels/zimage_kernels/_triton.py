@@ -22,15 +22,16 @@ else:
 
 Backend = Literal["auto", "triton", "reference"]
 MATRIX_UNITS = 80  # Triton >= 3.3 has no tensor cores on 7.5: int8 dots do not compile, 16-bit ones become FMAs
+PER_IMAGE = ["rows", "scale_stride"]  # what these names stand for follows the number of tokens
 OPTIONS = {"enable_fp_fusion": True}  # goes with every launch: Triton 3.9 warns where nothing is said
 
 
 def jit(kernel: Callable[..., Any]) -> Any:
     """triton.jit, or the function as it is where it can never be launched.
 
-    An argument `rows` is not specialized: one compilation serves every image size.
+    Arguments named in PER_IMAGE are not specialized: one compilation serves every image size.
     """
-    return kernel if triton is None else triton.jit(kernel, do_not_specialize=["rows"])
+    return kernel if triton is None else triton.jit(kernel, do_not_specialize=PER_IMAGE)
 
 
 def capability(device: torch.device) -> int:

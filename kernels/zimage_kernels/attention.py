@@ -66,7 +66,8 @@ def attention_int8(
 ) -> Tensor:
     """softmax((q * q_scale) (k * k_scale)^T / sqrt(128)) v, not causal, as one launch for all sequences.
 
-    q, k: [tokens, heads, 128] int8; q_scale, k_scale: [tokens, heads] float32, one per token and head, any strides.
+    q, k: [tokens, heads, 128] int8; q_scale, k_scale: [tokens, heads] float32, one per token and head, any strides, the
+    same in both; tokens side by side are read fastest.
     Softmax does not see a vector that is taken from all keys of a sequence, so k may be shifted by its mean before.
     v: [tokens, heads, 128] float16 or bfloat16; heads dense and tokens any distance apart, in q, k and v.
     float16_sums: add up the products with v of one tile of keys in float16, which GeForce cards do at twice the rate;
@@ -78,6 +79,8 @@ def attention_int8(
     for name, scale in (("q_scale", q_scale), ("k_scale", k_scale)):
         if scale.dtype != torch.float32 or scale.shape != q.shape[:2]:
             raise ValueError(f"{name}: got {scale.dtype} {list(scale.shape)}, expected float32 {list(q.shape[:2])}")
+    if q_scale.stride() != k_scale.stride():
+        raise ValueError(f"k_scale: got strides {k_scale.stride()}, expected {q_scale.stride()} as q_scale has")
     if not use_triton(backend, q.device, MATRIX_UNITS):
         return attention_int8_reference(q, q_scale, k, k_scale, v, lengths)
     return _launch("attention_int8", q, q_scale, k, k_scale, v, lengths, float16_sums)
@@ -113,12 +116,11 @@ def _launch(
     longest = max(lengths, default=0)
     chosen = tile(op, longest, q.device)
     grid = (triton.cdiv(longest, chosen["BLOCK_M"]), heads * len(lengths))
-    strides = [*(q_scale.stride() if q_scale is not None else (0, 0))]
-    strides += [*(k_scale.stride() if k_scale is not None else (0, 0))]
+    scale_strides = (0, 0) if q_scale is None else q_scale.stride()
     if longest:
         _attention_kernel[grid](
             q, q_scale, k, k_scale, v, out, _bounds(tuple(lengths), q.device), SOFTMAX_SCALE, heads,
-            q.stride(0), k.stride(0), v.stride(0), *strides, float16_sums, **chosen, **OPTIONS,
+            q.stride(0), k.stride(0), v.stride(0), *scale_strides, float16_sums, **chosen, **OPTIONS,
         )  # fmt: skip
     return out
 
@@ -177,10 +179,8 @@ def _attention_kernel(
     q_stride: tl.tensor,
     k_stride: tl.tensor,
     v_stride: tl.tensor,
-    q_scale_stride: tl.tensor,
-    q_scale_head: tl.tensor,
-    k_scale_stride: tl.tensor,
-    k_scale_head: tl.tensor,
+    scale_step: tl.tensor,
+    scale_stride: tl.tensor,
     FLOAT16_SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -203,22 +203,22 @@ def _attention_kernel(
     if q_scale_ptr is None:
         q_scale = tl.full((BLOCK_M,), softmax_scale, tl.float32)
     else:
-        q_scale = tl.load(q_scale_ptr + head * q_scale_head + m_read * q_scale_stride)
+        q_scale = tl.load(q_scale_ptr + head * scale_stride + m_read * scale_step)
         q_scale = tl.maximum(q_scale, 1e-30) * softmax_scale  # -inf times 0 is NaN
-        k_scale_ptr += begin * k_scale_stride + head * k_scale_head
+        k_scale_ptr += begin * scale_step + head * scale_stride
     acc = tl.zeros((BLOCK_M, 128), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     for start in range(begin, end, BLOCK_N):
         inside = start + tl.arange(0, BLOCK_N) < end
-        k_scale_ptrs = None if k_scale_ptr is None else k_scale_ptr + n * k_scale_stride
+        k_scale_ptrs = None if k_scale_ptr is None else k_scale_ptr + n * scale_step
         acc, total, peak = _attend(
             q, q_scale, acc, total, peak, k_ptr + k_tile, k_scale_ptrs, v_ptr + v_tile, inside, FLOAT16_SUMS
         )
         k_ptr += BLOCK_N * k_stride
         v_ptr += BLOCK_N * v_stride
         if k_scale_ptr is not None:
-            k_scale_ptr += BLOCK_N * k_scale_stride
+            k_scale_ptr += BLOCK_N * scale_step
     out = acc / total[:, None]
     out_ptrs = out_ptr + head * 128 + m[:, None] * (heads * 128) + d[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=m[:, None] < end)
@@ -238,24 +238,21 @@ def variants(arch: int) -> list[Variant]:
 def _variant(chosen: Tile, dtype: str, int8: bool, float16_sums: bool) -> Variant:
     codes = "*i8" if int8 else f"*{dtype}"
     pointers = {"q_ptr": codes, "k_ptr": codes, "v_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "bounds_ptr": "*i32"}
-    aligned_sizes = dict.fromkeys(("q_stride", "k_stride", "v_stride"), "i32")
-    sizes = {"heads": "i32", "softmax_scale": "fp32"}
     constexprs: dict[str, Any] = {name: value for name, value in chosen.items() if name.isupper()}
-    if int8:  # scales [tokens, heads], contiguous
+    if int8:  # as `norm_rope` writes them: the tokens of a head side by side
         pointers |= {"q_scale_ptr": "*fp32", "k_scale_ptr": "*fp32"}
-        sizes |= {"q_scale_stride": "i32", "k_scale_stride": "i32"}
-        constexprs |= {"q_scale_head": 1, "k_scale_head": 1}
+        constexprs |= {"scale_step": 1}
     else:
         constexprs |= {"q_scale_ptr": None, "k_scale_ptr": None}
-        aligned_sizes |= dict.fromkeys(("q_scale_stride", "q_scale_head", "k_scale_stride", "k_scale_head"), "i32")  # 0
+    strides = dict.fromkeys(("q_stride", "k_stride", "v_stride", *(() if int8 else ("scale_step",))), "i32")
     operand = dtype.replace("fp", "f")
     tile_name = f"{chosen['BLOCK_M']}x{chosen['BLOCK_N']}{' fp16 sums' if float16_sums else ''}"
     return Variant(
         name=f"attention{'_int8' if int8 else ''} {dtype} {tile_name}",
         kernel=_attention_kernel,
-        signature={**pointers, **aligned_sizes, **sizes},
+        signature={**pointers, **strides, "scale_stride": "i32", "heads": "i32", "softmax_scale": "fp32"},
         constexprs={**constexprs, "FLOAT16_SUMS": float16_sums},
-        aligned=(*pointers, *aligned_sizes),
+        aligned=(*pointers, *strides),
         num_warps=chosen["num_warps"],
         num_stages=chosen["num_stages"],
         matrix=("s8", operand) if int8 else (operand,),

@@ -36,7 +36,8 @@ def fused_qkv(lengths: list[int], heads: int = 2) -> list[Tensor]:
 
 
 def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = x.float().abs().amax(-1) / 127
+    """Scales [tokens, heads], in which the tokens of a head lie side by side."""
+    scale = (x.float().abs().amax(-1) / 127).T.contiguous().T
     return (x / scale[..., None]).round().clamp(-127, 127).char(), scale
 
 
@@ -77,20 +78,19 @@ def test_int8(lengths: list[int], heads: int, float16_sums: bool) -> None:
     assert_accurate(y, attention_int8_reference(q, q_scale, k, k_scale, v, lengths), truth)
 
 
-def test_scales_may_lie_by_heads() -> None:
-    """[heads, tokens] in memory gives the same."""
+def test_scales_may_lie_by_tokens() -> None:
     q, k, v = fused_qkv([70])
     (q, q_scale), (k, k_scale) = quantized(q), quantized(k)
     y = attention_int8(q, q_scale, k, k_scale, v, [70], backend="triton")
-    by_heads = (scale.T.contiguous().T for scale in (q_scale, k_scale))
-    transposed = [value for pair in zip((q, k), by_heads, strict=True) for value in pair]
+    by_tokens = (scale.contiguous() for scale in (q_scale, k_scale))
+    transposed = [value for pair in zip((q, k), by_tokens, strict=True) for value in pair]
     assert torch.equal(attention_int8(*transposed, v, [70], backend="triton"), y)
 
 
 def test_a_query_of_zeros_takes_the_mean() -> None:
     """Its scale is 0 where nothing clamps it. Fewer keys than a tile, so that some are absent."""
     _, k, v = fused_qkv([70])
-    (k, k_scale), zeros = quantized(k), torch.zeros(70, 2, device=DEVICE)
+    (k, k_scale), zeros = quantized(k), torch.zeros(2, 70, device=DEVICE).T
     y = attention_int8(torch.zeros_like(k), zeros, k, k_scale, v, [70], backend="triton")
     torch.testing.assert_close(y.double(), v.double().mean(0).expand_as(y), rtol=2**-10, atol=2**-10)
 
