@@ -48,11 +48,14 @@ def interpreted() -> bool:
 def use_triton(backend: Backend, device: torch.device, least: int = 75) -> bool:
     """Whether an op runs its Triton kernel, which needs compute capability `least`.
 
-    auto takes the kernel where it can run; triton raises ValueError with the reason where it cannot.
+    auto takes the kernel on a CUDA device where it can run; triton raises ValueError with the reason where it cannot,
+    and runs in the interpreter where that is on.
     """
     if backend not in ("auto", "triton", "reference"):
         raise ValueError(f"backend: got {backend!r}, expected auto, triton or reference")
     if backend == "reference":
+        return False
+    if backend == "auto" and device.type != "cuda":
         return False
     obstacle = _obstacle(device, least)
     if obstacle and backend == "triton":

@@ -24,22 +24,22 @@ ROOT = Path(__file__).parents[2]
 GEMM = Variant("gemm", None, {}, {}, (), matrix=("s8",))
 
 
-def compiled(*arguments: str) -> tuple[int, list[dict[str, Any]], str]:
-    """Exit code, rows and standard error of the tool (or of Python code after -c)."""
+def run(*arguments: str) -> tuple[int, dict[str, Any], str]:
+    """Exit code, the JSON of the last line and standard error of a Python process that interprets no kernel."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT / "kernels", ROOT / "tools")))
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
     lines = done.stdout.splitlines()
-    return done.returncode, json.loads(lines[-1])["rows"] if lines else [], done.stderr
+    return done.returncode, json.loads(lines[-1]) if lines else {}, done.stderr
 
 
 def test_representative_kernels() -> None:
     only = ["linear_int8 128x128x32 low-rank", "swiglu_int8 128x64x32 low-rank", "attention_int8 fp16 128x64 fp16 sums"]
     tool = str(ROOT / "tools" / "compile_kernels.py")
-    code, rows, errors = compiled(tool, "--arch", "86", "--json", *(f"--only={name}" for name in only))
+    code, printed, errors = run(tool, "--arch", "86", "--json", *(f"--only={name}" for name in only))
     assert code == 0, errors
-    assert sorted(row["name"] for row in rows) == sorted(only)
-    for row in rows:
+    assert sorted(row["name"] for row in printed["rows"]) == sorted(only)
+    for row in printed["rows"]:
         assert "mma.s8" in row["matrix"] and row["registers"] > 32 and row["shared_bytes"] > 0 and not row["fault"]
 
 
@@ -54,11 +54,19 @@ sys.exit(compile_kernels.main("--arch 86 --arch 75 --only 128x128x64 --json".spl
 
 def test_what_is_wrong_is_found() -> None:
     """Two accumulators of 128x128 and the low-rank terms do not fit 256 threads; 7.5 has no int8 product at all."""
-    code, rows, errors = compiled("-c", SPOILT)
+    code, printed, errors = run("-c", SPOILT)
     assert code == 1, errors
-    faults = {(row["arch"], row["name"]): row["fault"] for row in rows}
+    faults = {(row["arch"], row["name"]): row["fault"] for row in printed["rows"]}
     assert "bytes spilled" in faults[86, "swiglu_int8 128x128x64 low-rank"]
     assert "does not compile" in faults[75, "swiglu_int8 128x128x64 low-rank"]
+
+
+def test_what_is_launched_is_what_was_compiled() -> None:
+    """Types, constants, alignment, warps and stages: else the table would be of kernels that nobody runs. The number of
+    rows is no part of it, so that a new image size compiles nothing."""
+    code, printed, errors = run(str(Path(__file__).with_name("recorded_launches.py")))
+    assert code == 0, errors
+    assert printed == {"unknown": [], "not_launched": []}
 
 
 def test_faults() -> None:
