@@ -49,6 +49,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], backend
     """
     for name, part in (("q", q), ("k", k), ("v", v)):
         _check(name, part, q, (torch.float16, torch.bfloat16))
+    _check_lengths(lengths, len(q))
     if not use_triton(backend, q.device, MATRIX_UNITS):
         return attention(q, k, v, lengths)
     return _launch("attention", q, None, k, None, v, lengths, False)
@@ -76,6 +77,7 @@ def attention_int8(
     _check("q", q, q, (torch.int8,))
     _check("k", k, q, (torch.int8,))
     _check("v", v, q, (torch.float16,) if float16_sums else (torch.float16, torch.bfloat16))
+    _check_lengths(lengths, len(q))
     for name, scale in (("q_scale", q_scale), ("k_scale", k_scale)):
         if scale.dtype != torch.float32 or scale.shape != q.shape[:2]:
             raise ValueError(f"{name}: got {scale.dtype} {list(scale.shape)}, expected float32 {list(q.shape[:2])}")
@@ -94,6 +96,11 @@ def attention_int8_reference(
     return attention(q, k, v, lengths)
 
 
+def _check_lengths(lengths: list[int], tokens: int) -> None:
+    if sum(lengths) != tokens or min(lengths, default=1) < 0:
+        raise ValueError(f"lengths: got {lengths}, expected tokens of each sequence, {tokens} in all")
+
+
 def _check(name: str, part: Tensor, q: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if part.ndim != 3 or part.shape != q.shape or part.shape[2] != HEAD_DIM:
         raise ValueError(f"{name}: got {list(part.shape)}, expected [tokens, heads, {HEAD_DIM}], the same for q, k, v")
@@ -108,8 +115,6 @@ def _launch(
     float16_sums: bool,
 ) -> Tensor:  # fmt: skip
     tokens, heads, _ = q.shape
-    if sum(lengths) != tokens or min(lengths, default=1) < 0:
-        raise ValueError(f"lengths: got {lengths}, expected tokens of each sequence, {tokens} in all")
     if tokens * max(q.stride(0), k.stride(0), v.stride(0)) >= 2**31:
         raise ValueError(f"q, k, v: got {tokens} tokens, expected offsets under 2^31")
     out = torch.empty(tokens, heads, HEAD_DIM, dtype=v.dtype, device=q.device)
