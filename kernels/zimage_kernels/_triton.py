@@ -1,0 +1,75 @@
+"""Triton where there is one. macOS has none, and there every op still has its reference.
+
+Kernels are decorated with `jit` and read `tl` from here, so that their modules import anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    import triton
+    import triton.language as tl
+else:
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        triton = tl = None
+
+Backend = Literal["auto", "triton", "reference"]
+MATRIX_UNITS = 80  # Triton >= 3.3 has no tensor cores on 7.5: int8 dots do not compile, 16-bit ones become FMAs
+PER_IMAGE = ["rows", "scale_stride"]  # what these names stand for follows the number of tokens
+OPTIONS = {"enable_fp_fusion": True}  # goes with every launch: Triton 3.9 warns where nothing is said
+
+
+def jit(kernel: Callable[..., Any]) -> Any:
+    """triton.jit, or the function as it is where it can never be launched.
+
+    Arguments named in PER_IMAGE are not specialized: one compilation serves every image size.
+    """
+    return kernel if triton is None else triton.jit(kernel, do_not_specialize=PER_IMAGE)
+
+
+def capability(device: torch.device) -> int:
+    """86 for compute capability 8.6."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1 when Triton was imported."""
+    return triton is not None and bool(triton.knobs.runtime.interpret)
+
+
+def use_triton(backend: Backend, device: torch.device, least: int = 75) -> bool:
+    """Whether an op runs its Triton kernel, which needs compute capability `least`.
+
+    auto takes the kernel on a CUDA device where it can run; triton raises ValueError with the reason where it cannot,
+    and runs in the interpreter where that is on.
+    """
+    if backend not in ("auto", "triton", "reference"):
+        raise ValueError(f"backend: got {backend!r}, expected auto, triton or reference")
+    if backend == "reference":
+        return False
+    if backend == "auto" and device.type != "cuda":
+        return False
+    obstacle = _obstacle(device, least)
+    if obstacle and backend == "triton":
+        raise ValueError(f"backend triton: {obstacle}")
+    return obstacle is None
+
+
+def _obstacle(device: torch.device, least: int) -> str | None:
+    if triton is None:
+        return "Triton is not installed"
+    if interpreted():
+        return None
+    if device.type != "cuda":
+        return f"got tensors on {device.type}, expected cuda"
+    if capability(device) < least:
+        return f"got compute capability {capability(device)}, expected at least {least}"
+    return None
