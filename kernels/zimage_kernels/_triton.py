@@ -26,8 +26,11 @@ OPTIONS = {"enable_fp_fusion": True}  # goes with every launch: Triton 3.9 warns
 
 
 def jit(kernel: Callable[..., Any]) -> Any:
-    """triton.jit, or the function as it is where it can never be launched."""
-    return kernel if triton is None else triton.jit(kernel)
+    """triton.jit, or the function as it is where it can never be launched.
+
+    An argument `rows` is not specialized: one compilation serves every image size.
+    """
+    return kernel if triton is None else triton.jit(kernel, do_not_specialize=["rows"])
 
 
 def capability(device: torch.device) -> int:
