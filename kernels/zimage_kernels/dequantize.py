@@ -1,4 +1,4 @@
-"""Weights of every format, unpacked on the device: to 16 bits for a plain product, or to rotated int8 for `linear_int8`.
+"""Weights of every format, unpacked on the device: to 16 bits for a plain product, or to rotated int8.
 
 A whole weight is unpacked into a scratch buffer before it is used: at 4224 tokens the product takes 20 times as long.
 Parts and options are those of the codecs in zimage_lite.quant, which are the definition of each format.
@@ -40,7 +40,9 @@ class _Source(NamedTuple):
 def dequantize(kind: str, parts: Parts, options: Mapping[str, Any], out: Tensor, first_row: int = 0) -> None:
     """Unpack to out: [rows, columns] bfloat16, float16 or float32, contiguous, on the device of the parts.
 
-    kind: one of KINDS. first_row: where the weight starts in parts that hold more than it.
+    kind: one of KINDS; options: as in a file, with the "offset" of nf4. first_row: where the weight starts in parts
+    that hold more than it. ValueError for what only the codec can unpack: another kind, int4 with 6 bits, scales that
+    run across rows.
     """
     source = _source(kind, parts, options, out.shape[1])
     _launch(source, out, None, source.group, first_row)
@@ -73,16 +75,16 @@ def _source(kind: str, parts: Parts, options: Mapping[str, Any], columns: int) -
     if kind in GGML_BLOCKS:
         return _Source(kind, packed, levels=_iq4_levels(packed.device) if kind.startswith("iq4") else None)
     if kind == "int4":
-        if packed.shape[1] * 2 != columns:
-            raise ValueError(f"int4: got {packed.shape[1]} bytes for {columns} columns, expected half as many")
-        scale, levels, span = parts["_s_rel"].view(torch.uint8), parts.get("_codebook"), options["scale_group"]
+        scale, span = parts["_s_rel"], _span(kind, options["scale_group"], columns)
+        if packed.shape[1] * 2 != columns or scale.itemsize != 1:
+            raise ValueError(f"int4: got {packed.shape[1]} bytes for {columns} columns, {scale.dtype} scales")
+        scale, levels = scale.view(torch.uint8), parts.get("_codebook")
         return _Source(kind, packed, scale, parts["_s_channel"], levels, span, group=options["group"])
     if kind == "convrot_w4a4":
         return _Source("int4", packed, None, parts["_scale"], group=options["group"])
     if kind in ("nf4", "fp4"):
-        return _Source(
-            "levels", packed, _absmax(parts, options, columns), None, parts[".quant_map"], options["blocksize"]
-        )
+        span, absmax = _span(kind, options["blocksize"], columns), _absmax(parts, options, columns)
+        return _Source("levels", packed.view(-1, columns // 2), absmax, None, parts[".quant_map"], span)
     if kind in ("qint4", "qint2"):
         packed = packed.view(-1, options["group"])
         layout = "quanto4" if kind == "qint4" else "quanto2"
@@ -92,6 +94,12 @@ def _source(kind: str, parts: Parts, options: Mapping[str, Any], columns: int) -
     if kind == "bnb-int8":
         return _Source("rows", packed, parts["_scb"] / 127)
     raise ValueError(f"format of the weight: got {kind!r}, expected one of {', '.join(KINDS)}")
+
+
+def _span(kind: str, span: int, columns: int) -> int:
+    if columns % span or span & (span - 1):
+        raise ValueError(f"{kind}: got {span} columns to a scale, expected a power of two that divides {columns}")
+    return span
 
 
 @cache
@@ -114,7 +122,8 @@ def _dequantize_kernel(
     packed_ptr: tl.tensor, scale_ptr: tl.tensor, offset_ptr: tl.tensor, levels_ptr: tl.tensor,
     out_ptr: tl.tensor, row_scale_ptr: tl.tensor,
     columns: tl.tensor, packed_columns: tl.tensor, stack: tl.tensor, first_row: tl.tensor,
-    LAYOUT: tl.constexpr, ELEMENTS: tl.constexpr, BYTES: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    LAYOUT: tl.constexpr, ELEMENTS: tl.constexpr, BYTES: tl.constexpr, SPAN: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """One row. GROUP: of the rotation that makes int8 of a weight, or takes back that of an int4."""
     row = tl.program_id(0).to(tl.int64)

@@ -33,15 +33,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class Branch(NamedTuple):
     """What a sub-block adds to the residual stream: gate * RMSNorm(y) * weight.
 
-    y: [rows, dim]; weight, gate: [dim], gate is tanh'ed already, None for 1. exponent: y was computed as 2^-exponent
-    of its true value, so that float16 holds it; the norm takes that out again, exactly.
+    y: [rows, dim]; weight, gate: [dim], gate is tanh'ed already, None for 1. scale_log2: y is 2^scale_log2 times its
+    true value, so that float16 holds it; the norm takes that out again, exactly.
     """
 
     y: Tensor
     weight: Tensor
     gate: Tensor | None
     eps: float
-    exponent: int = 0
+    scale_log2: int = 0
 
 
 class Norm(NamedTuple):
@@ -102,8 +102,8 @@ def add_norm(
 
 
 def _branch_eps(branch: Branch) -> float:
-    """RMSNorm(2^-k y) with eps 4^-k is RMSNorm(y) with eps."""
-    return branch.eps * 4.0**-branch.exponent
+    """RMSNorm(2^k y) with 4^k eps is RMSNorm(y) with eps."""
+    return branch.eps * 4.0**branch.scale_log2
 
 
 def _normalise(x: Tensor, eps: float) -> Tensor:

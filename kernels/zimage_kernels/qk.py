@@ -67,7 +67,7 @@ def norm_rope(
 
 
 def sample_step(length: int) -> int:
-    """Every how many tokens a key is sampled: SAMPLES of them, or up to twice as many."""
+    """Every how many tokens a key is sampled: SAMPLES of them, or fewer than twice as many."""
     return max(length // SAMPLES, 1)
 
 
@@ -76,7 +76,7 @@ def _sampled_mean(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: floa
     length, heads, head_dim = x.shape
     mean = torch.empty(heads, head_dim, dtype=torch.float32, device=x.device)
     _mean_kernel[(heads,)](
-        x, weight, cos, sin, mean, length, x.stride(0), sample_step(length), eps, head_dim, 64, num_warps=8, **OPTIONS
+        x, weight, cos, sin, mean, length, x.stride(0), eps, head_dim, 64, SAMPLES, num_warps=8, **OPTIONS
     )
     return mean
 
@@ -84,11 +84,11 @@ def _sampled_mean(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: floa
 @jit
 def _norm_rope_kernel(
     x_ptr: tl.tensor, weight_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor, shift_ptr: tl.tensor,
-    out_ptr: tl.tensor, scale_ptr: tl.tensor, length: tl.tensor, heads: tl.tensor, stride: tl.tensor, eps: tl.float32,
+    out_ptr: tl.tensor, scale_ptr: tl.tensor, rows: tl.tensor, heads: tl.tensor, stride: tl.tensor, eps: tl.float32,
     GROUP: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr,
 ) -> None:  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    inside = (token < length)[:, None]
+    inside = (token < rows)[:, None]
     channel = tl.arange(0, DIM)
     weight = tl.load(weight_ptr + channel).to(tl.float32)[None, :]
     cos, sin = _angles(cos_ptr, sin_ptr, token, inside, DIM)
@@ -107,25 +107,27 @@ def _norm_rope_kernel(
             codes = (x * (1 / scale)[:, None] + 12582912.0) - 12582912.0  # rounds as in quantize.to_int8
             codes = tl.minimum(tl.maximum(codes, -127.0), 127.0).to(tl.int8)
             tl.store(out_ptr + row[:, None] * DIM + channel[None, :], codes, mask=inside)
-            tl.store(scale_ptr + row, scale, mask=token < length)
+            tl.store(scale_ptr + row, scale, mask=token < rows)
 
 
 @jit
 def _mean_kernel(
     x_ptr: tl.tensor, weight_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor, mean_ptr: tl.tensor,
-    length: tl.tensor, stride: tl.tensor, step: tl.tensor, eps: tl.float32, DIM: tl.constexpr, TOKENS: tl.constexpr,
+    rows: tl.tensor, stride: tl.tensor, eps: tl.float32,
+    DIM: tl.constexpr, TOKENS: tl.constexpr, SAMPLES: tl.constexpr,
 ) -> None:  # fmt: skip
     head = tl.program_id(0)
     channel = tl.arange(0, DIM)
     weight = tl.load(weight_ptr + channel).to(tl.float32)[None, :]
     total = tl.zeros((TOKENS, DIM), tl.float32)
-    for first in range(0, length, TOKENS * step):
+    step = tl.maximum(rows // SAMPLES, 1)
+    for first in range(0, rows, TOKENS * step):
         token = first + tl.arange(0, TOKENS).to(tl.int64) * step
-        inside = (token < length)[:, None]
+        inside = (token < rows)[:, None]
         cos, sin = _angles(cos_ptr, sin_ptr, token, inside, DIM)
         x = tl.load(x_ptr + token[:, None] * stride + (head * DIM + channel)[None, :], mask=inside, other=0.0)
         total += _norm_rope(x, weight, cos, sin, eps, TOKENS, DIM)
-    mean = tl.sum(total, 0) / ((length + step - 1) // step)
+    mean = tl.sum(total, 0) / ((rows + step - 1) // step)
     tl.store(mean_ptr + head * DIM + channel, mean)
 
 
@@ -166,7 +168,7 @@ def _variant(dtype: str, group: int | None, centre: bool) -> Variant:
     return Variant(
         name=f"qk {dtype} {kind}{' centred' if centre else ''}",
         kernel=_norm_rope_kernel,
-        signature={**pointers, "length": "i32", "heads": "i32", "stride": "i32", "eps": "fp32"},
+        signature={**pointers, "rows": "i32", "heads": "i32", "stride": "i32", "eps": "fp32"},
         constexprs={**absent, "GROUP": group, "DIM": 128, "TOKENS": TILE["TOKENS"], "SPLITS": TILE["SPLITS"]},
         aligned=(*pointers, "stride"),
         num_warps=TILE["num_warps"],
@@ -179,8 +181,8 @@ def _mean_variant(dtype: str) -> Variant:
     return Variant(
         name=f"qk mean {dtype}",
         kernel=_mean_kernel,
-        signature={**pointers, "mean_ptr": "*fp32", "length": "i32", "stride": "i32", "step": "i32", "eps": "fp32"},
-        constexprs={"DIM": 128, "TOKENS": 64},
+        signature={**pointers, "mean_ptr": "*fp32", "rows": "i32", "stride": "i32", "eps": "fp32"},
+        constexprs={"DIM": 128, "TOKENS": 64, "SAMPLES": SAMPLES},
         aligned=(*pointers, "mean_ptr", "stride"),
         num_warps=8,
     )

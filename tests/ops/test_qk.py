@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from activations import assert_accurate, assert_same_codes, with_outliers
+from activations import assert_accurate, assert_same_codes, poisoned, with_outliers  # noqa: F401
 from torch import Tensor
 from zimage_kernels.qk import SAMPLES, norm_rope, norm_rope_reference, sample_step
 from zimage_kernels.quantize import Int8Rows
+
+pytest.importorskip("triton")
 
 EPS = 1e-5
 HEADS, DIM = 2, 128

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from activations import assert_same_codes, with_outliers
+from activations import assert_same_codes, poisoned, with_outliers  # noqa: F401
 from comfy_kitchen.tensor.int8_utils import _build_hadamard
 from zimage_kernels.quantize import Int8Rows, quantize_rows
 from zimage_kernels.rotation import hadamard_rotate
+
+pytest.importorskip("triton")
 
 
 def test_kernel_is_the_reference() -> None:
