@@ -6,6 +6,8 @@ all keys of a sequence and head, and near their mean it takes away what makes th
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,8 +21,8 @@ from .rotation import rotate_in_registers
 # The mean of this many keys, evenly spaced, is within 1/16 of a standard deviation of the mean of all, and reads 6 %
 # of the keys at 4224 tokens.
 SAMPLES = 256
-# Tokens of a program, and programs that share the heads: cosines and sines are read 3 times and not 30.
-TILE = {"TOKENS": 16, "SPLITS": 3, "num_warps": 4, "num_stages": 2}
+TILE = {"TOKENS": 16, "num_warps": 4, "num_stages": 2}
+SPLITS = 3  # programs that share the heads of some tokens: cosines and sines are read 3 times and not 30
 
 
 def norm_rope_reference(
@@ -53,15 +55,16 @@ def norm_rope(
         raise ValueError(f"norm_rope: got strides {x.stride()}, expected dense heads")
     codes = torch.empty(x.shape, dtype=x.dtype if group is None else torch.int8, device=x.device)
     scale = None if group is None else torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
+    splits = math.gcd(x.shape[1], SPLITS)
     at = 0
     for length in centre or [len(x)]:
         part = slice(at, at + length)
         at += length
         angles = cos[part], sin[part]
         shift = _sampled_mean(x[part], weight, *angles, eps) if centre is not None else None
-        _norm_rope_kernel[(triton.cdiv(length, TILE["TOKENS"]), TILE["SPLITS"])](
+        _norm_rope_kernel[(triton.cdiv(length, TILE["TOKENS"]), splits)](
             x[part], weight, *angles, shift, codes[part], None if scale is None else scale[part],
-            length, x.shape[1], x.stride(0), eps, group, x.shape[2], **TILE, **OPTIONS,
+            length, x.stride(0), eps, group, x.shape[1], splits, x.shape[2], **TILE, **OPTIONS,
         )  # fmt: skip
     return codes if scale is None else Int8Rows(codes, scale)
 
@@ -76,7 +79,7 @@ def _sampled_mean(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: floa
     length, heads, head_dim = x.shape
     mean = torch.empty(heads, head_dim, dtype=torch.float32, device=x.device)
     _mean_kernel[(heads,)](
-        x, weight, cos, sin, mean, length, x.stride(0), eps, head_dim, 64, SAMPLES, num_warps=8, **OPTIONS
+        x, weight, cos, sin, mean, length, x.stride(0), eps, head_dim, 32, SAMPLES, num_warps=8, **OPTIONS
     )
     return mean
 
@@ -84,20 +87,21 @@ def _sampled_mean(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: floa
 @jit
 def _norm_rope_kernel(
     x_ptr: tl.tensor, weight_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor, shift_ptr: tl.tensor,
-    out_ptr: tl.tensor, scale_ptr: tl.tensor, rows: tl.tensor, heads: tl.tensor, stride: tl.tensor, eps: tl.float32,
-    GROUP: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr,
+    out_ptr: tl.tensor, scale_ptr: tl.tensor, rows: tl.tensor, stride: tl.tensor, eps: tl.float32,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr,
 ) -> None:  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     inside = (token < rows)[:, None]
     channel = tl.arange(0, DIM)
     weight = tl.load(weight_ptr + channel).to(tl.float32)[None, :]
     cos, sin = _angles(cos_ptr, sin_ptr, token, inside, DIM)
-    for head in range(tl.program_id(1), heads, SPLITS):
+    for first in range(0, HEADS, SPLITS):
+        head = first + tl.program_id(1)
         x = tl.load(x_ptr + token[:, None] * stride + (head * DIM + channel)[None, :], mask=inside, other=0.0)
         x = _norm_rope(x, weight, cos, sin, eps, TOKENS, DIM)
         if shift_ptr is not None:
             x -= tl.load(shift_ptr + head * DIM + channel)[None, :]
-        row = token * heads + head
+        row = token * HEADS + head
         if scale_ptr is None:
             tl.store(out_ptr + row[:, None] * DIM + channel[None, :], x.to(out_ptr.dtype.element_ty), mask=inside)
         else:
@@ -121,8 +125,8 @@ def _mean_kernel(
     weight = tl.load(weight_ptr + channel).to(tl.float32)[None, :]
     total = tl.zeros((TOKENS, DIM), tl.float32)
     step = tl.maximum(rows // SAMPLES, 1)
-    for first in range(0, rows, TOKENS * step):
-        token = first + tl.arange(0, TOKENS).to(tl.int64) * step
+    for first in range(0, 2 * SAMPLES, TOKENS):
+        token = (first + tl.arange(0, TOKENS)).to(tl.int64) * step
         inside = (token < rows)[:, None]
         cos, sin = _angles(cos_ptr, sin_ptr, token, inside, DIM)
         x = tl.load(x_ptr + token[:, None] * stride + (head * DIM + channel)[None, :], mask=inside, other=0.0)
@@ -168,8 +172,8 @@ def _variant(dtype: str, group: int | None, centre: bool) -> Variant:
     return Variant(
         name=f"qk {dtype} {kind}{' centred' if centre else ''}",
         kernel=_norm_rope_kernel,
-        signature={**pointers, "rows": "i32", "heads": "i32", "stride": "i32", "eps": "fp32"},
-        constexprs={**absent, "GROUP": group, "DIM": 128, "TOKENS": TILE["TOKENS"], "SPLITS": TILE["SPLITS"]},
+        signature={**pointers, "rows": "i32", "stride": "i32", "eps": "fp32"},
+        constexprs={**absent, "GROUP": group, "HEADS": 30, "SPLITS": SPLITS, "DIM": 128, "TOKENS": TILE["TOKENS"]},
         aligned=(*pointers, "stride"),
         num_warps=TILE["num_warps"],
         num_stages=TILE["num_stages"],
@@ -182,7 +186,7 @@ def _mean_variant(dtype: str) -> Variant:
         name=f"qk mean {dtype}",
         kernel=_mean_kernel,
         signature={**pointers, "mean_ptr": "*fp32", "rows": "i32", "stride": "i32", "eps": "fp32"},
-        constexprs={"DIM": 128, "TOKENS": 64, "SAMPLES": SAMPLES},
+        constexprs={"DIM": 128, "TOKENS": 32, "SAMPLES": SAMPLES},
         aligned=(*pointers, "mean_ptr", "stride"),
         num_warps=8,
     )

@@ -12,7 +12,7 @@ from zimage_kernels.quantize import Int8Rows
 pytest.importorskip("triton")
 
 EPS = 1e-5
-HEADS, DIM = 2, 128
+HEADS, DIM = 3, 128
 
 
 def _inputs(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -30,7 +30,8 @@ def test_int8_is_the_reference(dtype: torch.dtype) -> None:
     ours, expected = [], []
     for lengths in ([1], [17], [20, 109], [2 * SAMPLES + 9]):
         q, k, *rest = _inputs(sum(lengths), dtype)
-        for x, group, centre in ((q, 0, None), (q, 64, None), (k, 64, lengths)):
+        cases = [(q, 0, None), (q, 64, None), (k, 64, lengths)]
+        for x, group, centre in cases if sum(lengths) < SAMPLES else [(k[:, :1], 0, lengths)]:
             for backend, into in (("triton", ours), ("reference", expected)):
                 rows = norm_rope(x, *rest, EPS, group, centre, backend)  # type: ignore[arg-type]
                 assert isinstance(rows, Int8Rows)
@@ -56,9 +57,10 @@ def test_heads_are_where_diffusers_has_them() -> None:
     from diffusers.models.normalization import RMSNorm
 
     q, _, weight, cos, sin = _inputs(9, torch.float32)
+    q = q[:, :2]  # two heads are not shared by three programs
     norm = RMSNorm(DIM, eps=EPS)
     norm.weight.data = weight
-    pairs = torch.view_as_complex(norm(q).reshape(9, HEADS, -1, 2)) * torch.complex(cos, sin).unsqueeze(1)
+    pairs = torch.view_as_complex(norm(q).reshape(9, 2, -1, 2)) * torch.complex(cos, sin).unsqueeze(1)
     ours = norm_rope(q, weight, cos, sin, EPS, backend="triton")
     torch.testing.assert_close(ours, torch.view_as_real(pairs).flatten(2).detach(), rtol=1e-5, atol=1e-5)
 
