@@ -1,6 +1,6 @@
 """Compile every kernel at every tile of the tuning files, for every architecture, without a GPU, and judge the result.
 
-    python tools/compile_kernels.py [--arch 86 --arch 120] [--op attention] [--json]
+    python tools/compile_kernels.py [--arch 86 --arch 120] [--only "int8 128x128"] [--json]
 
 Prints one row per compilation: matrix instruction, registers, spilled bytes, shared memory, occupancy. Exits 1 when one
 falls short: a product without tensor cores, any spill, more shared memory than a block can have, or a failed build.
@@ -30,7 +30,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import pkgutil
 import re
 import subprocess
@@ -41,13 +40,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
-
 import triton
 import zimage_kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from zimage_kernels._triton import OPTIONS
+from zimage_kernels._triton import OPTIONS, interpreted
 from zimage_kernels.aot import Variant
 from zimage_kernels.tuning import ARCHITECTURES
 
@@ -66,7 +63,7 @@ REGISTERS = 65536  # of a multiprocessor, given out to warps in units of 256
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one variant. error: empty where it compiled; occupancy: resident warps of the possible ones."""
+    """What became of one variant. occupancy: resident warps of the possible ones; fault: empty where it may ship."""
 
     arch: int
     name: str
@@ -81,13 +78,12 @@ class Row:
     fault: str = ""
 
 
-def variants(arch: int, op: str | None = None) -> Iterator[Variant]:
-    """Of every op module that has any; op: only those of that module."""
+def variants(arch: int) -> Iterator[Variant]:
+    """Of every op module that has any."""
     for module in pkgutil.iter_modules(zimage_kernels.__path__):
-        if op in (None, module.name):
-            listed = getattr(importlib.import_module(f"zimage_kernels.{module.name}"), "variants", None)
-            if listed is not None:
-                yield from listed(arch)
+        listed = getattr(importlib.import_module(f"zimage_kernels.{module.name}"), "variants", None)
+        if listed is not None:
+            yield from listed(arch)
 
 
 def build(variant: Variant, arch: int) -> triton.compiler.CompiledKernel:
@@ -149,7 +145,7 @@ def compile_variant(variant: Variant, arch: int) -> Row:
     try:
         built = build(variant, arch)
     except Exception as error:  # noqa: BLE001 - a compiler can fail in any way, and the table must show it
-        message = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        message = " ".join(f"{type(error).__name__} {error.__cause__ or ''} at {error}".split())[-300:]
         return Row(arch, variant.name, variant.num_warps, variant.num_stages, fault=f"does not compile: {message}")
     matrix = matrix_instructions(built.asm["ptx"])
     registers, spilled_bytes = resources(built.asm["cubin"])
@@ -179,16 +175,19 @@ def line(row: Row) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="default: all")
-    parser.add_argument("--op", help="only that module of zimage_kernels")
+    parser.add_argument("--only", metavar="TEXT", action="append", help="variants whose name contains it; repeatable")
     parser.add_argument("--json", action="store_true", help="the rows as one JSON object on the last line")
     options = parser.parse_args(arguments)
+    if interpreted():
+        parser.error("TRITON_INTERPRET is set, and the interpreter compiles nothing")
     titles = ("registers", "spilled", "shared KiB", "occupancy")
     print(f"Triton {triton.__version__}; columns: arch, variant, warps, stages, matrix, {', '.join(titles)}, verdict")
     rows = []
     for arch in options.arch or ARCHITECTURES:
-        for variant in variants(arch, options.op):
-            rows.append(compile_variant(variant, arch))
-            print(line(rows[-1]), flush=True)
+        for variant in variants(arch):
+            if any(text in variant.name for text in options.only or [""]):
+                rows.append(compile_variant(variant, arch))
+                print(line(rows[-1]), flush=True)
     failed = sum(bool(row.fault) for row in rows)
     print(f"{len(rows)} compiled, {failed} fell short, {sum(row.seconds for row in rows):.0f} s")
     if options.json:

@@ -3,7 +3,7 @@
 The torch reference is the definition, the fallback and the test oracle. Triton kernels join it op by op.
 """
 
-from .attention import attention
+from .attention import attention, attention_int8, attention_int8_reference, flash_attention
 from .dequantize import dequantize, requantize
 from .linear_int8 import linear_int8, linear_int8_reference
 from .norm import Branch, Norm, Normed, add_norm, add_norm_reference, rms_norm
@@ -22,7 +22,10 @@ __all__ = [
     "add_norm_reference",
     "apply_rope",
     "attention",
+    "attention_int8",
+    "attention_int8_reference",
     "dequantize",
+    "flash_attention",
     "hadamard_rotate",
     "linear_int8",
     "linear_int8_reference",

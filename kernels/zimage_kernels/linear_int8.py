@@ -190,7 +190,7 @@ def _linear_int8_kernel(
                 x = tl.load(x_ptrs, mask=k[None, :] < columns, other=0)
                 w = tl.load(w_ptrs, mask=k[:, None] < columns, other=0)
                 k += BLOCK_K
-            acc = tl.dot(x, w, acc)
+            acc = tl.dot(x, w, acc, out_dtype=tl.int32)
             x_ptrs += BLOCK_K
             w_ptrs += BLOCK_K
     y = dequantized(acc, x_scale_ptr, w_scale_ptr, xa_ptr, b_ptr, m_read, n_read, rank)

@@ -117,8 +117,8 @@ def _swiglu_int8_kernel(
             x = tl.load(x_ptrs, mask=k[None, :] < left, other=0)
             w1 = tl.load(w1_ptr + w_offsets, mask=k[:, None] < left, other=0)
             w3 = tl.load(w3_ptr + w_offsets, mask=k[:, None] < left, other=0)
-        acc1 = tl.dot(x, w1, acc1)
-        acc3 = tl.dot(x, w3, acc3)
+        acc1 = tl.dot(x, w1, acc1, out_dtype=tl.int32)
+        acc3 = tl.dot(x, w3, acc3, out_dtype=tl.int32)
         x_ptrs += BLOCK_K
         w_offsets += BLOCK_K
     gate = dequantized(acc1, x_scale_ptr, w1_scale_ptr, xa1_ptr, b1_ptr, m_read, n_read, rank1)
