@@ -62,6 +62,8 @@ def requantize(
 
 def _launch(source: _Source, out: Tensor, row_scale: Tensor | None, group: int, first_row: int) -> None:
     rows, columns = out.shape
+    if not out.is_contiguous():
+        raise ValueError(f"unpacked weight: got strides {out.stride()}, expected a contiguous buffer")
     elements, block_bytes = GGML_BLOCKS.get(source.layout, (0, 0))
     _dequantize_kernel[(rows,)](
         source.packed, source.scale, source.offset, source.levels, out, row_scale,

@@ -85,6 +85,9 @@ def add_norm(
     if not use_triton(backend, x.device):
         return add_norm_reference(x, branch, norm, group)
     rows, dim = x.shape
+    for name, given in (("x", x), ("y", branch.y if branch is not None else x)):
+        if given.shape != x.shape or not given.is_contiguous():
+            raise ValueError(f"{name}: got {list(given.shape)}, expected contiguous {list(x.shape)}")
     total = x if branch is None else torch.empty_like(x)
     h: Tensor | Int8Rows | None = None
     if norm is not None and group is not None:
@@ -92,10 +95,12 @@ def add_norm(
     elif norm is not None:
         h = torch.empty(rows, dim, dtype=norm.weight.dtype, device=x.device)
     h_out, h_scale = h if isinstance(h, Int8Rows) else (h, None)
-    y, branch_weight, gate, branch_eps = (*branch[:3], _branch_eps(branch)) if branch else (None, None, None, 0.0)
+    y, branch_weight, gate, branch_eps = (
+        (*branch[:3], _branch_eps(branch)) if branch is not None else (None, None, None, 0.0)
+    )
     weight, scale, eps = norm or (None, None, 0.0)
     _add_norm_kernel[(rows,)](
-        x, y, branch_weight, gate, total if branch else None, weight, scale, h_out, h_scale,
+        x, y, branch_weight, gate, total if branch is not None else None, weight, scale, h_out, h_scale,
         dim, branch_eps, eps, group, **row_tile(dim), **OPTIONS,
     )  # fmt: skip
     return Normed(total, h)
@@ -168,7 +173,7 @@ def _variant(name: str, branch: bool, norm: bool, stream: str, dtype: str, group
         pointers |= {"h_ptr": f"*{dtype}"} if group is None else {"h_ptr": "*i8", "h_scale_ptr": "*fp32"}
     absent = dict.fromkeys(set(_add_norm_kernel.arg_names[:9]) - set(pointers))
     return Variant(
-        name=f"{name} {stream} {dtype} {'16-bit' if group is None else 'int8'}",
+        name=f"add_norm {name} {stream} {dtype} {'16-bit' if group is None else 'int8'}",
         kernel=_add_norm_kernel,
         signature={**pointers, "dim": "i32", "branch_eps": "fp32", "eps": "fp32"},
         constexprs={**absent, "GROUP": group, "BLOCK": tile["BLOCK"]},

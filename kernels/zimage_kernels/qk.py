@@ -45,16 +45,18 @@ def norm_rope(
     power of two. weight: [head_dim]; cos, sin: [tokens, head_dim / 2] float32. group: None writes x's dtype; else
     heads are rotated by groups of so many (0: not) and quantized, with a scale for each token and head. centre: lengths
     of the sequences, whose (sampled) means are subtracted; for keys. Returns [tokens, heads, head_dim], dense, or codes
-    of that shape and scales [tokens, heads].
+    of that shape and scales [tokens, heads], in which the tokens of a head lie side by side: attention reads them so.
     """
     if group is not None:
         check_group(x.shape[2], group)
     if not use_triton(backend, x.device):
         return norm_rope_reference(x, weight, cos, sin, eps, group, centre)
-    if x.stride(2) != 1 or x.stride(1) != x.shape[2]:
-        raise ValueError(f"norm_rope: got strides {x.stride()}, expected dense heads")
+    if x.stride()[1:] != (x.shape[2], 1) or not (cos.is_contiguous() and sin.is_contiguous()):
+        raise ValueError(f"norm_rope: got strides {x.stride()}, expected dense heads, and contiguous cos and sin")
+    if centre is not None and sum(centre) != len(x):
+        raise ValueError(f"norm_rope: got {sum(centre)} tokens in the sequences, expected {len(x)}")
     codes = torch.empty(x.shape, dtype=x.dtype if group is None else torch.int8, device=x.device)
-    scale = None if group is None else torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
+    scale = None if group is None else torch.empty(x.shape[1::-1], dtype=torch.float32, device=x.device).T
     splits = math.gcd(x.shape[1], SPLITS)
     at = 0
     for length in centre or [len(x)]:
@@ -64,7 +66,7 @@ def norm_rope(
         shift = _sampled_mean(x[part], weight, *angles, eps) if centre is not None else None
         _norm_rope_kernel[(triton.cdiv(length, TILE["TOKENS"]), splits)](
             x[part], weight, *angles, shift, codes[part], None if scale is None else scale[part],
-            length, x.stride(0), eps, group, x.shape[1], splits, x.shape[2], **TILE, **OPTIONS,
+            length, x.stride(0), len(x), eps, group, x.shape[1], splits, x.shape[2], **TILE, **OPTIONS,
         )  # fmt: skip
     return codes if scale is None else Int8Rows(codes, scale)
 
@@ -87,7 +89,8 @@ def _sampled_mean(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: floa
 @jit
 def _norm_rope_kernel(
     x_ptr: tl.tensor, weight_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor, shift_ptr: tl.tensor,
-    out_ptr: tl.tensor, scale_ptr: tl.tensor, rows: tl.tensor, stride: tl.tensor, eps: tl.float32,
+    out_ptr: tl.tensor, scale_ptr: tl.tensor,
+    rows: tl.tensor, stride: tl.tensor, scale_stride: tl.tensor, eps: tl.float32,
     GROUP: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr,
 ) -> None:  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
@@ -101,17 +104,17 @@ def _norm_rope_kernel(
         x = _norm_rope(x, weight, cos, sin, eps, TOKENS, DIM)
         if shift_ptr is not None:
             x -= tl.load(shift_ptr + head * DIM + channel)[None, :]
-        row = token * HEADS + head
+        out_ptrs = out_ptr + (token * HEADS + head)[:, None] * DIM + channel[None, :]
         if scale_ptr is None:
-            tl.store(out_ptr + row[:, None] * DIM + channel[None, :], x.to(out_ptr.dtype.element_ty), mask=inside)
+            tl.store(out_ptrs, x.to(out_ptr.dtype.element_ty), mask=inside)
         else:
             if GROUP:
                 x = tl.reshape(rotate_in_registers(tl.reshape(x, (TOKENS * DIM,)), TOKENS * DIM, GROUP), (TOKENS, DIM))
             scale = tl.maximum(tl.max(tl.abs(x), 1) / 127, 1e-30)
             codes = (x * (1 / scale)[:, None] + 12582912.0) - 12582912.0  # rounds as in quantize.to_int8
             codes = tl.minimum(tl.maximum(codes, -127.0), 127.0).to(tl.int8)
-            tl.store(out_ptr + row[:, None] * DIM + channel[None, :], codes, mask=inside)
-            tl.store(scale_ptr + row, scale, mask=token < rows)
+            tl.store(out_ptrs, codes, mask=inside)
+            tl.store(scale_ptr + head * scale_stride + token, scale, mask=token < rows)
 
 
 @jit
@@ -172,9 +175,9 @@ def _variant(dtype: str, group: int | None, centre: bool) -> Variant:
     return Variant(
         name=f"qk {dtype} {kind}{' centred' if centre else ''}",
         kernel=_norm_rope_kernel,
-        signature={**pointers, "rows": "i32", "stride": "i32", "eps": "fp32"},
+        signature={**pointers, "rows": "i32", "stride": "i32", "scale_stride": "i32", "eps": "fp32"},
         constexprs={**absent, "GROUP": group, "HEADS": 30, "SPLITS": SPLITS, "DIM": 128, "TOKENS": TILE["TOKENS"]},
-        aligned=(*pointers, "stride"),
+        aligned=(*pointers, "stride", "scale_stride"),
         num_warps=TILE["num_warps"],
         num_stages=TILE["num_stages"],
     )
