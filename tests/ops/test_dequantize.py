@@ -130,10 +130,14 @@ def test_a_weight_may_start_inside_its_parts(kind: str) -> None:
     torch.testing.assert_close(out, truth[3:5], rtol=0, atol=1e-6)
 
 
-def test_int4_without_a_codebook_means_the_codes_themselves() -> None:
-    parts, options, _ = _packed("int4", 2, 256)
+def test_int4_takes_any_scale_and_no_codebook() -> None:
+    """Every e4m3 number there is: subnormal, negative, and so large that the levels are clamped at 127."""
+    parts, options, _ = _packed("int4", 16, 256)
     del parts["_codebook"]
-    out = torch.empty(2, 256)
+    scales = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    scales[scales & 127 == 127] = 0  # NaN
+    parts["_s_rel"] = scales.view(torch.float8_e4m3fn)
+    out = torch.empty(16, 256)
     dequantize("int4", parts, options, out)
     truth = FORMATS["int4"].codec.dequantize(parts, 256, options)
     torch.testing.assert_close(out, truth, rtol=0, atol=truth.abs().max().item() * 2.0**-20)

@@ -32,7 +32,7 @@ def test_kernel_is_the_reference() -> None:
 def test_codes_are_those_of_comfy_kitchen() -> None:
     """The matrix is theirs, so that weights rotated there and activations rotated here multiply to x W^T."""
     x = with_outliers(4, 512)
-    rotated = (x.double().view(4, 2, 256) @ _build_hadamard(256).double().T).view(4, 512)
+    rotated = (x.double().view(4, 2, 256) @ _build_hadamard(256, DEVICE).double().T).view(4, 512)
     codes, scale = quantize_rows(x, 256, "triton")
     assert ((codes * scale.unsqueeze(1) - rotated).abs() <= scale.unsqueeze(1) * 0.5001).all()
     assert (codes.abs().amax(1) == 127).all()
