@@ -62,12 +62,13 @@ def requantize(
 
 def _launch(source: _Source, out: Tensor, row_scale: Tensor | None, group: int, first_row: int) -> None:
     rows, columns = out.shape
-    if not out.is_contiguous():
-        raise ValueError(f"unpacked weight: got strides {out.stride()}, expected a contiguous buffer")
+    for name, given in (("packed", source.packed), ("unpacked", out)):
+        if not given.is_contiguous():
+            raise ValueError(f"{name} weight: got strides {given.stride()}, expected contiguous rows")
     elements, block_bytes = GGML_BLOCKS.get(source.layout, (0, 0))
     _dequantize_kernel[(rows,)](
         source.packed, source.scale, source.offset, source.levels, out, row_scale,
-        columns, source.packed.stride(0), source.stack, first_row,
+        columns, source.stack, first_row,
         source.layout, elements, block_bytes, source.span, group, **row_tile(columns), **OPTIONS,
     )  # fmt: skip
 
@@ -123,7 +124,7 @@ def _absmax(parts: Parts, options: Mapping[str, Any], columns: int) -> Tensor:
 def _dequantize_kernel(
     packed_ptr: tl.tensor, scale_ptr: tl.tensor, offset_ptr: tl.tensor, levels_ptr: tl.tensor,
     out_ptr: tl.tensor, row_scale_ptr: tl.tensor,
-    columns: tl.tensor, packed_columns: tl.tensor, stack: tl.tensor, first_row: tl.tensor,
+    columns: tl.tensor, stack: tl.tensor, first_row: tl.tensor,
     LAYOUT: tl.constexpr, ELEMENTS: tl.constexpr, BYTES: tl.constexpr, SPAN: tl.constexpr,
     GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -132,25 +133,24 @@ def _dequantize_kernel(
     stored = row + first_row
     column = tl.arange(0, BLOCK)
     inside = column < columns
-    codes_ptr = packed_ptr + stored * packed_columns
     if LAYOUT == "int4":
-        code = _nibbles(codes_ptr, columns, False, BLOCK)
+        code = _nibbles(packed_ptr + stored * (columns // 2), columns, False, BLOCK)
         x = _int4(code, scale_ptr, levels_ptr, stored, columns, SPAN, BLOCK)
         x = tl.where(inside, x, 0.0)
     elif LAYOUT == "levels":
-        code = _nibbles(codes_ptr, columns, True, BLOCK)
+        code = _nibbles(packed_ptr + stored * (columns // 2), columns, True, BLOCK)
         x = tl.load(levels_ptr + code) * _spread(scale_ptr, stored, columns, SPAN, BLOCK)
     elif LAYOUT == "quanto4":
         x = _quanto(packed_ptr, scale_ptr, offset_ptr, stored * columns + column, inside, stack, SPAN, 4)
     elif LAYOUT == "quanto2":
         x = _quanto(packed_ptr, scale_ptr, offset_ptr, stored * columns + column, inside, stack, SPAN, 2)
     elif LAYOUT == "rows":
-        x = tl.load(codes_ptr + column, mask=inside, other=0).to(tl.float32) * tl.load(scale_ptr + stored).to(
-            tl.float32
-        )
+        x = tl.load(packed_ptr + stored * columns + column, mask=inside, other=0).to(tl.float32)
+        x *= tl.load(scale_ptr + stored).to(tl.float32)
     else:
         block = tl.minimum(tl.arange(0, BLOCK // ELEMENTS), columns // ELEMENTS - 1)
-        x = unpack_ggml(codes_ptr + block[:, None, None] * BYTES, levels_ptr, LAYOUT)
+        first = packed_ptr + stored * (columns // ELEMENTS * BYTES)
+        x = unpack_ggml(first + block[:, None, None] * BYTES, levels_ptr, LAYOUT)
         x = tl.where(inside, tl.reshape(x, (BLOCK,)), 0.0)
 
     if LAYOUT == "int4":
@@ -234,17 +234,16 @@ def _variant(layout: str, columns: int, out: str) -> Variant:
     scales = {"int4": ("*u8", "*fp32"), "levels": ("*fp32",), "quanto4": ("*bf16", "*bf16"), "rows": ("*bf16",)}
     pointers |= dict(zip(("scale_ptr", "offset_ptr"), scales.get(layout, ()), strict=False))
     optional = {"scale_ptr", "offset_ptr", "levels_ptr", "row_scale_ptr"}
-    packed_columns = columns // elements * block_bytes if elements else columns // 2
     tile = row_tile(columns)
     return Variant(
         name=f"dequantize {layout} {columns} to {out}",
         kernel=_dequantize_kernel,
-        signature={**pointers, **dict.fromkeys(("columns", "packed_columns", "stack", "first_row"), "i32")},
+        signature={**pointers, **dict.fromkeys(("columns", "stack", "first_row"), "i32")},
         constexprs={
             **dict.fromkeys(optional - set(pointers)),
             "LAYOUT": layout, "ELEMENTS": elements, "BYTES": block_bytes,
             "SPAN": {"int4": 16, "levels": 64, "quanto4": 128}.get(layout, 1), "GROUP": 256, "BLOCK": tile["BLOCK"],
         },
-        aligned=(*pointers, "columns", "first_row", *(("packed_columns",) if packed_columns % 16 == 0 else ())),
+        aligned=(*pointers, "columns", "first_row"),
         num_warps=tile["num_warps"],
     )  # fmt: skip
