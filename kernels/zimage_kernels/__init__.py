@@ -4,21 +4,36 @@ The torch reference is the definition, the fallback and the test oracle. Triton 
 """
 
 from .attention import attention, attention_int8, attention_int8_reference, flash_attention
+from .dequantize import dequantize, requantize
 from .linear_int8 import linear_int8, linear_int8_reference
-from .norm import rms_norm
+from .norm import Branch, Norm, Normed, add_norm, add_norm_reference, rms_norm
+from .qk import norm_rope, norm_rope_reference
+from .quantize import Int8Rows, quantize_rows, quantize_rows_reference
 from .rope import apply_rope
 from .rotation import hadamard_rotate
 from .swiglu_int8 import swiglu_int8, swiglu_int8_reference
 
 __all__ = [
+    "Branch",
+    "Int8Rows",
+    "Norm",
+    "Normed",
+    "add_norm",
+    "add_norm_reference",
     "apply_rope",
     "attention",
     "attention_int8",
     "attention_int8_reference",
+    "dequantize",
     "flash_attention",
     "hadamard_rotate",
     "linear_int8",
     "linear_int8_reference",
+    "norm_rope",
+    "norm_rope_reference",
+    "quantize_rows",
+    "quantize_rows_reference",
+    "requantize",
     "rms_norm",
     "swiglu_int8",
     "swiglu_int8_reference",

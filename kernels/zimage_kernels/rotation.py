@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ._triton import jit, tl
+
 _H4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
 
 
@@ -33,3 +35,29 @@ def hadamard_rotate(x: Tensor, group: int) -> Tensor:
     """
     h = hadamard_matrix(group).to(x.device, x.dtype)
     return (x.unflatten(-1, (-1, group)) @ h).flatten(-2)
+
+
+@jit
+def rotate_in_registers(x: tl.tensor, SIZE: tl.constexpr, GROUP: tl.constexpr) -> tl.tensor:
+    """x H for every GROUP (4, 16, 64 or 256) consecutive elements of x: [SIZE] float32, SIZE a power of two."""
+    x = _rotate_digit(x, SIZE, 1)
+    if GROUP >= 16:
+        x = _rotate_digit(x, SIZE, 4)
+    if GROUP >= 64:
+        x = _rotate_digit(x, SIZE, 16)
+    if GROUP >= 256:
+        x = _rotate_digit(x, SIZE, 64)
+    return tl.reshape(x, (SIZE,)) * (GROUP**-0.5)
+
+
+@jit
+def _rotate_digit(x: tl.tensor, SIZE: tl.constexpr, STRIDE: tl.constexpr) -> tl.tensor:
+    """H4 over four elements that lie STRIDE apart: y[i] = x[i] + x[i^1] + x[i^2] - x[i^3].
+
+    x[i^1] is the sum of the pair minus x[i]. Sums over an axis of 2 are one warp shuffle, or one addition where a
+    thread holds both: 4 shuffles an element for a group of 256, and no shared memory.
+    """
+    x = tl.reshape(x, (SIZE // (4 * STRIDE), 2, 2, STRIDE))
+    pair = tl.sum(x, 2, keep_dims=True)
+    difference = 2 * x - pair
+    return pair + (tl.sum(difference, 1, keep_dims=True) - difference)
