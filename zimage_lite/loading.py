@@ -19,6 +19,7 @@ from .checkpoint.checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.stored import StoredTensor
 from .memory.cuda import CudaLink
 from .memory.hardware import Hardware
+from .memory.heap import give_back
 from .memory.meter import rss_bytes
 from .memory.placement import GRANULE_BYTES
 from .memory.plan import DEVICE, FILE, PAGEABLE, PINNED, Plan
@@ -137,10 +138,20 @@ class Weights:
         try:
             workers.pin(pinned)
             pinned.clear()
-            yield stream
+            yield self._tidy(stream) if self.hardware.device.type == "cpu" else stream
         finally:
             self.moved.append(workers.close())
             stream.end()
+
+    def _tidy(self, stream: Stream) -> Stream:
+        """What blocks leave in the heap goes back before more comes."""
+
+        def tidied(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
+            for block in stream(blocks):
+                yield block
+                give_back()
+
+        return tidied
 
     def _places(self, route: Route, slot_bytes: int) -> Places[Tensor]:
         """Cut from the two buffers: resident blocks, then slots; staging buffers, then what waits in RAM."""
@@ -197,6 +208,7 @@ def opened(component: Component, plan: Plan, hardware: Hardware) -> Iterator[Wei
     finally:
         release(component.model)
         del weights._arena, weights._host
+        give_back(0)
         if hardware.device.type == "cuda":
             torch.cuda.empty_cache()
 
