@@ -22,6 +22,7 @@ LAPTOP = Installation(
     executable="/home/me/venv/bin/python",
     torch=Torch("2.13.0+cu130", "13.0", "cuda", ("sm_75", "sm_80", "sm_86", "sm_120")),
     driver=driver(),
+    visible_devices=None,
     triton="3.7.1",
     compiler="/usr/bin/gcc",
     headers=True,

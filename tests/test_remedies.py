@@ -74,7 +74,9 @@ def test_a_driver_too_old_for_this_build() -> None:
 
 def test_a_gpu_that_is_hidden() -> None:
     torch = Torch("2.13.0+cu130", "13.0", "cpu")
-    assert "CUDA_VISIBLE_DEVICES" in only_problem(replace(LAPTOP, torch=torch, verdicts={}))
+    hidden = replace(LAPTOP, torch=torch, verdicts={}, visible_devices="")
+    assert only_problem(hidden).endswith("does not see it: unset CUDA_VISIBLE_DEVICES")
+    assert "restart" in only_problem(replace(hidden, visible_devices=None))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 import sys
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,8 @@ class Torch:
 
 @dataclass(frozen=True)
 class Installation:
-    """system: as sys.platform. torch: None if it is not installed. driver: NVIDIA's. triton: version. compiler: path of
+    """system: as sys.platform. torch: None if it is not installed. driver: NVIDIA's.
+    visible_devices: CUDA_VISIBLE_DEVICES, which may hide GPUs from torch. triton: version. compiler: path of
     the C compiler. pinned_limit_bytes: on Windows. cache: None if it is switched off."""
 
     system: str
@@ -41,6 +43,7 @@ class Installation:
     executable: str
     torch: Torch | None
     driver: nvidia.Driver | None
+    visible_devices: str | None
     triton: str | None
     compiler: str | None
     headers: bool
@@ -68,6 +71,7 @@ def probe() -> Installation:
         executable=sys.executable,
         torch=_torch(),
         driver=nvidia.driver(),
+        visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
         triton=toolchain.triton_version(),
         compiler=toolchain.compiler(),
         headers=toolchain.has_headers(),
@@ -95,7 +99,9 @@ def _torch() -> Torch | None:
         import torch
     except Exception as error:  # noqa: BLE001 - OSError for a DLL, ImportError, and whatever else a broken one raises
         return Torch(error=" ".join(str(error).split()) or type(error).__name__)
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of drivers too old, which is said elsewhere
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     architectures = tuple(torch.cuda.get_arch_list()) if device == "cuda" else ()
     return Torch(torch.__version__, torch.version.cuda, device, architectures)
 

@@ -107,7 +107,9 @@ def _why_unseen(torch: Torch, driver: Driver) -> str:
 def _remedy_unseen(found: Installation, torch: Torch, driver: Driver) -> str:
     if torch.cuda is None or _major(torch.cuda) > driver.cuda[0]:
         return _install_torch(found)
-    return "unset CUDA_VISIBLE_DEVICES if it is set, else restart the machine"
+    if found.visible_devices is not None:
+        return "set CUDA_VISIBLE_DEVICES=" if found.system == "win32" else "unset CUDA_VISIBLE_DEVICES"
+    return f"restart the machine, and if that does not help install the driver again, {_DRIVERS}"
 
 
 def _install_torch(found: Installation) -> str:
