@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .cache_root import cache_root
 from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.container import Entry
 from .checkpoint.safetensors import encode_header, read_header
@@ -28,7 +29,6 @@ from .quant.tensor import TORCH_DTYPES
 
 ARITHMETIC = 1  # raise it when a change to the text encoder or to the formats changes what comes out
 LIMIT_BYTES = 256_000_000  # 800 prompts of 60 tokens in 16 bits, or 50 of the longest in float32
-VARIABLE = "ZIMAGE_LITE_CACHE"  # names another folder; "0" or "off": none
 
 _TENSOR, _KEY, _SUM = "embedding", "zimage_lite.key", "zimage_lite.sha256"
 _OURS = re.compile(r"\.?[0-9a-f]{64}\.safetensors(\.\d+\.partial)?")  # nothing else in the folder is ever removed
@@ -38,14 +38,8 @@ _log = logging.getLogger(__name__)
 
 def cache_folder() -> Path | None:
     """Where embeddings are kept, or None if nowhere."""
-    named = os.environ.get(VARIABLE, "").strip()
-    if named.lower() in ("0", "off"):
-        return None
-    if named:
-        return Path(named).expanduser() / "prompts"
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("zimage-lite", appauthor=False)) / "prompts"
+    root = cache_root()
+    return None if root is None else root / "prompts"
 
 
 def embedding_key(token_ids: Sequence[int], encoder: Checkpoint, dtype: torch.dtype) -> str:

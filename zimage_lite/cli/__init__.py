@@ -27,6 +27,7 @@ _VERBS = {
     "quantize": "Turn a checkpoint into a smaller one.",
     "plan": "Predict memory and time, for any GPU.",
     "inspect": "Say what a file or folder is.",
+    "doctor": "Say what is installed, which kernels can be trusted, and how to mend the rest.",
     "formats": "List the formats, what they cost and who reads them.",
 }
 

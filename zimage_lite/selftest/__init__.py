@@ -1,0 +1,1 @@
+"""The self-test of the kernels: which of them can be trusted on this machine."""
