@@ -35,6 +35,7 @@ from .memory.plan_vae import decode_ways
 from .model.linear import shapes
 from .model.vae import Decoder
 from .quant.recipe import KEEP, as_it_is, target
+from .units import round_up
 
 _TRAFFIC = 30  # of a block's fused element-wise work, in tokens x width x 2 bytes
 _LATENT_COPIES = 3  # the latent, the model's answer and their sum, in float32
@@ -284,4 +285,4 @@ def _reencoded(parts: Iterable[Part]) -> int:
 
 
 def _padded(tokens: int) -> int:
-    return -(-tokens // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
+    return round_up(tokens, SEQUENCE_MULTIPLE)

@@ -166,11 +166,6 @@ class Plan:
         return simulate(self.passages, self.slots, self.staging, self.passes, record=True)
 
 
-def round_up(n_bytes: int) -> str:
-    """To the next tenth of a GB, as one types it."""
-    return f"{-(-n_bytes // 100_000_000) / 10:g}GB"
-
-
 def activation_bytes(
     tokens: int,
     dim: int,
