@@ -16,13 +16,14 @@ import pytest
 
 from zimage_lite.cli import run
 from zimage_lite.errors import BudgetError, UserError
+from zimage_lite.job import Job
 from zimage_lite.memory.gpus import GPUS, find_gpu, gpu_with
 from zimage_lite.memory.machine import CUDA_CONTEXT_BYTES, Machine, Processor, Work, machine
 from zimage_lite.memory.placement import GRANULE_BYTES, nested_order
 from zimage_lite.memory.plan import DEVICE, FILE, PAGEABLE, PINNED, Block, Budgets, Phase, Plan
 from zimage_lite.memory.planner import budgets_in_force, plan_phases
 from zimage_lite.memory.simulate import Passage, simulate
-from zimage_lite.prediction import Job, phases, true_model
+from zimage_lite.prediction import phases, true_model
 from zimage_lite.timeline import as_svg, as_text
 from zimage_lite.units import parse_bytes
 

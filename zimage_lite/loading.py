@@ -30,7 +30,6 @@ from .model.transformer import Transformer, is_time_weight
 from .model.vae import Decoder
 from .units import round_up
 
-_PIECE_WEIGHTS = 2**22
 _JOB_BYTES = 2**23  # smaller tensors are read by one thread, one after another
 
 
@@ -228,17 +227,6 @@ def read_into(module: nn.Module, tensors: Mapping[str, StoredTensor], hardware: 
     """Read the tensors from their files and bind them to the module on the device."""
     for name, stored in tensors.items():  # one by one: of those that are unpacked, the packed bytes go at once
         bind(module, {name: stored.read().to(hardware.device)}, hardware.dtype)
-
-
-def raise_if_damaged(checkpoint: Checkpoint) -> None:
-    """Read every weight once, in pieces, and raise UserError naming the first tensor that holds NaN or infinity.
-
-    Called when a result is not finite: looking at all weights beforehand would read 12 GB for nothing.
-    """
-    for tensor in checkpoint.tensors.values():
-        step = tensor.piece_rows(_PIECE_WEIGHTS)
-        for start in range(0, tensor.rows, step):
-            tensor.read_float(start, min(start + step, tensor.rows))
 
 
 def _rounded(n_bytes: int) -> int:

@@ -97,9 +97,10 @@ def _sizes(model: str | None, format_name: str) -> Model:
 def _predict(
     model: Model, gpu_name: str | None, limits: tuple[int | None, int], wanted: GenerateOptions, count: int
 ) -> _Prediction:
+    from ..job import Job
     from ..memory.machine import machine
     from ..memory.planner import budgets_in_force, plan_phases
-    from ..prediction import Job, phases
+    from ..prediction import phases
 
     vram, ram = limits
     gpu, free = _choose(gpu_name, vram)
