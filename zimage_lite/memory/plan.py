@@ -12,9 +12,9 @@ each time. Running on the CPU is the same with RAM for a device, and the disk fo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from .machine import Work
 from .simulate import Passage, Run, simulate
@@ -145,7 +145,7 @@ class Plan:
         counts = {home: list(self.homes.values()).count(home) for home in (DEVICE, PINNED, PAGEABLE, FILE)}
         return {
             "device": self.device,
-            "way": str(self.way),
+            "way": asdict(cast(Any, self.way)) if is_dataclass(self.way) else self.way,
             "passes": self.passes,
             "blocks": counts,
             "slots": self.slots,
