@@ -235,7 +235,8 @@ def check_timeline(made: Plan) -> None:
         if event.slot is None:
             assert event.worker == "read" or event.name in made.resident
         elif event.worker == "copy":
-            assert event.slot == made.slot_of(event.name, event.pass_number)
+            place = event.pass_number * len(made.streamed) + made.streamed.index(event.name)
+            assert event.slot == place % made.slots  # in turn, from one pass into the next
             assert event.start_ms >= taken.get(event.slot, 0.0) - 1e-9
             started[event.name, event.pass_number] = event.end_ms
         else:

@@ -95,10 +95,6 @@ class Plan:
         """In the order they run."""
         return tuple(name for name, home in self.homes.items() if home != DEVICE)
 
-    def slot_of(self, name: str, pass_number: int = 0) -> int:
-        """Slots are taken in turn, from one pass into the next."""
-        return (pass_number * len(self.streamed) + self.streamed.index(name)) % self.slots
-
     def bytes_at(self, *homes: str) -> int:
         return sum(self.sizes[name] for name, home in self.homes.items() if home in homes)
 
