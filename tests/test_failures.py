@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,10 +27,11 @@ from PIL import Image
 from torch import Tensor
 
 import zimage_lite
-from zimage_lite import grouping, loading, pipeline, prediction
+from zimage_lite import grouping, loading, pipeline, planning, prediction
 from zimage_lite.checkpoint.model_files import open_model
 from zimage_lite.checkpoint.stored import StoredTensor
 from zimage_lite.config import GenerateOptions, RuntimeOptions, TransformerConfig
+from zimage_lite.job import Job
 from zimage_lite.memory import hardware
 from zimage_lite.memory.meter import rss_bytes
 from zimage_lite.memory.placement import GRANULE_BYTES
@@ -37,10 +39,13 @@ from zimage_lite.memory.plan import FILE
 from zimage_lite.model.text_encoder import Layer
 from zimage_lite.model.transformer import Block
 from zimage_lite.pipeline import Pipeline
-from zimage_lite.prediction import Job
+from zimage_lite.planning import Planning
+from zimage_lite.prediction import ways_to_denoise
 
 CAT = GenerateOptions("a cat", 64, 48, steps=2)
-OPENING = ("pipeline.py", "loading.py", "denoising.py", "workers.py", "streamer.py", "meter.py", "linear.py")
+OPENING = (
+    "pipeline.py", "planning.py", "loading.py", "denoising.py", "workers.py", "streamer.py", "meter.py", "linear.py",
+)  # fmt: skip
 HERE = str(Path(zimage_lite.__file__).parent)
 
 
@@ -63,8 +68,8 @@ def tight(model: Path, images: int = 1) -> Pipeline:
     first.generate([CAT])
     plan = first.plans["denoise"]
     blocks = sum(-(-size // GRANULE_BYTES) * GRANULE_BYTES for size in plan.sizes.values())
-    both = [Job(*CAT.size, CAT.steps, images=count) for count in (1, images)]
-    one, all_of_them = (way.plan.peak_ram_bytes for way in first._planned([], both)[1][::2])
+    both = [partial(ways_to_denoise, first.sizes, Job(*CAT.size, CAT.steps, images=count)) for count in (1, images)]
+    one, all_of_them = (way.plan.peak_ram_bytes for way in first.planning.planned(both))
     budget = plan.peak_ram_bytes - blocks + 2 * GRANULE_BYTES + all_of_them - one
     made = Pipeline(open_model(model), RuntimeOptions("cpu", ram_bytes=budget))
     made.generate([CAT])
@@ -292,6 +297,7 @@ CPU_ERROR = RuntimeError(
 )
 PLACES: dict[str, tuple[Any, str]] = {  # the first call is the encoder's where it has one, too
     "a layer of the encoder": (Layer, "forward"),
+    "the time vectors": (pipeline, "schedule"),
     "room for blocks": (loading.Weights, "__init__"),
     "bringing a block": (loading.Weights, "_bind"),
     "a block": (Block, "forward"),
@@ -325,13 +331,13 @@ def test_memory_that_runs_out_once(
     number = int(0.75 * counted.calls) if later else 0
     told: list[str] = []
     own = free(tiny, told.append)
-    planning_again, held = own._planned_again, list[int]()
+    planned_again, held = Planning.planned_again, list[int]()
 
-    def watched(ways: Any) -> Any:
+    def watched(self: Planning, ways: Any) -> Any:
         held.append(held_bytes())
-        return planning_again(ways)
+        return planned_again(self, ways)
 
-    monkeypatch.setattr(own, "_planned_again", watched)
+    monkeypatch.setattr(Planning, "planned_again", watched)
     failing = Failing(monkeypatch, owner, name, CPU_ERROR if later else CUDA_ERROR, number)
     gc.collect()
     kept = held_bytes()
@@ -362,7 +368,7 @@ def test_memory_that_runs_out_twice(place: str, numbers: tuple[int, int], tiny, 
 
 
 def test_memory_that_runs_out_where_less_does_not_do(tiny: Path, exact, refused, monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(pipeline, "LESS_AFTER_OOM", 0.1)
+    monkeypatch.setattr(planning, "LESS_AFTER_OOM", 0.1)
     Failing(monkeypatch, Block, "forward", CUDA_ERROR, 2)
     line = refused(
         "generate", "cat", "--model", tiny, "--device", "cpu", "--width", 128, "--height", 128, "--steps", 1,

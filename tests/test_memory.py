@@ -28,6 +28,7 @@ from zimage_lite.checkpoint.model_files import open_model
 from zimage_lite.cli import run
 from zimage_lite.config import GenerateOptions, RuntimeOptions, TransformerConfig
 from zimage_lite.errors import BudgetError, UserError
+from zimage_lite.job import Job
 from zimage_lite.memory import hardware
 from zimage_lite.memory.hardware import ALLOCATOR_SLACK_BYTES, RAM_MARGIN_BYTES, Hardware
 from zimage_lite.memory.machine import Machine
@@ -37,7 +38,7 @@ from zimage_lite.memory.plan import FILE, Plan
 from zimage_lite.memory.planner import budgets_in_force, plan_phases
 from zimage_lite.model.linear import Linear
 from zimage_lite.pipeline import Pipeline
-from zimage_lite.prediction import Job, model_of, phases
+from zimage_lite.prediction import model_of, phases
 from zimage_lite.units import format_gb, parse_bytes
 
 CPU = Hardware(torch.device("cpu"), torch.float32)
@@ -222,6 +223,49 @@ def test_the_image_does_not_depend_on_the_budget(name: str, models, exact_rss, c
         assert max(phase["planned"]["peak_ram_bytes"] for phase in result["phases"].values()) <= budget
         np.testing.assert_array_equal(limited, image)
     assert before == 0
+
+
+def test_a_ceiling_for_what_is_not_there(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside a GPU both count, so only --vram can be idle."""
+    command = [
+        "generate",
+        "cat",
+        "--model",
+        str(tiny),
+        "--steps",
+        "1",
+        "--device",
+        "cpu",
+        "-o",
+        str(tmp_path / "x.png"),
+    ]
+    assert run([*command, "--width", "16", "--height", "16", "--vram", "1GB", "--ram", "8GB"]) == 0
+    assert re.findall("note: (.*) has no effect", capsys.readouterr().err) == ["--vram"]
+
+
+def test_only_what_will_run_is_planned(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents can be decoded, and prompts encoded, where the transformer does not fit."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("planned")
+
+    monkeypatch.setattr("zimage_lite.pipeline.ways_to_denoise", refuse)
+    pipeline = Pipeline(open_model(tiny), RuntimeOptions("cpu"))
+    assert pipeline.decode([torch.zeros(16, 4, 6)])[0].shape == (32, 48, 3)
+    assert pipeline.encode(["cat"])[0].ndim == 2
+    with pytest.raises(AssertionError, match="planned"):
+        pipeline.generate([GenerateOptions("cat", 16, 16, steps=1)])
+
+
+def test_plans_of_several_sizes_tell_the_largest(tiny: Path) -> None:
+    """So that a measured peak is beside what was planned for it."""
+    large, small = (GenerateOptions("cat", side, side, steps=1) for side in (128, 16))
+    pipeline = Pipeline(open_model(tiny), RuntimeOptions("cpu"))
+    found = []
+    for requests in ([large], [large, small], [small, large]):
+        pipeline.generate(requests)
+        found.append({name: plan.fixed["latents"] for name, plan in pipeline.plans.items() if name == "denoise"})
+    assert found[0] == found[1] == found[2]
 
 
 def test_a_text_encoder_that_streams_gives_the_same_embedding(tiny: Path, exact_rss) -> None:

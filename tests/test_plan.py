@@ -14,15 +14,17 @@ from xml.etree import ElementTree
 
 import pytest
 
+from zimage_lite import load
 from zimage_lite.cli import run
 from zimage_lite.errors import BudgetError, UserError
+from zimage_lite.job import LONG_PROMPT_TOKENS, Job
 from zimage_lite.memory.gpus import GPUS, find_gpu, gpu_with
 from zimage_lite.memory.machine import CUDA_CONTEXT_BYTES, Machine, Processor, Work, machine
 from zimage_lite.memory.placement import GRANULE_BYTES, nested_order
 from zimage_lite.memory.plan import DEVICE, FILE, PAGEABLE, PINNED, Block, Budgets, Phase, Plan
 from zimage_lite.memory.planner import budgets_in_force, plan_phases
 from zimage_lite.memory.simulate import Passage, simulate
-from zimage_lite.prediction import Job, phases, true_model
+from zimage_lite.prediction import phases, true_model
 from zimage_lite.timeline import as_svg, as_text
 from zimage_lite.units import parse_bytes
 
@@ -233,7 +235,8 @@ def check_timeline(made: Plan) -> None:
         if event.slot is None:
             assert event.worker == "read" or event.name in made.resident
         elif event.worker == "copy":
-            assert event.slot == made.slot_of(event.name, event.pass_number)
+            place = event.pass_number * len(made.streamed) + made.streamed.index(event.name)
+            assert event.slot == place % made.slots  # in turn, from one pass into the next
             assert event.start_ms >= taken.get(event.slot, 0.0) - 1e-9
             started[event.name, event.pass_number] = event.end_ms
         else:
@@ -473,6 +476,36 @@ def test_a_model_folder_has_its_own_sizes(tiny: Path, capsys: pytest.CaptureFixt
     assert list(result["phases"][1]["homes"]) == [f"noise_refiner.{i}" for i in (0, 1)] + [
         f"layers.{i}" for i in range(3)
     ]
+
+
+def test_the_verb_says_what_generate_plans(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With the same machine and budgets, for a prompt as long as the verb assumes. Here the CPU stands in for the GPU:
+    it does what was planned."""
+    there = replace(machine(LAPTOP, 16 * GB), name="here", vram_free_bytes=4 * GB, process_bytes=GB // 2)
+    monkeypatch.setattr("zimage_lite.cli.plan._here", lambda: (LAPTOP, there))
+    monkeypatch.setattr("zimage_lite.planning.machine_here", lambda _: there)
+    asked = ["--width", "96", "--height", "64", "--steps", "2", "--count", "3", "--ram", "3GB", "--json"]
+    model = load(tiny, device="cpu").model
+    prompt = next(text for n in range(999) if len(model.tokenizer.encode(text := "9" * n)) == LONG_PROMPT_TOKENS)
+    vram_bytes, resident = 3 * GB, list[int]()
+    for _ in range(2):
+        limits = [*asked, "--model", str(tiny), "--vram", f"{vram_bytes}b"]
+        assert run(["plan", *limits]) == 0
+        said = {phase["phase"]: phase for phase in json.loads(capsys.readouterr().out)["phases"]}
+        assert run(["generate", prompt, *limits, "--device", "cpu", "-o", str(tmp_path / "x.png")]) == 0
+        done = json.loads(capsys.readouterr().out)["phases"]
+        assert list(said) == list(done) and said["denoise"]["device"] == "gpu"
+        for name, phase in done.items():
+            assert {"peak_vram_bytes", "peak_ram_bytes", "blocks", "way", "fixed"} < set(phase["planned"])
+            for fact, value in phase["planned"].items():
+                expected = said[name][fact]
+                expected = round(expected[0], 1) if fact.endswith("_ms") else expected  # at the highest power limit
+                assert value == expected, (name, fact)
+        resident.append(said["denoise"]["blocks"]["device"])
+        vram_bytes = said["denoise"]["peak_vram_bytes"] - 1  # the second time too little for all blocks
+    assert resident[0] == 5 and resident[1] < 5
 
 
 def test_planning_loads_no_torch() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -13,7 +13,7 @@ from .config import RuntimeOptions
 from .conversion import Written
 from .conversion import quantize as _quantize
 from .hub import is_hub_id, snapshot
-from .pipeline import Pipeline
+from .pipeline import Pipeline, silent
 from .synthetic import is_synthetic, open_synthetic
 from .units import parse_bytes
 
@@ -33,11 +33,12 @@ def load(
     vae: StrPath | None = None,
     tokenizer: StrPath | None = None,
     cache: bool = True,
+    tell: Callable[[str], None] = silent,
 ) -> Pipeline:
     """Open a model folder, one of the Hub, the built-in demo, or "synthetic:FORMAT". Raises UserError.
 
     Nothing is loaded before `Pipeline.generate`. vram, ram: ceilings such as "6GB"; cache: keep prompt embeddings on
-    the disk; the other paths replace parts of the model.
+    the disk; tell: gets a line when memory ran out and less is used; the other paths replace parts of the model.
     """
     replaced = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
     files = open_named(model, {name: Path(path) for name, path in replaced.items() if path is not None})
@@ -49,7 +50,7 @@ def load(
         ram_bytes=parse_bytes(ram) if ram else None,
         cache=cache,
     )
-    return Pipeline(files, options)
+    return Pipeline(files, options, tell)
 
 
 def open_named(model: StrPath | None, parts: Mapping[str, Path | None]) -> ModelFiles:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import VAE_FACTOR, GenerateOptions
-from .errors import UserError
+from .finite import all_finite
 from .loading import Component, time_weights
 from .memory.hardware import Hardware
 from .model.linear import Stream
@@ -65,7 +65,7 @@ class Batch:
         latents = self.noise(model.config.in_channels, hardware.device)
         for step in range(len(self.schedule)):
             before, latents = latents, self.step(model, latents, step, hardware.dtype, stream)
-            if not all(bool(torch.isfinite(latent).all()) for latent in latents):
+            if not all_finite(latents):
                 raise NotFiniteError(before, step)
             yield latents
 
@@ -90,23 +90,3 @@ class Batch:
 def texts(request: GenerateOptions) -> list[str]:
     """The prompt, and with guidance what to steer away from."""
     return [request.prompt, request.negative] if request.guidance else [request.prompt]
-
-
-def raise_at_first_non_finite(step: str, dtype: torch.dtype) -> Watch:
-    """For `Transformer.forward`: raises UserError at the first part whose output holds NaN or infinity. To be used
-    when the weights are known to be finite. step: which one, in words; dtype: what is computed in."""
-
-    def watch(name: str, output: Tensor) -> None:
-        if not torch.isfinite(output).all():
-            raise overflow(f"{step}: {name} gives", dtype)
-
-    return watch
-
-
-def overflow(what: str, dtype: torch.dtype) -> UserError:
-    advice = {
-        torch.float16: "try --dtype bf16 or --dtype fp32",
-        torch.bfloat16: "try --dtype fp32",
-        torch.float32: "these weights overflow even in fp32: use another checkpoint",
-    }
-    return UserError(f"{what} NaN or infinite values, though all weights are finite", fix=advice[dtype])

@@ -73,8 +73,3 @@ def by_block(parts: Iterable[Part]) -> tuple[dict[str, list[Part]], list[Part]]:
         else:
             rest.append(part)
     return blocks, rest
-
-
-def of_time(part: Part) -> bool:
-    """Whether a weight of the transformer is needed once per schedule, on the CPU, and never on the device."""
-    return "adaLN_modulation" in part.name or part.name.startswith("t_embedder.")

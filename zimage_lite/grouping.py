@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .config import MOST_PER_ROUND, GenerateOptions
+from .job import Job
 from .memory.plan import Plan
-from .prediction import Job
 
 RELOADING_SHARE = 0.1  # of a round's time, at most, is spent on bringing the transformer's weights in again
 
@@ -29,10 +29,11 @@ def grouped(
     found: dict[tuple, list[int]] = {}
     for index, request in enumerate(requests):
         found.setdefault((request.size, request.steps, request.shift, request.guidance > 0), []).append(index)
-    groups = []
+    groups, all_tokens = [], sum(tokens[text] for text in {text for own in texts for text in own})
     for ((width, height), steps, _, guided), indices in found.items():
         own = dict.fromkeys(text for index in indices for text in texts[index])
-        job = Job(width, height, steps, guided, len(indices), tuple(tokens[text] for text in own))
+        own_tokens = tuple(tokens[text] for text in own)
+        job = Job(width, height, steps, guided, len(indices), own_tokens, all_tokens - sum(own_tokens))
         groups.append(Group(tuple(indices), tuple(requests[index] for index in indices), job))
     return groups
 
@@ -40,8 +41,8 @@ def grouped(
 def rounds(group: Group, denoise: Plan) -> Iterator[range]:
     """Places in the group that are denoised before they are decoded. A small round hands its images over early; a
     large one loads the transformer less often."""
-    seconds_each = denoise.pass_ms * group.job.steps / denoise.way
-    wanted = math.ceil(denoise.startup_ms / max(RELOADING_SHARE * seconds_each, 1e-9))
+    image_ms = denoise.pass_ms * group.job.steps / denoise.way
+    wanted = math.ceil(denoise.startup_ms / max(RELOADING_SHARE * image_ms, 1e-9))
     size = -(-min(max(wanted, 1), MOST_PER_ROUND) // denoise.way) * denoise.way
     for start in range(0, len(group.requests), size):
         yield range(start, min(start + size, len(group.requests)))

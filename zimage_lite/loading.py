@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .checkpoint.checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.stored import StoredTensor
-from .memory.cuda import CudaLink
+from .memory.cuda import PAGE_BYTES, CudaLink
 from .memory.hardware import Hardware
 from .memory.heap import give_back
 from .memory.meter import rss_bytes
@@ -29,10 +29,9 @@ from .model.linear import Stream, bind, release, shapes
 from .model.text_encoder import TextEncoder
 from .model.transformer import Transformer, is_time_weight
 from .model.vae import Decoder
+from .units import round_up
 
-CHUNK_WEIGHTS = 2**22
 _JOB_BYTES = 2**23  # smaller tensors are read by one thread, one after another
-_PAGE_BYTES = 4096
 
 
 def open_complete(path: Path, component: str | None = None, file_bytes: Mapping[Path, int] | None = None) -> Checkpoint:
@@ -107,7 +106,7 @@ class Weights:
         self._arena = torch.empty(max(homes + plan.slots * plan.slot_bytes, prelude), dtype=torch.uint8, device=device)
         held = sum(_paged(sizes[name]) for name, home in plan.homes.items() if home in (PINNED, PAGEABLE))
         host = held + self._staging * _paged(plan.staging_bytes)
-        self._host = torch.empty(host + _PAGE_BYTES * bool(host), dtype=torch.uint8)
+        self._host = torch.empty(host + PAGE_BYTES * bool(host), dtype=torch.uint8)
 
     @contextmanager
     def prelude(self, passes: int = 1) -> Iterator[Stream]:
@@ -156,7 +155,7 @@ class Weights:
     def _places(self, route: Route, slot_bytes: int) -> Places[Tensor]:
         """Cut from the two buffers: resident blocks, then slots; staging buffers, then what waits in RAM."""
         sizes, homes = self.component.block_bytes, route.homes
-        arena, host = _cutter(self._arena), _cutter(self._host, -self._host.data_ptr() % _PAGE_BYTES)
+        arena, host = _cutter(self._arena), _cutter(self._host, -self._host.data_ptr() % PAGE_BYTES)
         return Places(
             home={name: arena(_rounded(sizes[name])) for name, home in homes.items() if home == DEVICE},
             slots=[arena(slot_bytes) for _ in range(route.slots)],
@@ -242,23 +241,14 @@ def read_into(module: nn.Module, tensors: Mapping[str, StoredTensor], hardware: 
         bind(module, {name: stored.read().to(hardware.device)}, hardware.dtype)
 
 
-def raise_if_damaged(checkpoint: Checkpoint) -> None:
-    """Read every weight once, in pieces, and raise UserError naming the first tensor that holds NaN or infinity.
-
-    Called when a result is not finite: looking at all weights beforehand would read 12 GB for nothing.
-    """
-    for tensor in checkpoint.tensors.values():
-        step = tensor.piece_rows(CHUNK_WEIGHTS)
-        for start in range(0, tensor.rows, step):
-            tensor.read_float(start, min(start + step, tensor.rows))
-
-
 def _rounded(n_bytes: int) -> int:
-    return -(-n_bytes // GRANULE_BYTES) * GRANULE_BYTES
+    """As the planner counts places on the device."""
+    return round_up(n_bytes, GRANULE_BYTES)
 
 
 def _paged(n_bytes: int) -> int:
-    return -(-n_bytes // _PAGE_BYTES) * _PAGE_BYTES
+    """Of host memory, which is pinned in whole pages."""
+    return round_up(n_bytes, PAGE_BYTES)
 
 
 def _cutter(buffer: Tensor, start: int = 0) -> Callable[[int], Tensor]:

@@ -9,42 +9,41 @@ rounds, so that finished ones are handed over as they come.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.model_files import ModelFiles
-from .config import TOKENS_PER_PASS, VAE_FACTOR, GenerateOptions, RuntimeOptions
-from .denoising import Batch, NotFiniteError, Schedule, overflow, raise_at_first_non_finite, schedule, texts
-from .errors import BudgetError, UserError
-from .failures import Clearing, forget, is_out_of_memory
+from .config import VAE_FACTOR, GenerateOptions, RuntimeOptions
+from .denoising import Batch, NotFiniteError, Schedule, schedule, texts
+from .errors import UserError
+from .failures import Clearing
+from .finite import overflow, raise_at_first_non_finite, raise_if_damaged, require_finite
 from .grouping import grouped, rounds
-from .loading import Component, Weights, opened, raise_if_damaged, read_into
-from .memory.hardware import Hardware, machine_here, probe
+from .job import Job, batched, padded
+from .loading import Component, Weights, opened, read_into
+from .memory.hardware import Hardware, probe
+from .memory.machine import Machine
 from .memory.meter import Meter
 from .memory.plan import Phase, Plan
 from .memory.plan_vae import VaePlan
-from .memory.planner import budgets_in_force, plan_phases
 from .model.banded import Banded
+from .model.float16 import stream_dtype
 from .model.linear import release
 from .model.text_encoder import TextEncoder
 from .model.transformer import Caption, Transformer
 from .model.vae import Decoder, to_pixels
-from .prediction import Job, Model, model_of, phases
+from .planning import Planning, Tell, Ways
+from .prediction import Model, model_of, ways_to_decode, ways_to_denoise, ways_to_encode
 from .prompt_cache import PromptCache, cache_folder, embedding_key
-from .units import format_gb
-
-LESS_AFTER_OOM = 0.85  # of what did not fit is planned for the second time, or less if less is free
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
-Tell = Callable[[str], None]  # takes a line for the user
-_Item = TypeVar("_Item")
+WaysOn = Callable[[Machine], Sequence[Phase]]
 
 
 def silent(*_: object) -> None:
@@ -52,38 +51,36 @@ def silent(*_: object) -> None:
 
 
 @dataclass
-class Ways:
-    """How a phase could be done, and how it will be."""
-
-    phases: Sequence[Phase]
-    plan: Plan
-
-
-@dataclass
 class Pipeline:
-    """Holds no weights between calls, only open headers. `meter` and `plans` tell what the last call used."""
+    """Holds no weights between calls, only open headers. `meter` and `plans` tell what the last call used.
+
+    tell: takes a line for the user, when memory ran out and less is used.
+    """
 
     model: ModelFiles
     options: RuntimeOptions = field(default_factory=RuntimeOptions)
     tell: Tell = silent
     meter: Meter = field(default_factory=Meter)
-    plans: dict[str, Plan] = field(default_factory=dict)  # by phase; the last one of each
+    plans: dict[str, Plan] = field(default_factory=dict)  # by phase; of several, the one that takes the most
 
     def __post_init__(self) -> None:
         if self.options.backend == "triton":
             raise UserError("--backend triton: there are no Triton kernels yet", fix="use auto or reference")
         self.hardware = probe(self.options.device, self.options.dtype)
+        self.planning = Planning(self.hardware, self.options, self.tell)
         self.cache = PromptCache(cache_folder() if self.options.cache else None)
 
     def generate(self, requests: Sequence[GenerateOptions], progress: Progress = silent) -> list[Tensor]:
-        """-> one [height, width, 3] uint8 tensor per request, on the CPU. Raises UserError."""
+        """-> one [height, width, 3] uint8 tensor per request, on the CPU. Raises UserError, BudgetError if it does not
+        fit. progress(phase, done, total) is called as it goes."""
         with Clearing(self._release):  # an interrupt can come between `images` and what puts it in inference mode
             found = dict(self.images(requests, progress))
         return [found[index] for index in range(len(requests))]
 
     @torch.inference_mode()
     def images(self, requests: Sequence[GenerateOptions], progress: Progress = silent) -> Iterator[tuple[int, Tensor]]:
-        """The same as they come, each with its place in `requests`."""
+        """The same as they come, each with its place in `requests`: of those that are alike, one after another; of
+        several sizes or schedules, one group after another."""
         with Clearing(self._release):
             yield from self._drawn(requests, progress)
 
@@ -96,20 +93,23 @@ class Pipeline:
         tokens = {text: len(self.model.tokenizer.encode(text)) for text in prompts}
         groups, kept = grouped(requests, told, tokens), self._kept(prompts)
         unknown = [text for text in prompts if text not in kept]
-        encode, others = self._planned([tokens[text] for text in unknown], [group.job for group in groups])
+        encode = [self._encoding([tokens[text] for text in unknown])] if unknown else []
+        drawing = [way for group in groups for way in (self._denoising(group.job), self._decoding(group.job))]
+        planned = self.planning.planned([*encode, *drawing])
+        others = planned[len(encode) :]
         self.meter = Meter()
         self.plans.clear()
-        embeddings = {**kept, **self._embeddings(unknown, encode, progress)}
+        embeddings = {**kept, **self._embeddings(unknown, planned[: len(encode)], progress)}
         steps, images = (
             _Count(progress, "denoise", sum(r.steps for r in requests)),
             _Count(progress, "decode", len(requests)),
         )
         for group, denoise, decode in zip(groups, others[::2], others[1::2], strict=True):
-            times = self._schedule(group.requests[0], denoise.plan)
+            (times,) = self.planning.within(denoise, partial(self._schedule, group.requests[0]))
             for places in rounds(group, denoise.plan):
                 some = [group.requests[place] for place in places]
-                latents = list(self._within(denoise, partial(self._denoise, some, embeddings, times, steps)))
-                with closing(self._within(decode, partial(self._decode, latents))) as decoded:
+                latents = list(self.planning.within(denoise, partial(self._denoise, some, embeddings, times, steps)))
+                with closing(self.planning.within(decode, partial(self._decode, latents))) as decoded:
                     for place, image in zip(places, decoded, strict=True):
                         images.add()
                         yield group.indices[place], image
@@ -131,7 +131,8 @@ class Pipeline:
         found = self._kept(prompts)
         unknown = [text for text in dict.fromkeys(prompts) if text not in found]
         with Clearing(self._release):
-            ways, _ = self._planned([len(self.model.tokenizer.encode(text)) for text in unknown], [])
+            tokens = [len(self.model.tokenizer.encode(text)) for text in unknown]
+            ways = self.planning.planned([self._encoding(tokens)] if unknown else [])
             found |= self._embeddings(unknown, ways, progress)
         return [found[text] for text in prompts]
 
@@ -141,8 +142,8 @@ class Pipeline:
         height, width = latents[0].shape[1:]
         job = Job(width * VAE_FACTOR, height * VAE_FACTOR, images=len(latents))
         with Clearing(self._release):
-            _, (_, decode) = self._planned([], [job])
-            return list(self._within(decode, partial(self._decode, latents)))
+            (ways,) = self.planning.planned([self._decoding(job)])
+            return list(self.planning.within(ways, partial(self._decode, latents)))
 
     @cached_property
     def transformer(self) -> Component:
@@ -161,48 +162,14 @@ class Pipeline:
     def sizes(self) -> Model:
         return model_of(self.model)
 
-    def _planned(self, unknown: Sequence[int], jobs: Sequence[Job]) -> tuple[Ways | None, list[Ways]]:
-        """unknown: tokens of each prompt that must be encoded. -> how to do that, and how each job is denoised and
-        decoded, one after the other. Raises BudgetError."""
-        machine = machine_here(self.hardware)
-        budgets = budgets_in_force(machine, self.options.vram_bytes, self.options.ram_bytes)
-        ways = [way for job in jobs for way in phases(self.sizes, job, machine)[1:]]
-        if unknown:
-            ways.insert(0, phases(self.sizes, Job(16, 16, prompt_tokens=tuple(unknown)), machine)[0])
-        found = [Ways(way, plan) for way, plan in zip(ways, plan_phases(ways, machine, budgets), strict=True)]
-        return (found[0], found[1:]) if unknown else (None, found)
+    def _encoding(self, tokens: Sequence[int]) -> WaysOn:
+        return partial(ways_to_encode, self.sizes, tokens)
 
-    def _within(self, ways: Ways, run: Callable[[int, Plan], Iterator[_Item]]) -> Generator[_Item, None, None]:
-        """What run(done, plan) yields from its item `done` on. If memory runs out in spite of the plan, because another
-        program took it, plans again with less, once, and goes on where it was. Raises BudgetError."""
-        done = 0
-        for again in (True, False):
-            try:
-                for item in run(done, ways.plan):
-                    done += 1
-                    yield item
-                return
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                forget(error)  # a reader's future may hold it
-            if again:  # out of the handler: the error itself is gone
-                ways.plan = self._planned_again(ways)
-        raise _ran_out(f"twice, although {_peaks(ways.plan)} were planned", ways.plan)
+    def _denoising(self, job: Job) -> WaysOn:
+        return partial(ways_to_denoise, self.sizes, job)
 
-    def _planned_again(self, ways: Ways) -> Plan:
-        machine, old = machine_here(self.hardware), ways.plan
-        limits = budgets_in_force(machine, self.options.vram_bytes, self.options.ram_bytes)
-        if old.device == "gpu":
-            limits = replace(limits, vram_bytes=min(limits.vram_bytes, int(LESS_AFTER_OOM * old.peak_vram_bytes)))
-        else:
-            limits = replace(limits, ram_bytes=min(limits.ram_bytes, int(LESS_AFTER_OOM * old.peak_ram_bytes)))
-        try:
-            (plan,) = plan_phases([ways.phases], machine, limits)
-        except BudgetError:
-            raise _ran_out(f"although {_peaks(old)} were planned, and it cannot be done with less", old) from None
-        self.tell(f"{old.phase}: memory ran out, another program must have taken it; going on with {_peaks(plan)}")
-        return plan
+    def _decoding(self, job: Job) -> WaysOn:
+        return partial(ways_to_decode, self.sizes, job)
 
     def _kept(self, prompts: Iterable[str]) -> dict[str, Tensor]:
         """The embeddings that are on the disk."""
@@ -212,11 +179,12 @@ class Pipeline:
     def _key(self, text: str) -> str:
         return embedding_key(self.model.tokenizer.encode(text), self.model.text_encoder, self.hardware.dtype)
 
-    def _embeddings(self, prompts: Sequence[str], ways: Ways | None, progress: Progress) -> dict[str, Tensor]:
-        """Computed, and kept for the next time."""
-        if ways is None:
+    def _embeddings(self, prompts: Sequence[str], ways: Sequence[Ways], progress: Progress) -> dict[str, Tensor]:
+        """Computed, and kept for the next time. ways: none if there are no prompts."""
+        if not prompts:
             return {}
-        found = dict(zip(prompts, self._within(ways, partial(self._encode, prompts, progress)), strict=True))
+        encoded = self.planning.within(ways[0], partial(self._encode, prompts, progress))
+        found = dict(zip(prompts, encoded, strict=True))
         self.model.text_encoder.require_unchanged()  # else they would be kept for other weights
         for text, embedding in found.items():
             self.cache.put(self._key(text), embedding)
@@ -225,26 +193,28 @@ class Pipeline:
     def _encode(self, prompts: Sequence[str], progress: Progress, done: int, plan: Plan) -> Iterator[Tensor]:
         hardware, component = self._hardware(plan), self.text_encoder
         table = self.model.text_encoder.tensors["embed_tokens.weight"]
-        batches = list(_batches([self.model.tokenizer.encode(text) for text in prompts[done:]]))
+        batches = batched([self.model.tokenizer.encode(text) for text in prompts[done:]], len)
+        kept = stream_dtype(self.hardware.dtype)  # also where the CPU encodes in float32 for the GPU
         with self._open(component, plan) as weights, weights.passes(len(batches)) as stream:
             for batch in batches:
                 rows = table.gather([row for prompt in batch for row in prompt]).to(hardware.device, hardware.dtype)
                 embeddings = component.model(rows, [len(prompt) for prompt in batch], stream)
-                _require_finite(embeddings, component.checkpoint, "the prompt's embedding", hardware.dtype)
+                require_finite(embeddings, component.checkpoint, "the prompt's embedding", hardware.dtype)
                 done += len(batch)
                 progress("encode", done, len(prompts))
-                yield from (embedding.cpu() for embedding in embeddings)
+                yield from (embedding.to("cpu", kept) for embedding in embeddings)
 
-    def _schedule(self, request: GenerateOptions, plan: Plan) -> Schedule:
+    def _schedule(self, request: GenerateOptions, done: int, plan: Plan) -> Iterator[Schedule]:
         assert request.shift is not None
         with self.meter.phase("denoise"):
-            return schedule(self.transformer, request.steps, request.shift, self._hardware(plan))
+            found = schedule(self.transformer, request.steps, request.shift, self._hardware(plan))
+        yield found
 
     def _denoise(
         self, requests: Sequence[GenerateOptions], embeddings: Mapping[str, Tensor], times: Schedule, count: _Count,
         done: int, plan: Plan,
     ) -> Iterator[Tensor]:  # fmt: skip
-        """-> latents [channels, height/8, width/8] float32 on the device, of requests[done:]."""
+        """-> latents [channels, height/8, width/8] float32 on the CPU, of requests[done:]."""
         hardware, model = self._hardware(plan), cast(Transformer, self.transformer.model)
         todo = requests[done:]
         with self._open(self.transformer, plan) as weights:
@@ -262,7 +232,7 @@ class Pipeline:
                     except NotFiniteError as error:
                         failed = batch, error.with_traceback(None)
                         break
-                    yield from latents
+                    yield from (latent.cpu() for latent in latents)
             if failed:
                 self._explain(*failed, weights, hardware)
 
@@ -285,26 +255,27 @@ class Pipeline:
         hardware: Hardware,
     ) -> dict[str, Caption]:
         prompts = list(dict.fromkeys(text for request in requests for text in texts(request)))
-        batches, refined = list(_batches([embeddings[text].to(hardware.device) for text in prompts])), list[Caption]()
+        batches, refined = batched(prompts, lambda text: padded(len(embeddings[text]))), list[Caption]()
         with weights.prelude(len(batches)) as stream:
             for batch in batches:
-                refined += cast(Transformer, self.transformer.model).refine_captions(batch, stream)
+                told = [embeddings[text].to(hardware.device) for text in batch]
+                refined += cast(Transformer, self.transformer.model).refine_captions(told, stream)
         tokens = [caption.tokens for caption in refined]
-        _require_finite(tokens, self.model.transformer, "the refined prompt", hardware.dtype)
+        require_finite(tokens, self.model.transformer, "the refined prompt", hardware.dtype)
         return dict(zip(prompts, refined, strict=True))
 
     def _decode(self, latents: Sequence[Tensor], done: int, plan: Plan) -> Iterator[Tensor]:
         """-> images [height, width, 3] uint8 on the CPU, of latents[done:]."""
         hardware, model = self._hardware(plan), self.decoder.model
         decoder = cast(Decoder, model.get_submodule("decoder"))
-        self.plans[plan.phase] = plan
+        self._note(plan)
         try:
             with self.meter.phase("decode"):
                 read_into(model, self.decoder.rest, hardware)
             for latent in latents[done:]:
                 with self.meter.phase("decode"):
                     image = decode_as_planned(decoder, latent.to(hardware.device), plan.way)
-                    _require_finite([image], self.model.vae, "the decoded image", hardware.dtype)
+                    require_finite([image], self.model.vae, "the decoded image", hardware.dtype)
                     pixels = to_pixels(image).cpu()
                     del image
                 yield pixels
@@ -312,6 +283,11 @@ class Pipeline:
             release(model)
             if hardware.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _note(self, plan: Plan) -> None:
+        self.plans[plan.phase] = max(
+            plan, self.plans.get(plan.phase, plan), key=lambda p: (p.peak_vram_bytes, p.peak_ram_bytes)
+        )
 
     def _hardware(self, plan: Plan) -> Hardware:
         """The GPU's work may be done by the CPU beside it."""
@@ -327,7 +303,7 @@ class Pipeline:
     @contextmanager
     def _open(self, component: Component, plan: Plan) -> Iterator[Weights]:
         """With the time and memory that it takes."""
-        self.plans[plan.phase] = plan
+        self._note(plan)
         with self.meter.phase(plan.phase):
             with opened(component, plan, self._hardware(plan)) as weights:
                 yield weights
@@ -355,32 +331,3 @@ def decode_as_planned(decoder: Decoder, latent: Tensor, plan: VaePlan) -> Tensor
         return cast(Tensor, decoder(latent))
     store = torch.device("cpu") if plan.spilled else None
     return Banded(plan.rows_per_band, plan.store_input, plan.store_hidden, store).decode(decoder, latent)
-
-
-def _batches(items: Iterable[_Item]) -> Iterator[list[_Item]]:
-    """Prompts or embeddings, in order, together while they have at most TOKENS_PER_PASS."""
-    batch: list[_Item] = []
-    for item in items:
-        if batch and sum(map(len, batch)) + len(item) > TOKENS_PER_PASS:  # type: ignore[arg-type]
-            yield batch
-            batch = []
-        batch.append(item)
-    yield batch
-
-
-def _ran_out(how: str, plan: Plan) -> BudgetError:
-    advice = "close other programs, or name a smaller --vram or --ram, a smaller image or a smaller format"
-    return BudgetError(f"{plan.phase}: memory ran out {how}", fix=advice)
-
-
-def _peaks(plan: Plan) -> str:
-    gpu = f"{format_gb(plan.peak_vram_bytes)} of GPU memory and " if plan.device == "gpu" else ""
-    return f"{gpu}{format_gb(plan.peak_ram_bytes)} of RAM"
-
-
-def _require_finite(results: Sequence[Tensor], checkpoint: Checkpoint, what: str, dtype: torch.dtype) -> None:
-    """Raise UserError if a result holds NaN or infinity: the weights are damaged, or the compute dtype overflowed."""
-    if all(bool(torch.isfinite(result).all()) for result in results):
-        return
-    raise_if_damaged(checkpoint)
-    raise overflow(f"{what} has", dtype)

@@ -19,26 +19,23 @@ from dataclasses import dataclass
 from .catalog import Part, stored_parts, true_parts
 from .checkpoint.model_files import ModelFiles
 from .config import (
-    MOST_PER_ROUND,
-    PATCH_SIZE,
-    SEQUENCE_MULTIPLE,
     TOKENS_PER_PASS,
-    VAE_FACTOR,
     TextEncoderConfig,
     TransformerConfig,
     VaeConfig,
 )
-from .footprint import ITEM_BYTES, STREAM_BYTES, arena_bytes, by_block, of_time, time_bytes, unpacking_bytes
+from .footprint import ITEM_BYTES, STREAM_BYTES, arena_bytes, by_block, time_bytes, unpacking_bytes
+from .job import Job, batched, padded
 from .memory.machine import Machine, Work
 from .memory.plan import Block, Phase, activation_bytes
 from .memory.plan_vae import decode_ways
 from .model.linear import shapes
+from .model.transformer import is_time_weight
 from .model.vae import Decoder
 from .quant.recipe import KEEP, as_it_is, target
 
 _TRAFFIC = 30  # of a block's fused element-wise work, in tokens x width x 2 bytes
 _LATENT_COPIES = 3  # the latent, the model's answer and their sum, in float32
-_CAPTION_TOKENS = 128  # a long prompt
 _BATCHES = (1, 2, 4, 8)  # images at once
 # What is computed for twice as many images is charged so much more, so that they are denoised together only where that
 # saves more than what this prediction may be wrong by. As part of the time it keeps "the fastest" well ordered.
@@ -57,53 +54,6 @@ class Model:
     transformer_config: TransformerConfig
     text_encoder_config: TextEncoderConfig
     vae_config: VaeConfig
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be drawn: `images` of one size. prompt_tokens: of each text that is encoded, what to steer away from
-    included."""
-
-    width: int
-    height: int
-    steps: int = 8
-    guided: bool = False
-    images: int = 1
-    prompt_tokens: tuple[int, ...] = (_CAPTION_TOKENS,)
-
-    @property
-    def pixels(self) -> int:
-        return self.width * self.height
-
-    @property
-    def latents(self) -> int:
-        """Pixels of the latent image."""
-        return self.pixels // VAE_FACTOR**2
-
-    @property
-    def image_tokens(self) -> int:
-        return _padded(self.latents // PATCH_SIZE**2)
-
-    @property
-    def round_images(self) -> int:
-        """At most, in a round."""
-        return min(self.images, MOST_PER_ROUND)
-
-    @property
-    def round_tokens(self) -> tuple[int, ...]:
-        """Of the prompts of a round, at most."""
-        return tuple(sorted(self.prompt_tokens)[-self.round_images * (2 if self.guided else 1) :])
-
-    @staticmethod
-    def batches(prompt_tokens: Sequence[int]) -> list[tuple[int, ...]]:
-        """As they are encoded and refined: together while they have at most TOKENS_PER_PASS."""
-        found: list[tuple[int, ...]] = []
-        for tokens in prompt_tokens:
-            if found and sum(found[-1]) + tokens <= TOKENS_PER_PASS:
-                found[-1] += (tokens,)
-            else:
-                found.append((tokens,))
-        return found
 
 
 def true_model(format_name: str) -> Model:
@@ -138,23 +88,40 @@ def model_of(files: ModelFiles) -> Model:
 
 def phases(model: Model, job: Job, machine: Machine) -> list[list[Phase]]:
     """encode, denoise and decode: of each, the ways there are on this machine."""
-    devices = ["gpu", "cpu"] if machine.gpu else ["cpu"]
-    batches = [batch for batch in _BATCHES if batch <= job.images]
     return [
-        [_encode(model, job, device, machine) for device in devices],
-        [_denoise(model, job, batch, devices[0], machine) for batch in batches],
-        [way for device in devices for way in _decode(model, job, device, machine)],
+        ways_to_encode(model, job.prompt_tokens, machine),
+        ways_to_denoise(model, job, machine),
+        ways_to_decode(model, job, machine),
     ]
+
+
+def ways_to_encode(model: Model, prompt_tokens: Sequence[int], machine: Machine) -> list[Phase]:
+    return [_encode(model, prompt_tokens, device, machine) for device in _devices(machine)]
+
+
+def ways_to_denoise(model: Model, job: Job, machine: Machine) -> list[Phase]:
+    """So many images at once, always where computing is fastest."""
+    device, batches = _devices(machine)[0], [batch for batch in _BATCHES if batch <= job.images]
+    return [_denoise(model, job, batch, device, machine) for batch in batches]
+
+
+def ways_to_decode(model: Model, job: Job, machine: Machine) -> list[Phase]:
+    """Whole or in bands of rows."""
+    return [way for device in _devices(machine) for way in _decode(model, job, device, machine)]
+
+
+def _devices(machine: Machine) -> list[str]:
+    return ["gpu", "cpu"] if machine.gpu else ["cpu"]
 
 
 def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) -> Phase:
     """So many images at once."""
-    c, caption = model.transformer_config, _padded(max(job.prompt_tokens))
+    c, caption = model.transformer_config, padded(max(job.prompt_tokens))
     dtype = machine.dtype(device)
     item, stream = ITEM_BYTES[dtype], STREAM_BYTES[dtype]
     image, sequences = job.image_tokens, batch * (2 if job.guided else 1)
-    time_weights = [part for part in model.transformer if of_time(part)]
-    of_blocks, rest = by_block([part for part in model.transformer if not of_time(part)])
+    time_weights = [part for part in model.transformer if is_time_weight(part.name)]
+    of_blocks, rest = by_block([part for part in model.transformer if not is_time_weight(part.name)])
     charge = _BATCH_CHARGE ** math.log2(batch)
 
     def blocks(group: str, count: int, tokens: int, attention: float) -> list[Block]:
@@ -167,8 +134,9 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     def attention(tokens: int) -> float:
         return 4.0 * c.dim * tokens**2
 
-    refined = [[_padded(tokens) for tokens in prompts] for prompts in job.batches(job.round_tokens)]
-    together, pads = max(map(sum, refined)), sum(map(sum, refined))
+    refined = batched([padded(tokens) for tokens in job.round_tokens], int)
+    pads = sum(map(sum, refined))
+    together = min(pads, max(TOKENS_PER_PASS, caption))  # in another order more may go into one pass
     n_refiners, whole = c.n_refiner_layers, image + caption
     prelude = blocks("context_refiner", n_refiners, together, max(sum(map(attention, batch)) for batch in refined))
     main = blocks("noise_refiner", n_refiners, sequences * image, sequences * attention(image)) + blocks(
@@ -180,8 +148,11 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     tokens = max(sequences * whole, together)
     activations = activation_bytes(tokens, c.dim, c.ffn_dim, c.n_heads, item, stream)
     latent = 4 * c.in_channels * job.latents
-    embeddings = stream * sum(job.prompt_tokens) * c.cap_feat_dim
-    host = {"time weights": time_bytes(time_weights), "embeddings": embeddings}
+    host = {
+        "time weights": time_bytes(time_weights),
+        "embeddings": _embedding_bytes(model, job, stream),
+        "done latents": latent * job.round_images,
+    }
     return Phase(
         name="denoise",
         blocks=tuple(main),
@@ -193,7 +164,7 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
         fixed={
             "embedders": item * sum(part.rows * part.columns for part in rest),
             "adaLN vectors": item * job.steps * (4 * (n_refiners + c.n_layers) + 1) * c.dim,
-            "latents": latent * (_LATENT_COPIES * sequences + job.round_images),
+            "latents": latent * _LATENT_COPIES * sequences,
             "captions": stream * pads * (c.dim + c.cap_feat_dim),
             "activations": activations + (tokens + pads) * c.head_dim * 4,  # the angles of the parts stay, too
             "unpacking": unpacking,
@@ -204,8 +175,8 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     )
 
 
-def _encode(model: Model, job: Job, device: str, machine: Machine) -> Phase:
-    c, batches, blocks = model.text_encoder_config, job.batches(job.prompt_tokens), []
+def _encode(model: Model, prompt_tokens: Sequence[int], device: str, machine: Machine) -> Phase:
+    c, batches, blocks = model.text_encoder_config, batched(prompt_tokens, int), []
     dtype, tokens = machine.dtype(device), max(map(sum, batches))
     item, stream = ITEM_BYTES[dtype], STREAM_BYTES[dtype]
     attention = max(sum(4 * c.num_attention_heads * c.head_dim * n**2 for n in batch) for batch in batches)
@@ -225,7 +196,7 @@ def _encode(model: Model, job: Job, device: str, machine: Machine) -> Phase:
             "activations": activation_bytes(
                 tokens, c.hidden_size, c.intermediate_size, c.num_attention_heads, item, stream, q_dim, kv_dim
             ),
-            "embeddings": c.hidden_size * (tokens * item + sum(job.prompt_tokens) * stream),  # of what goes in and out
+            "embeddings": c.hidden_size * (tokens * item + sum(prompt_tokens) * stream),  # of what goes in and out
             "unpacking": max(unpacking_bytes(p, device, dtype) for block in blocks for p in of_layers[block.name]),
         },
     )
@@ -237,7 +208,11 @@ def _decode(model: Model, job: Job, device: str, machine: Machine) -> Iterator[P
     item = ITEM_BYTES[dtype]
     ways = decode_ways(config, job.height, job.width, item, device == "gpu")
     traffic = 8 * ways[0].device_bytes / ways[0].flops  # of what is done to each element between the products
-    images = {"image": 3 * job.pixels, "latents": 4 * config.latent_channels * job.latents * job.round_images}
+    images = {
+        "image": 3 * job.pixels,
+        "latents": 4 * config.latent_channels * job.latents * job.round_images,
+        "embeddings": _embedding_bytes(model, job, STREAM_BYTES[machine.dtype(_devices(machine)[0])]),
+    }
     for way in ways[dtype == "fp16" :]:  # only bands scale their maps so that float16 holds them
         work = Work(
             way.flops,
@@ -256,6 +231,11 @@ def _decode(model: Model, job: Job, device: str, machine: Machine) -> Iterator[P
             ram_fixed={**images, "maps": way.host_bytes} if device == "gpu" else {},
             way=way,
         )
+
+
+def _embedding_bytes(model: Model, job: Job, stream: int) -> int:
+    """Of all prompts, until the last image is done."""
+    return stream * (sum(job.prompt_tokens) + job.other_tokens) * model.transformer_config.cap_feat_dim
 
 
 def _transformer_work(parts: Sequence[Part], tokens: int, dim: int, attention: float, charge: float) -> Work:
@@ -281,7 +261,3 @@ def _is_reencoded(part: Part) -> bool:
 def _reencoded(parts: Iterable[Part]) -> int:
     """Bytes of these weights once they are int8."""
     return sum(part.rows * part.columns for part in parts if _is_reencoded(part))
-
-
-def _padded(tokens: int) -> int:
-    return -(-tokens // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE

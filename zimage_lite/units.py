@@ -1,4 +1,4 @@
-"""Sizes as people write them: GB is 10^9 bytes, GiB is 2^30."""
+"""Sizes as people write them, GB being 10^9 bytes and GiB 2^30, and rounded to whole pieces."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ def parse_bytes(text: str) -> int:
     if not 1 <= size < 2**63:
         raise UserError("not a size", got=repr(text), expected="a number with a unit, such as 6GB, 5.5GiB or 800MB")
     return round(size)
+
+
+def round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 def format_gb(n_bytes: float) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import FileFormatError
 from ..quant.formats import GGML_NAMES, GGML_TYPES
 from ..quant.tensor import rows_columns
+from ..units import round_up
 from .container import Entry, TensorFile, check_ranges, is_natural, is_shape
 
 MAGIC = b"GGUF"
@@ -95,7 +96,7 @@ def read_header(path: Path) -> TensorFile:
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if not is_natural(alignment) or alignment < 1 or alignment & (alignment - 1):
         raise FileFormatError(f"{path}: general.alignment", got=repr(alignment)[:60], expected="a power of two")
-    data_start = -(-header_bytes // alignment) * alignment
+    data_start = round_up(header_bytes, alignment)
     entries = [_entry(path, metadata, data_start, alignment, *info) for info in infos]
     by_name = {entry.name: entry for entry in entries}
     if len(by_name) != len(entries):
@@ -155,7 +156,7 @@ def encode_header(
         out.append(struct.pack(f"<{len(shape)}Q", *reversed(shape)) + struct.pack("<IQ", type_id, at))
         offsets.append(at)
         nbytes = math.prod(shape) // block * block_bytes
-        at += -(-nbytes // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
+        at += round_up(nbytes, DEFAULT_ALIGNMENT)
     raw = b"".join(out)
     raw += b"\0" * (-len(raw) % DEFAULT_ALIGNMENT)
     return raw, [len(raw) + offset for offset in offsets]

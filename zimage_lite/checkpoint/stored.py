@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import FileFormatError, UserError
 from ..quant.formats import DTYPE_BYTES, Format, Layout, Options
 from ..quant.tensor import TORCH_DTYPES, QTensor, all_finite, rows_columns
+from ..units import round_up
 from .container import Entry, Take, fresh
 
 _FLOATS = ("F32", "F16", "BF16")
@@ -210,7 +211,7 @@ def _bytes_of(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def aligned(n_bytes: int) -> int:
-    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
+    return round_up(n_bytes, ALIGNMENT)
 
 
 def _split(buffer: Tensor, pieces: Mapping[str, _Piece]) -> dict[str, tuple[_Piece, Tensor]]:

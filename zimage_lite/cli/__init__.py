@@ -1,7 +1,8 @@
 """The command line: one file per verb, each loaded when its verb is used.
 
-Exit codes: 0 done; 2 the input is at fault, told in one line; 3 it does not fit the budget; 1 our fault, with the
-traceback. Human text goes to stderr; with --json, stdout ends in one line with one JSON object.
+Exit codes: 0 done; 2 the input is at fault, told in one line; 3 it does not fit the budget, or memory ran out twice;
+130 interrupted; 1 our fault, with the traceback. Human text goes to stderr; with --json, stdout ends in one line with
+one JSON object.
 """
 
 from __future__ import annotations

@@ -154,9 +154,8 @@ def _model(model: str | None, parts: Mapping[str, Path | None]) -> str | None:
 def _notes(model: str | None, pipeline: Pipeline, requests: Sequence[GenerateOptions]) -> Iterator[str]:
     """What the user might not expect."""
     device = pipeline.hardware.device.type
-    idle = "--ram" if device == "cuda" else "--vram"
-    if getattr(pipeline.options, f"{idle[2:]}_bytes"):
-        yield f"{idle} has no effect on {device}"
+    if pipeline.options.vram_bytes and device != "cuda":
+        yield f"--vram has no effect on {device}, where all memory is --ram"
     if requests[0].negative and not requests[0].guidance:
         yield "--negative has no effect without --guidance"
     theta = pipeline.model.text_encoder.config.rope_theta

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +17,12 @@ from . import print_json, say
 
 if TYPE_CHECKING:
     from ..memory.gpus import Gpu
+    from ..memory.machine import Machine
     from ..memory.plan import Budgets, Plan
     from ..prediction import Model
 
 _IMAGE = GenerateOptions()
-_FACTS = (
-    "phase", "device", "passes", "homes", "slots", "slot_bytes", "staging", "staging_bytes", "fixed",
-    "peak_vram_bytes", "peak_ram_bytes", "link_bytes", "disk_bytes", "bound_by",
-)  # fmt: skip
+_RAM = "16GB"
 _HOMES = {"device": "stay", "pinned": "in pinned RAM", "pageable": "in pageable RAM", "file": "from the file each time"}
 
 
@@ -47,7 +45,11 @@ class _Prediction:
 @click.option("--format", "format_name", metavar="FORMAT", help="Format of those shapes.  [default: int8]")
 @click.option("--gpu", "gpu_name", metavar="NAME", help='Such as "RTX 3060 Laptop".  [default: the one that is here]')
 @click.option("--vram", metavar="SIZE", help="Ceiling for the GPU's memory, such as 6GB.  [default: what is free]")
-@click.option("--ram", metavar="SIZE", default="16GB", show_default=True, help="Ceiling for the process's memory.")
+@click.option(
+    "--ram",
+    metavar="SIZE",
+    help=f"Ceiling for the process's memory.  [default: what is free here; {_RAM} beside another GPU]",
+)
 @click.option("--width", type=int, default=1024, show_default=True, help="Pixels, a multiple of 16.")
 @click.option("--height", type=int, default=1024, show_default=True, help="Pixels, a multiple of 16.")
 @click.option("--steps", type=int, default=_IMAGE.steps, show_default=True, help="Denoising steps.")
@@ -55,7 +57,7 @@ class _Prediction:
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw one step as a picture.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 def command(
-    model: str | None, format_name: str | None, gpu_name: str | None, vram: str | None, ram: str, width: int,
+    model: str | None, format_name: str | None, gpu_name: str | None, vram: str | None, ram: str | None, width: int,
     height: int, steps: int, count: int, plot: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Predict where the weights would live, the memory peaks, the time, and what bounds it, for any GPU.
@@ -69,7 +71,7 @@ def command(
     if count < 1:
         raise UserError("--count", got=count, expected="at least 1")
     wanted = GenerateOptions(width=width, height=height, steps=steps)
-    limits = parse_bytes(vram) if vram else None, parse_bytes(ram)
+    limits = parse_bytes(vram) if vram else None, parse_bytes(ram) if ram else None
     prediction = _predict(_sizes(model, format_name or "int8"), gpu_name, limits, wanted, count)
     _describe(prediction, wanted)
     if plot:
@@ -95,52 +97,51 @@ def _sizes(model: str | None, format_name: str) -> Model:
 
 
 def _predict(
-    model: Model, gpu_name: str | None, limits: tuple[int | None, int], wanted: GenerateOptions, count: int
+    model: Model, gpu_name: str | None, limits: tuple[int | None, int | None], wanted: GenerateOptions, count: int
 ) -> _Prediction:
-    from ..memory.machine import machine
+    from ..job import Job
     from ..memory.planner import budgets_in_force, plan_phases
-    from ..prediction import Job, phases
+    from ..prediction import phases
 
-    vram, ram = limits
-    gpu, free = _choose(gpu_name, vram)
-    machines = [machine(gpu, ram, high_power) for high_power in (True, False)]
-    if free is not None:
-        machines = [replace(one, vram_free_bytes=free) for one in machines]
-    if sys.platform == "win32":
-        machines = [replace(one, pinned_limit_bytes=ram // 2) for one in machines]
+    gpu, machines = _machines(gpu_name, *limits)
     todo = phases(model, Job(*wanted.size, steps=wanted.steps, images=count), machines[0])
-    budgets = budgets_in_force(machines[0], vram, ram)
+    budgets = budgets_in_force(machines[0], *limits)
     fast, slow = (plan_phases(todo, one, budgets) for one in machines)
     return _Prediction(model.name, gpu, budgets, count, fast, slow)
 
 
-def _choose(name: str | None, vram: int | None) -> tuple[Gpu, int | None]:
-    """The GPU named, else the one that is here, else the slowest with so much memory; and what is free, if known."""
+def _machines(name: str | None, vram: int | None, ram: int | None) -> tuple[Gpu, list[Machine]]:
+    """At the highest and at the lowest power limit: with the GPU named, else the one that is here with what is free,
+    else the slowest with so much memory."""
     from ..memory.gpus import find_gpu, gpu_with
-    from ..memory.machine import VRAM_MARGIN_BYTES
+    from ..memory.machine import VRAM_MARGIN_BYTES, machine, processor
 
-    if name:
-        return find_gpu(name), None
-    here = _gpu_here()
+    here = None if name else _here()
     if here is not None:
-        try:
-            return find_gpu(here[0]), here[1]
-        except UserError:
-            if vram is None:
-                raise
-    if vram is None:
+        gpu, there = here
+        return gpu, [replace(there, gpu=processor(gpu, high_power)) for high_power in (True, False)]
+    if name is None and vram is None:
         raise UserError("this machine has no NVIDIA GPU that torch sees", fix='name one: --gpu "RTX 3060 Laptop"')
-    return gpu_with(vram), vram + VRAM_MARGIN_BYTES
+    gpu = find_gpu(name) if name else gpu_with(vram or 0)
+    ram = parse_bytes(_RAM) if ram is None else ram
+    machines = [machine(gpu, ram, high_power) for high_power in (True, False)]
+    if not name:
+        machines = [replace(one, vram_free_bytes=(vram or 0) + VRAM_MARGIN_BYTES) for one in machines]
+    if sys.platform == "win32":
+        machines = [replace(one, pinned_limit_bytes=ram // 2) for one in machines]
+    return gpu, machines
 
 
-def _gpu_here() -> tuple[str, int] | None:
-    """What torch calls it, with its memory, and the bytes that are free."""
+def _here() -> tuple[Gpu, Machine] | None:
+    """The GPU of this machine, and what is free, as `generate` sees them."""
     import torch
+
+    from ..memory.hardware import gpu_here, machine_here, probe
 
     if not torch.cuda.is_available():
         return None
-    total = round(torch.cuda.get_device_properties(0).total_memory / 2**30)
-    return f"{torch.cuda.get_device_name(0)} {total}GB", torch.cuda.mem_get_info(0)[0]
+    hardware = probe("cuda")
+    return gpu_here(hardware.device), machine_here(hardware)
 
 
 def _describe(prediction: _Prediction, wanted: GenerateOptions) -> None:
@@ -186,13 +187,10 @@ def _how(plan: Plan) -> str:
 
 
 def _as_json(prediction: _Prediction, wanted: GenerateOptions) -> dict[str, Any]:
-    from ..memory.plan_vae import VaePlan
-
     phases = []
     for fast, slow in zip(prediction.plans, prediction.slow_plans, strict=True):
-        facts = {name: getattr(fast, name) for name in _FACTS}
         times = {name: [getattr(fast, name), getattr(slow, name)] for name in ("pass_ms", "startup_ms", "total_ms")}
-        phases.append({**facts, **times, "way": asdict(fast.way) if isinstance(fast.way, VaePlan) else fast.way})
+        phases.append({"phase": fast.phase, **fast.facts(), "homes": fast.homes, **times})
     return {
         "prediction": True,
         "model": prediction.model,

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_PAGE_BYTES = 4096
+from ..units import round_up
+
+PAGE_BYTES = 4096
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every CUDA context of the process
 
 
@@ -66,8 +68,8 @@ class CudaLink:
         No copy may come from a buffer while it is being pinned. A refusal is remembered as CUDA's last error by the
         calling thread, where torch would take it for that of the next kernel: call it in a thread that has no others.
         """
-        start = buffer.data_ptr() // _PAGE_BYTES * _PAGE_BYTES
-        end = -(-(buffer.data_ptr() + buffer.nbytes) // _PAGE_BYTES) * _PAGE_BYTES
+        start = buffer.data_ptr() // PAGE_BYTES * PAGE_BYTES
+        end = round_up(buffer.data_ptr() + buffer.nbytes, PAGE_BYTES)
         with torch.cuda.device(self.device):
             status = torch.cuda.cudart().cudaHostRegister(start, end - start, _PORTABLE)
         if int(status):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 
@@ -50,25 +50,27 @@ def probe(device: str = "auto", dtype: str = "auto") -> Hardware:
 def machine_here(hardware: Hardware) -> Machine:
     """This machine as the planner sees it, with what is free now. What the process holds already counts as free for
     it, and as held. A GPU that is not in the table is taken for one of its size and speed."""
-    cpu, used = _cpu(), rss_bytes()
-    free = used + psutil.virtual_memory().available - RAM_MARGIN_BYTES
-    held = used + ALLOCATOR_SLACK_BYTES
     if hardware.device.type != "cuda":
-        return Machine("this machine", free, cpu=cpu, cpu_dtype=hardware.dtype_name, process_bytes=held)
+        return replace(_processor_here(), cpu_dtype=hardware.dtype_name)
     gpu, device = gpu_here(hardware.device), hardware.device
+    link_gbps = _link_gbps(device)
     torch.cuda.empty_cache()  # what is only kept for later is not held
     own = CUDA_CONTEXT_BYTES + torch.cuda.memory_reserved(device)
-    return Machine(
+    return replace(
+        _processor_here(),  # now that CUDA is there: its context takes RAM, too
         name=gpu.name,
-        ram_free_bytes=free,
-        process_bytes=held,
-        cpu=cpu,
         vram_free_bytes=own + torch.cuda.mem_get_info(device)[0],
         gpu=processor(gpu),
         gpu_dtype=hardware.dtype_name,
-        link_gbps=_link_gbps(device),
+        link_gbps=link_gbps,
         pinned_limit_bytes=psutil.virtual_memory().total // 2 if sys.platform == "win32" else None,
     )
+
+
+def _processor_here() -> Machine:
+    cpu, used = _cpu(), rss_bytes()
+    free = used + psutil.virtual_memory().available - RAM_MARGIN_BYTES
+    return Machine("this machine", free, cpu=cpu, process_bytes=used + ALLOCATOR_SLACK_BYTES)
 
 
 def gpu_here(device: torch.device) -> Gpu:

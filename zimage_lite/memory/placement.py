@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ..units import round_up
+
 MIB = 2**20
 GRANULE_BYTES = 2 * MIB  # CUDA hands out memory in pieces of this size
 SLOT_COUNTS = (2, 3, 1)  # in the order they are tried: one cannot overlap, a third helps where sizes are uneven
@@ -36,7 +38,7 @@ def candidates(sizes: tuple[int, ...], slot_counts: tuple[int, ...], granule: in
     A slot is as large as the largest block that passes through it, so where a few blocks are larger than the rest, as
     16-bit refiners are, it can pay to keep those and to have smaller slots.
     """
-    rounded = [-(-size // granule) * granule for size in sizes]
+    rounded = [round_up(size, granule) for size in sizes]
     found: dict[tuple[frozenset[int], int], Candidate] = {}
     for limit in sorted(set(rounded), reverse=True)[:_MOST_SIZES]:
         large = [i for i, size in enumerate(rounded) if size > limit]

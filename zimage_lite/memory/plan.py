@@ -12,9 +12,9 @@ each time. Running on the CPU is the same with RAM for a device, and the disk fo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from .machine import Work
 from .simulate import Passage, Run, simulate
@@ -95,10 +95,6 @@ class Plan:
         """In the order they run."""
         return tuple(name for name, home in self.homes.items() if home != DEVICE)
 
-    def slot_of(self, name: str, pass_number: int = 0) -> int:
-        """Slots are taken in turn, from one pass into the next."""
-        return (pass_number * len(self.streamed) + self.streamed.index(name)) % self.slots
-
     def bytes_at(self, *homes: str) -> int:
         return sum(self.sizes[name] for name, home in self.homes.items() if home in homes)
 
@@ -145,7 +141,7 @@ class Plan:
         counts = {home: list(self.homes.values()).count(home) for home in (DEVICE, PINNED, PAGEABLE, FILE)}
         return {
             "device": self.device,
-            "way": str(self.way),
+            "way": asdict(cast(Any, self.way)) if is_dataclass(self.way) else self.way,
             "passes": self.passes,
             "blocks": counts,
             "slots": self.slots,
@@ -164,11 +160,6 @@ class Plan:
     def simulated(self) -> Run:
         """The same run with all its events."""
         return simulate(self.passages, self.slots, self.staging, self.passes, record=True)
-
-
-def round_up(n_bytes: int) -> str:
-    """To the next tenth of a GB, as one types it."""
-    return f"{-(-n_bytes // 100_000_000) / 10:g}GB"
 
 
 def activation_bytes(

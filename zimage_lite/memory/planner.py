@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import BudgetError
-from ..units import format_gb
+from ..units import format_gb, round_up
 from .machine import COPY_OVERHEAD_MS, Machine, Processor, Work
 from .placement import GRANULE_BYTES, SLOT_COUNTS, Candidate, candidates, nested_order, prefix
-from .plan import DEVICE, FILE, PAGEABLE, PINNED, Block, Budgets, Phase, Plan, round_up
+from .plan import DEVICE, FILE, PAGEABLE, PINNED, Block, Budgets, Phase, Plan
 from .simulate import Passage, Run, simulate
 
 
@@ -245,11 +245,12 @@ def _least(phase: Phase, machine: Machine) -> tuple[int, int]:
 
 def _told(n_bytes: int, machine: Machine, which: int) -> str:
     """As a flag if the machine has so much, else as what it would take."""
-    tenths, text = -(-n_bytes // 100_000_000), round_up(n_bytes)
+    enough = round_up(n_bytes, 100_000_000)
+    text = f"{enough / 1e9:g}GB"
     free = (machine.vram_free_bytes - machine.margin_bytes, machine.ram_free_bytes)[which]
     flag, kind = (("--vram", "GPU memory"), ("--ram", "RAM"))[which]
-    return f"{flag} {text}" if tenths * 100_000_000 <= free else f"{text} of {kind}"
+    return f"{flag} {text}" if enough <= free else f"{text} of {kind}"
 
 
 def _rounded(*sizes: int) -> int:
-    return sum(-(-size // GRANULE_BYTES) * GRANULE_BYTES for size in sizes)
+    return sum(round_up(size, GRANULE_BYTES) for size in sizes)

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from ..errors import FileFormatError
+from ..units import round_up
 from .formats import Codec, Format, Layout, Options, Parts, Shapes
-from .pieces import by_pieces, count_below, pack_nibbles, round_up, unpack_nibbles, widen
+from .pieces import by_pieces, count_below, pack_nibbles, unpack_nibbles, widen
 
 BLOCK, NESTED_BLOCK = 64, 256
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # that bitsandbytes knows

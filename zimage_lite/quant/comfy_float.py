@@ -17,8 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..units import round_up
 from .formats import Codec, Format, Layout, Options, Parts, Shapes
-from .pieces import by_pieces, largest, round_up, unpack_nibbles, widen
+from .pieces import by_pieces, largest, unpack_nibbles, widen
 from .tensor import TORCH_DTYPES
 
 TILE_ROWS, TILE_BLOCKS = 128, 4

@@ -13,10 +13,6 @@ from .formats import Parts
 PIECE_WEIGHTS = 2**20
 
 
-def round_up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
-
-
 def row_pieces(rows: int, columns: int) -> Iterator[slice]:
     step = max(PIECE_WEIGHTS // max(columns, 1), 1)
     for start in range(0, rows, step):
