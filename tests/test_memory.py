@@ -227,19 +227,9 @@ def test_the_image_does_not_depend_on_the_budget(name: str, models, exact_rss, c
 
 def test_a_ceiling_for_what_is_not_there(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Beside a GPU both count, so only --vram can be idle."""
-    command = [
-        "generate",
-        "cat",
-        "--model",
-        str(tiny),
-        "--steps",
-        "1",
-        "--device",
-        "cpu",
-        "-o",
-        str(tmp_path / "x.png"),
-    ]
-    assert run([*command, "--width", "16", "--height", "16", "--vram", "1GB", "--ram", "8GB"]) == 0
+    command = ["generate", "cat", "--model", str(tiny), "--device", "cpu", "-o", str(tmp_path / "x.png")]
+    size = ["--steps", "1", "--width", "16", "--height", "16"]
+    assert run([*command, *size, "--vram", "1GB", "--ram", "8GB"]) == 0
     assert re.findall("note: (.*) has no effect", capsys.readouterr().err) == ["--vram"]
 
 

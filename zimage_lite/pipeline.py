@@ -67,7 +67,6 @@ class Pipeline:
         if self.options.backend == "triton":
             raise UserError("--backend triton: there are no Triton kernels yet", fix="use auto or reference")
         self.hardware = probe(self.options.device, self.options.dtype)
-        self.planning = Planning(self.hardware, self.options, self.tell)
         self.cache = PromptCache(cache_folder() if self.options.cache else None)
 
     def generate(self, requests: Sequence[GenerateOptions], progress: Progress = silent) -> list[Tensor]:
@@ -97,8 +96,7 @@ class Pipeline:
         drawing = [way for group in groups for way in (self._denoising(group.job), self._decoding(group.job))]
         planned = self.planning.planned([*encode, *drawing])
         others = planned[len(encode) :]
-        self.meter = Meter()
-        self.plans.clear()
+        self._begin()
         embeddings = {**kept, **self._embeddings(unknown, planned[: len(encode)], progress)}
         steps, images = (
             _Count(progress, "denoise", sum(r.steps for r in requests)),
@@ -133,6 +131,7 @@ class Pipeline:
         with Clearing(self._release):
             tokens = [len(self.model.tokenizer.encode(text)) for text in unknown]
             ways = self.planning.planned([self._encoding(tokens)] if unknown else [])
+            self._begin()
             found |= self._embeddings(unknown, ways, progress)
         return [found[text] for text in prompts]
 
@@ -143,6 +142,7 @@ class Pipeline:
         job = Job(width * VAE_FACTOR, height * VAE_FACTOR, images=len(latents))
         with Clearing(self._release):
             (ways,) = self.planning.planned([self._decoding(job)])
+            self._begin()
             return list(self.planning.within(ways, partial(self._decode, latents)))
 
     @cached_property
@@ -161,6 +161,10 @@ class Pipeline:
     @cached_property
     def sizes(self) -> Model:
         return model_of(self.model)
+
+    @property
+    def planning(self) -> Planning:
+        return Planning(self.hardware, self.options, self.tell)
 
     def _encoding(self, tokens: Sequence[int]) -> WaysOn:
         return partial(ways_to_encode, self.sizes, tokens)
@@ -283,6 +287,9 @@ class Pipeline:
             release(model)
             if hardware.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _begin(self) -> None:
+        self.meter, self.plans = Meter(), {}
 
     def _note(self, plan: Plan) -> None:
         self.plans[plan.phase] = max(

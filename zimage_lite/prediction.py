@@ -163,7 +163,7 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
         device=device,
         fixed={
             "embedders": item * sum(part.rows * part.columns for part in rest),
-            "adaLN vectors": item * job.steps * (4 * (n_refiners + c.n_layers) + 1) * c.dim,
+            "adaLN vectors": _vector_bytes(model, job, dtype),
             "latents": latent * _LATENT_COPIES * sequences,
             "captions": stream * pads * (c.dim + c.cap_feat_dim),
             "activations": activations + (tokens + pads) * c.head_dim * 4,  # the angles of the parts stay, too
@@ -207,6 +207,7 @@ def _decode(model: Model, job: Job, device: str, machine: Machine) -> Iterator[P
     config, dtype = model.vae_config, machine.dtype(device)
     item = ITEM_BYTES[dtype]
     ways = decode_ways(config, job.height, job.width, item, device == "gpu")
+    vectors = _vector_bytes(model, job, machine.dtype(_devices(machine)[0]))
     traffic = 8 * ways[0].device_bytes / ways[0].flops  # of what is done to each element between the products
     images = {
         "image": 3 * job.pixels,
@@ -221,7 +222,7 @@ def _decode(model: Model, job: Job, device: str, machine: Machine) -> Iterator[P
             host_bytes=way.traffic_bytes,
             launches=_LAUNCHES_PER_CONVOLUTION * way.reads,
         )
-        fixed = {"pixels in work": way.device_bytes}
+        fixed = {"pixels in work": way.device_bytes, "adaLN vectors": vectors}  # these for the next round
         yield Phase(
             name="decode",
             blocks=(Block("decoder", item * model.vae_weights, work),),
@@ -236,6 +237,12 @@ def _decode(model: Model, job: Job, device: str, machine: Machine) -> Iterator[P
 def _embedding_bytes(model: Model, job: Job, stream: int) -> int:
     """Of all prompts, until the last image is done."""
     return stream * (sum(job.prompt_tokens) + job.other_tokens) * model.transformer_config.cap_feat_dim
+
+
+def _vector_bytes(model: Model, job: Job, dtype: str) -> int:
+    """Of all steps, from before the first until the last image is done."""
+    c = model.transformer_config
+    return ITEM_BYTES[dtype] * job.steps * (4 * (c.n_refiner_layers + c.n_layers) + 1) * c.dim
 
 
 def _transformer_work(parts: Sequence[Part], tokens: int, dim: int, attention: float, charge: float) -> Work:
