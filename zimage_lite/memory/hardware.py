@@ -21,7 +21,7 @@ from .meter import rss_bytes
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 RAM_MARGIN_BYTES = 500_000_000  # left to the rest of the system when no --ram is given
-ALLOCATOR_SLACK_BYTES = 250_000_000  # activations that were freed but not returned to the system
+ALLOCATOR_SLACK_BYTES = 100_000_000  # what was freed but not returned, and libraries that come with the first use
 _LINK_TEST_BYTES, _LINK_TESTS = 2**25, 5
 
 

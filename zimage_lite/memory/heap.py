@@ -13,7 +13,7 @@ import sys
 from functools import cache
 from typing import Any
 
-KEPT_BYTES = 2**27  # so much may stay: it is used again at once
+KEPT_BYTES = 2**26  # so much may stay: it is used again at once
 
 
 class _MallInfo(ctypes.Structure):
