@@ -27,7 +27,7 @@ from .tiers import DONE, NO_FIT, STEPS, Tier
 
 _GIB = 2**30
 _SWEEP_SIZE = 1024
-_SWEEP_STEPS = 10  # budgets, evenly from 2 GB up to what the card has free
+_SWEEP_STEPS = 8  # budgets, evenly from 2 GB up to what the card has free
 
 
 def assumptions() -> list[str]:
