@@ -125,9 +125,8 @@ def test_summary() -> None:
     denoise = found["phases"]["denoise"]
     assert denoise["seconds"]["warm"]["median"] == 4.0 and denoise["seconds"]["cold"] == 9.0
     assert denoise["tflops"] == 2.0 and denoise["share_of_limit"] == 0.75  # 8e12 in 4 s; 3 s of 4
-    assert (
-        denoise["copied_bytes"] == 20 and denoise["peak_vram_bytes"] == 103
-    )  # the middle warm one; the highest of all
+    assert denoise["copied_bytes"] == 20  # of the middle warm one
+    assert denoise["peak_vram_bytes"] == 103  # the highest of all
     assert found["step_seconds"]["median"] == 2.0  # without the first, which loads
     assert found["step_share_of_limit"] == 0.75
 
@@ -154,7 +153,7 @@ def test_case_of_the_demo() -> None:
     assert set(cell["phases"]) == {"encode", "denoise", "decode"}
     inside = sum(phase["seconds"]["warm"]["min"] for phase in cell["phases"].values())
     assert inside <= cell["seconds"]["warm"]["max"]
-    assert 0 < cell["step_share_of_limit"] and cell["phases"]["denoise"]["read_bytes"] > 10**7
+    assert cell["step_share_of_limit"] > 0 and cell["phases"]["denoise"]["read_bytes"] > 10**7
     assert json.loads(json.dumps(cell)) == cell
 
 
@@ -313,7 +312,9 @@ def test_refusals(arguments: list[str], line: str, refused: Callable[..., str]) 
 PRETENDED = """#!/usr/bin/env bash
 case "$*" in
     *bench_linear*) exit 3 ;;
-    *tier_6gb*) out=""; for word; do [[ "$out" == --out ]] && echo '{"cells": []}' > "$word"; out="$word"; done; sleep 60 ;;
+    *tier_6gb*)
+        for word; do [[ "$before" == --out ]] && echo '{"cells": []}' > "$word"; before="$word"; done
+        sleep 60 ;;
 esac
 """
 

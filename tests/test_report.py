@@ -196,7 +196,8 @@ def test_nothing_in_a_result_becomes_markup(tier: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "[]", "{}", "not JSON", '{"kind": "zimage-lite bench"}', '{"rows": 5, "captions": 1}', '{"runs": [{"kept": 1}]}',
+        "[]", "{}", "not JSON", '{"kind": "zimage-lite bench"}', '{"rows": 5, "captions": 1}',
+        '{"runs": [{"kept": 1}]}',
         '{"counted": [{"size": 1}], "runs": []}', '{"cases": [{"cap_bytes": "x"}]}', "[" * 100_000,
         '{"kind": "zimage-lite bench", "tier": null, "machine": {}, "steps": 8, "cells": [{"prediction": 1}]}',
     ],
@@ -306,7 +307,8 @@ def dots(svg: str) -> list[tuple[float, float]]:
 
 
 def test_labels_do_not_lie_on_each_other() -> None:
-    near = {"a": [Point(1 + i / 1000, 1.0, label=f"name{i}") for i in range(12)] + [Point(2, 2)]}
+    near = {"a": [Point(1 + i / 1000, 1.0, label=f"name{i}") for i in range(12)]}
+    near["a"] += [Point(0, 0), Point(2, 2)]
     svg = ElementTree.fromstring(Plot("t", "x", "y", near).svg())
     placed = [one for one in svg.iter("text") if (one.text or "").startswith("name")]
     assert 2 <= len(placed) <= 4  # of twelve at one place, those that there is room for around it
