@@ -300,6 +300,8 @@ def test_what_is_measured_without_a_tier() -> None:
         (["--repeats", "3"], "error: --repeats: got 3, expected at least 5"),
         (["--sizes", "512,100"], "error: --sizes: got '100', expected multiples of 16, such as 512,1024"),
         (["--tier", "4gb", "--model", "demo", "--formats", "int8"], "error: --formats is for random weights"),
+        (["--model", "/no/such/model"], "error: /no/such/model: "),
+        (["--tier", "4gb", "--formats", "int9"], "error: --formats: not a format that can be written: got 'int9'"),
         (["--tier", "4gb", "--out", "/no/such/folder/x.json"], "error: /no/such/folder: no such folder"),
     ],
 )

@@ -69,7 +69,9 @@ def bench(request: Request, tell: Tell, save: Save) -> dict[str, Any]:
         "steps": request.steps,
         "cells": [],
     }
-    if tier:
+    if tier is None:
+        require_there(request.models)
+    else:
         predict(result, request, tier, tell if why_not else lambda line: None)
         save(result)
     if not why_not:
@@ -87,6 +89,14 @@ def missing(vram_bytes: int) -> str | None:
     if there < vram_bytes:
         return f"this GPU has {there / 2**30:.1f} GiB, and the tier is {vram_bytes / 2**30:.1f} GiB"
     return None
+
+
+def require_there(models: dict[str, str]) -> None:
+    """Raises UserError for a MODEL that cannot be opened."""
+    from .api import open_named
+
+    for name in models.values():
+        open_named(name, {})
 
 
 def told_tier(tier: Tier) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from typing import Any
 
 import click
 
+from ..bench import MIN_REPEATS, Request, bench
 from ..config import SIZE_MULTIPLE
 from ..errors import UserError
 from ..tiers import SIZES, TIERS, find_tier
 from . import leaving_at_once, print_json, say
 
-_MIN_REPEATS = 5
+_SIZES = ",".join(map(str, SIZES))
 
 
 @click.command(name="bench")
@@ -22,8 +23,8 @@ _MIN_REPEATS = 5
     "--model", help="Folder, file, Hub id, demo, or synthetic:FORMAT.  [default: a tier's formats; else demo]"
 )
 @click.option("--formats", metavar="A,B,...", help="synthetic: weights of these formats.  [default: the tier's]")
-@click.option("--sizes", metavar="W,W,...", help=f"Pixels each way.  [default: {','.join(map(str, SIZES))}]")
-@click.option("--repeats", type=int, default=_MIN_REPEATS, show_default=True, help="Warm runs, after a cold one.")
+@click.option("--sizes", metavar="W,W,...", help=f"Pixels each way.  [default: {_SIZES}; else the model's]")
+@click.option("--repeats", type=int, default=MIN_REPEATS, show_default=True, help="Warm runs, after a cold one.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE.json", help="Written after each case.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 def command(
@@ -37,13 +38,14 @@ def command(
     """
     if model and formats:
         raise UserError("--formats is for random weights", fix="leave it out, a --model has its own")
-    if repeats < _MIN_REPEATS:
-        raise UserError("--repeats", got=repeats, expected=f"at least {_MIN_REPEATS}")
+    if repeats < MIN_REPEATS:
+        raise UserError("--repeats", got=repeats, expected=f"at least {MIN_REPEATS}")
     chosen = find_tier(tier) if tier else None
     wanted = [_size(text) for text in sizes.split(",")] if sizes else []
     with leaving_at_once():
-        from ..bench import Request, bench
         from ..checkpoint.output import replacing, require_absent
+        from ..quant.recipe import target
+    names = [target(name.strip(), "--formats").name for name in formats.split(",")] if formats else []
     if out:
         require_absent(out, overwrite=True)
 
@@ -52,7 +54,6 @@ def command(
             with replacing(out) as partial:
                 partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-    names = [name.strip() for name in formats.split(",")] if formats else []
     result = bench(Request.of(chosen, model, names, wanted, repeats), say, save)
     save(result)
     if out:
