@@ -296,9 +296,9 @@ def test_points_lie_where_their_values_say() -> None:
     that is the geometric mean."""
     points = {"a": [Point(0, 0), Point(10, 10), Point(5, 5, high=10)]}
     found = dots(Plot("t", "x", "y", points).svg())
-    assert found == [(56.0, 294.0), (504.0, 14.0), (280.0, 154.0)]
+    assert found == [(56.0, 274.0), (424.0, 14.0), (240.0, 144.0)]
     found = dots(Plot("t", "x", "y", {"a": [Point(0, 1), Point(10, 100), Point(5, 10)]}, logarithmic=True).svg())
-    assert [y for _, y in found] == [294.0, 14.0, 154.0]
+    assert [y for _, y in found] == [274.0, 14.0, 144.0]
 
 
 def dots(svg: str) -> list[tuple[float, float]]:

@@ -16,15 +16,15 @@ _STYLE = """
 --c0:#2f6db0;--c1:#c7621a;--c2:#3c8c3a;--c3:#8a4fb5;--c4:#a8384f;--c5:#5b6b73}
 @media (prefers-color-scheme:dark){:root{--ink:#e6e8eb;--soft:#a0a8b2;--paper:#15181c;--line:#343a42;--track:#22272d;
 --bad:#ff8a80;--c0:#6fb1f5;--c1:#f5a15f;--c2:#7fce7c;--c3:#c79bea;--c4:#ef8095;--c5:#a9b8c0}}
-body{margin:0 auto;padding:1rem;max-width:66rem;font:16px/1.5 system-ui,sans-serif;color:var(--ink);
+body{margin:0 auto;padding:1rem;max-width:72rem;font:16px/1.5 system-ui,sans-serif;color:var(--ink);
 background:var(--paper);overflow-wrap:break-word}
 h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2.5rem;border-bottom:1px solid var(--line)}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--soft);font-weight:600}td.text,th.text{text-align:left}td.bad{color:var(--bad)}
-td.long{white-space:normal;min-width:12rem;text-align:left}figure{margin:1.5rem 0}
+td.long{white-space:normal;min-width:10rem;text-align:left}figure{margin:1.5rem 0}
 figcaption{color:var(--soft);font-size:.875rem}svg{display:block;width:100%}svg text{fill:var(--ink)}
-svg.plot{max-width:40rem}.timeline svg{min-width:44rem}.timeline rect[fill="#f4f4f4"]{fill:var(--track)}
+svg.plot{max-width:34rem}.timeline svg{min-width:44rem}.timeline rect[fill="#f4f4f4"]{fill:var(--track)}
 .grid{stroke:var(--line);stroke-width:1}.line{fill:none;stroke-width:1.5;opacity:.6}.bar{stroke-width:5;opacity:.45}
 """
 _COLOURS = "".join(

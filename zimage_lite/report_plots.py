@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-_WIDTH, _HEIGHT = 520, 340
+_WIDTH, _HEIGHT = 440, 320  # small, so that its letters are large enough on a phone
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 14, 46  # around the plot itself
-_LEGEND_ROW, _LEGEND_COLUMNS, _LEGEND_CHARACTERS = 20, 2, 34
+_LEGEND_ROW, _LEGEND_COLUMNS, _LEGEND_CHARACTERS = 20, 2, 24
 _COLOURS = 6
 _CHARACTER = 6.2  # width of a small letter
 # Where a point's label may go, by preference: offset and anchor.
@@ -59,11 +59,11 @@ class Plot:
         legend = -(-len(self.series) // _LEGEND_COLUMNS) * _LEGEND_ROW if len(self.series) > 1 else 0
         height = _HEIGHT + legend
         out = [
-            f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" class="plot" font-size="12">',
+            f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" class="plot" font-size="13">',
             f"<title>{escape(self.title)}</title>",
             *self._axes(xs, ys),
         ]
-        taken: list[Box] = []
+        taken = [_around(_x(p.x, xs), self._y(p.y, ys)) for p in points]  # so that no label lies on a point
         for number, points in enumerate(self.series.values()):
             out += self._series(number, points, xs, ys, taken)
         if legend:
@@ -116,6 +116,10 @@ class Plot:
             f'<circle class="dot c{number % _COLOURS}" cx="{x:.1f}" cy="{y - 4}" r="5"/>'
             f'<text x="{x + 10:.1f}" y="{y}">{escape(short)}</text>'
         )
+
+
+def _around(x: float, y: float) -> Box:
+    return x - 4, y - 4, x + 4, y + 4
 
 
 def _label(text: str, x: float, y: float, taken: list[Box]) -> Iterable[str]:

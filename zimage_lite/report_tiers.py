@@ -35,7 +35,7 @@ def tier_section(name: str, result: Mapping[str, Any]) -> Section:
         if cell["outcome"] != DONE:
             bad.add((len(rows), 7))
         rows.append(_cell(cell, result["machine"]))
-    header = ("card", "format", "size", "seconds", "peak GPU memory", "peak RAM", "share of limit", "how it went")
+    header = ("card", "format", "size", "seconds", "GPU memory", "RAM", "of the limit", "how it went")
     section.parts.append(Table(header, rows, texts=2, bad=frozenset(bad)))
     for cell in measured:
         if "seconds" in cell:
@@ -91,9 +91,9 @@ def _phases(cell: Mapping[str, Any]) -> Iterator[str | Table]:
 def _sweeps(result: Mapping[str, Any]) -> Iterator[Figure]:
     series: dict[str, list[Point]] = {}
     for one in result.get("sweeps", []):
-        points = [Point(p["vram_bytes"] / 1e9, float(p["range"][0]), float(p["range"][1])) for p in one["points"]]
+        points = [Point(p["vram_bytes"] / 1e9, float(p["range"][0])) for p in one["points"]]
         if points:
-            series[f"{one['format']} ({one['gpu']}, predicted)"] = points
+            series[f"{one['format']}, predicted"] = points
     cap = result["tier"]["vram_bytes"] / 1e9 if result["tier"] else 0.0
     for cell in result["cells"]:
         if not cell["prediction"] and cell["outcome"] == DONE and cell["size"] == [_PLOTTED, _PLOTTED] and cap:
@@ -102,7 +102,8 @@ def _sweeps(result: Mapping[str, Any]) -> Iterator[Figure]:
     if series:
         title = f"Seconds per image at {pixels([_PLOTTED, _PLOTTED])} against the budget of GPU memory"
         plot = Plot(title, "GB of GPU memory", "seconds", series)
-        yield Figure(plot.svg(), f"{title}. Between the two lines: from the highest to the lowest power limit.")
+        card = f"Predictions are for {result['tier']['gpu_name']} at its highest power limit" if result["tier"] else ""
+        yield Figure(plot.svg(), f"{title}. {card}; bars: from the fastest to the slowest measured run.")
 
 
 def _timeline(tier: Mapping[str, Any] | None) -> Iterator[Figure]:
