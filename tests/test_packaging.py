@@ -155,7 +155,10 @@ def test_importing_the_package_is_light() -> None:
     assert not loaded & {*HEAVY, "click", "rich"}
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["generate", "-h"], ["quantize", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--help"], ["--version"], ["generate", "-h"], ["quantize", "--help"], ["bench", "-h"], ["report", "-h"]],
+)
 def test_help_is_light(arguments: list[str]) -> None:
     loaded = loaded_by(f"from zimage_lite.cli import run\nassert run({arguments}) == 0")
     assert {"zimage_lite", "click"} <= loaded

@@ -27,6 +27,8 @@ _VERBS = {
     "generate": "Draw images from prompts.",
     "quantize": "Turn a checkpoint into a smaller one.",
     "plan": "Predict memory and time, for any GPU.",
+    "bench": "Measure time and memory, or predict them for a tier of hardware.",
+    "report": "Turn results of bench into a page.",
     "inspect": "Say what a file or folder is.",
     "doctor": "Say what is installed, which kernels can be trusted, and how to mend the rest.",
     "formats": "List the formats, what they cost and who reads them.",

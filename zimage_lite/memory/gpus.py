@@ -9,8 +9,9 @@ Sources and assumptions, so that a surprising prediction can be traced:
 - Links: PCIe 3.0 x16 and 4.0 x8 carry 12.5 GB/s from pinned memory, 4.0 x16 and 5.0 x8 25 GB/s (measured on others'
   machines), 5.0 x16 50 GB/s (assumed). Many laptops wire fewer lanes than the chip has, and then every copy takes twice
   as long.
-- Clocks of GTX 1660 Ti, RTX 3070 and the power range of RTX 4070 and 5070 (all laptops), RTX 4070 Ti and H200 are from
-  specifications that were not looked up again; some lists give the RTX 5050 Laptop 224 GB/s instead of 384.
+- Clocks of GTX 1660 Ti, RTX 3070 and the power range of RTX 4070 and 5070 (all laptops), RTX 4060 Ti, RTX 4070 Ti and
+  H200 are from specifications that were not looked up again; some lists give the RTX 5050 Laptop 224 GB/s instead
+  of 384.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ GPUS = (
     Gpu("RTX 3060 12GB", 12, (8, 6), (25.5, 25.5), (101.9, 101.9), 360, (170, 170), "4.0 x16"),
     Gpu("RTX 3090 24GB", 24, (8, 6), (71.2, 71.2), (284.7, 284.7), 936, (350, 350), "4.0 x16"),
     Gpu("RTX 4070 Ti 12GB", 12, (8, 9), (80.2, 80.2), (320.7, 320.7), 504, (285, 285), "4.0 x16"),
+    Gpu("RTX 4060 Ti 16GB", 16, (8, 9), (44.1, 44.1), (176.5, 176.5), 288, (165, 165), "4.0 x8"),
     Gpu("RTX 4090 24GB", 24, (8, 9), (165.2, 165.2), (660.6, 660.6), 1008, (450, 450), "4.0 x16"),
     Gpu("H200 141GB", 141, (9, 0), (989.0, 989.0), (1979.0, 1979.0), 4800, (700, 700), "5.0 x16", 1.0),
 )

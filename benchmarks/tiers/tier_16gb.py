@@ -1,0 +1,11 @@
+"""The 16 GB tier: the same as `zimage-lite bench --tier 16gb`, and takes the same options.
+
+python benchmarks/tiers/tier_16gb.py --out benchmarks/results/NAME.json
+"""
+
+import sys
+
+from zimage_lite.cli import main
+
+if __name__ == "__main__":
+    main(["bench", "--tier", "16gb", *sys.argv[1:]])

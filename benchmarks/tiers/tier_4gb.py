@@ -1,0 +1,11 @@
+"""The 4 GB tier: the same as `zimage-lite bench --tier 4gb`, and takes the same options.
+
+python benchmarks/tiers/tier_4gb.py --out benchmarks/results/NAME.json
+"""
+
+import sys
+
+from zimage_lite.cli import main
+
+if __name__ == "__main__":
+    main(["bench", "--tier", "4gb", *sys.argv[1:]])

@@ -1,0 +1,126 @@
+"""What a report shows of the results of the scripts in benchmarks/."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .report_page import GIB, NOTHING, Figure, Section, Table, gb
+from .report_plots import Plot, Point
+
+Result = Mapping[str, Any]
+
+
+def sections_of(name: str, result: Result) -> Iterator[Section]:
+    """What a file has to show; nothing, if it is of none of our benchmarks."""
+    runs, rows = result.get("runs", []), result.get("rows", [])
+    if "captions" in result:
+        yield _formats(result)
+    elif "ggml" in result:
+        yield _conversion(result)
+    elif "counted" in result:
+        yield _vae(result)
+    elif "missed" in result:
+        text = f"{len(rows)} ways of moving blocks, {result['missed']} slower than their bar; times below."
+        yield Section(f"Streaming workers on a virtual GPU ({name})", [text])
+    elif "card" in result:
+        yield _ops(name, result)
+    elif "cases" in result:
+        yield _streaming(name, result)
+    elif any("kept" in run for run in runs):
+        yield _budgets(name, result)
+    elif (runs and "ram" in result) or ("images" in result and "phases" in result):
+        yield Section(f"One model at full size ({name})", ["Its predictions and measurements stand below."])
+
+
+def _ops(name: str, result: Result) -> Section:
+    """Of benchmarks/ops: whatever a script measures has a name and a number."""
+    header = list(dict.fromkeys(key for row in result["rows"] for key in row))
+    rows = [[_figure(row.get(key, NOTHING)) for key in header] for row in result["rows"]]
+    return Section(f"Single ops ({name})", [Table(header, rows)])
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _formats(result: Result) -> Section:
+    rows, series = [], dict[str, list[Point]]()
+    for row in sorted(result["rows"], key=lambda row: -row["transformer_bytes"]):
+        error, pictures = row["full_size"]["all"]["relative_rmse"], row["pictures"]
+        size = row["transformer_bytes"] / 1e9
+        psnr = f"{pictures['psnr_db']:.1f} dB" if pictures["psnr_db"] < 100 else "identical"  # as it is written then
+        bits = f"{row['bits_per_weight']:.2f}"
+        rows.append([row["format"], bits, f"{size:.2f} GB", f"{error:.4f}", psnr, f"{pictures['ssim']:.4f}"])
+        if error > 1e-4:
+            series.setdefault(row["container"], []).append(Point(round(size, 3), error, label=row["format"]))
+    title = "Error of the weights against the size of the transformer"
+    plot = Plot(title, "GB", "relative RMSE", series, logarithmic=True, joined=False)
+    header = ("format", "bits per weight", "transformer", "relative RMSE", "PSNR", "SSIM")
+    section = Section("What each format costs", [Table(header, rows)])
+    if series:
+        section.parts.append(Figure(plot.svg(), f"{title}. Less is better on both. Colours: the kind of file."))
+    return section
+
+
+def _conversion(result: Result) -> Section:
+    header = ("format", "seconds", "a plain copy", "ratio", "peak RAM")
+    rows = [
+        [row["format"], *(f"{row[key]:.2f}" for key in ("seconds", "copy_seconds", "ratio")), gb(row["max_rss_bytes"])]
+        for row in result["rows"]
+    ]
+    return Section("Converting the full-size transformer", [Table(header, rows)])
+
+
+def _vae(result: Result) -> Section:
+    header = ("way", "size", "seconds", "peak", "largest difference")
+    rows = [
+        [
+            one["way"],
+            one["size"],
+            f"{one['seconds']:.1f}",
+            gb(one["peak_bytes"]),
+            f"{one['max_difference_of_range']:.0e}",
+        ]
+        for one in result["runs"]
+    ]
+    return Section("Decoding: whole, in bands, and diffusers", [Table(header, rows)])
+
+
+def _streaming(name: str, result: Result) -> Section:
+    header = ("format", "size", "cap", "ms per step", "peak GPU memory", "waited s", "how it went")
+    rows, bad = list[list[str]](), set[tuple[int, int]]()
+    for case in result["cases"]:
+        cap = f"{case['cap_bytes'] / GIB:.2f} GiB" if case["cap_bytes"] else "none"
+        start = [case["name"], str(case["size"]), cap]
+        if case.get("failed"):
+            bad.add((len(rows), 6))
+            rows.append([*start, NOTHING, NOTHING, NOTHING, str(case["failed"])])
+            continue
+        peak, waited = case["process_peak_bytes"], case["phases"]["denoise"]["wait_seconds"]
+        vram = f"{peak / GIB:.2f} GiB" if peak else NOTHING
+        rows.append([*start, f"{case['steady_ms']:.1f}", vram, f"{waited:.2f}", "; ".join(map(str, case["told"]))])
+    return Section(f"Streaming on a GPU ({name})", [Table(header, rows, bad=frozenset(bad))])
+
+
+def _budgets(name: str, result: Result) -> Section:
+    header = ("format", "size", "--ram", "seconds", "s per step", "peak RAM", "planned", "how it went")
+    rows, bad, series = list[list[str]](), set[tuple[int, int]](), dict[str, list[Point]]()
+    for run in result["runs"]:
+        start = [run["format"], str(run["size"]), f"{run['ram_bytes'] / 1e9:g} GB"]
+        if "refused" in run:
+            bad.add((len(rows), 7))
+            rows.append([*start, *[NOTHING] * 4, run["refused"]])
+            continue
+        step = run["step_seconds"][-1]  # the first one loads
+        if not run["kept"]:
+            bad.add((len(rows), 7))
+        memory = [gb(run["peak_rss_bytes"]), gb(run["planned_rss_bytes"])]
+        how = "kept" if run["kept"] else "not kept"
+        rows.append([*start, f"{run['wall_seconds']:.1f}", f"{step:.1f}", *memory, how])
+        series.setdefault(f"{run['format']}, {run['size']} px", []).append(Point(run["ram_bytes"] / 1e9, step))
+    section = Section(f"Time against the budget of RAM, on a CPU ({name})", [Table(header, rows, bad=frozenset(bad))])
+    if series:
+        plot = Plot("Seconds per step against --ram", "GB of RAM", "seconds per step", series)
+        section.parts.append(Figure(plot.svg(), "Seconds of a step that has nothing to load, against --ram."))
+    return section
