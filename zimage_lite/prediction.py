@@ -223,7 +223,7 @@ def _encode(model: Model, job: Job, device: str, machine: Machine) -> Phase:
         device=device,
         fixed={
             "activations": activation_bytes(
-                tokens, c.hidden_size, c.intermediate_size, c.num_attention_heads, item, stream, q_dim, kv_dim
+                tokens, c.hidden_size, c.intermediate_size, c.num_attention_heads, item, stream, q_dim, kv_dim, False
             ),
             "embeddings": c.hidden_size * (tokens * item + sum(job.prompt_tokens) * stream),  # of what goes in and out
             "unpacking": max(unpacking_bytes(p, device, dtype) for block in blocks for p in of_layers[block.name]),
