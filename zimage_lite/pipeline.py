@@ -18,12 +18,14 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from .backends import Choice, choose
 from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.model_files import ModelFiles
 from .config import TOKENS_PER_PASS, VAE_FACTOR, GenerateOptions, RuntimeOptions
 from .denoising import Batch, NotFiniteError, Schedule, overflow, raise_at_first_non_finite, schedule, texts
-from .errors import BudgetError, UserError
+from .errors import BudgetError
 from .failures import Clearing, forget, is_out_of_memory
+from .footprint import by_block, of_time
 from .grouping import grouped, rounds
 from .loading import Component, Weights, opened, raise_if_damaged, read_into
 from .memory.hardware import Hardware, machine_here, probe
@@ -70,9 +72,10 @@ class Pipeline:
     plans: dict[str, Plan] = field(default_factory=dict)  # by phase; the last one of each
 
     def __post_init__(self) -> None:
-        if self.options.backend == "triton":
-            raise UserError("--backend triton: there are no Triton kernels yet", fix="use auto or reference")
         self.hardware = probe(self.options.device, self.options.dtype)
+        self.choice = self._choice()
+        if self.choice.note:
+            self.tell(self.choice.note)
         self.cache = PromptCache(cache_folder() if self.options.cache else None)
 
     def generate(self, requests: Sequence[GenerateOptions], progress: Progress = silent) -> list[Tensor]:
@@ -147,7 +150,17 @@ class Pipeline:
     @cached_property
     def transformer(self) -> Component:
         blocks = ("context_refiner", "noise_refiner", "layers")
-        return Component(Transformer(self.model.transformer.config), self.model.transformer, blocks)
+        compute = self.choice.compute
+        skeleton = Transformer(self.model.transformer.config, compute)
+        return Component(
+            skeleton, self.model.transformer, blocks, reencoded=compute.int8 and compute.backend == "triton"
+        )
+
+    def _choice(self) -> Choice:
+        parts, config = self.sizes.transformer, self.model.transformer.config
+        of_blocks, _ = by_block(part for part in parts if part.rows > 1 and not of_time(part))
+        formats = {part.format for block in of_blocks.values() for part in block}
+        return choose(self.options, self.hardware.device, config.head_dim, formats)
 
     @cached_property
     def text_encoder(self) -> Component:

@@ -28,7 +28,17 @@ from .config import (
     TransformerConfig,
     VaeConfig,
 )
-from .footprint import ITEM_BYTES, STREAM_BYTES, arena_bytes, by_block, of_time, time_bytes, unpacking_bytes
+from .footprint import (
+    ITEM_BYTES,
+    STREAM_BYTES,
+    arena_bytes,
+    by_block,
+    is_reencoded,
+    of_time,
+    reencoded_bytes,
+    time_bytes,
+    unpacking_bytes,
+)
 from .memory.machine import Machine, Work
 from .memory.plan import Block, Phase, activation_bytes
 from .memory.plan_vae import decode_ways
@@ -174,9 +184,11 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     main = blocks("noise_refiner", n_refiners, sequences * image, sequences * attention(image)) + blocks(
         "layers", c.n_layers, sequences * whole, sequences * attention(whole)
     )
-    unpacking = max(unpacking_bytes(part, device, dtype) for parts in of_blocks.values() for part in parts)
+    linears = [part for parts in of_blocks.values() for part in parts]
+    unpacking = max(unpacking_bytes(part, device, dtype) for part in linears)
     if device == "gpu":
-        unpacking = max(unpacking, *map(_reencoded, of_blocks.values()))
+        others = (unpacking_bytes(part, device, dtype) for part in linears if not is_reencoded(part.format))
+        unpacking = max(unpacking, max(map(_reencoded, of_blocks.values())) + max(others, default=0))
     tokens = max(sequences * whole, together)
     activations = activation_bytes(tokens, c.dim, c.ffn_dim, c.n_heads, item, stream)
     latent = 4 * c.in_channels * job.latents
@@ -260,8 +272,8 @@ def _decode(model: Model, job: Job, device: str, machine: Machine) -> Iterator[P
 
 def _transformer_work(parts: Sequence[Part], tokens: int, dim: int, attention: float, charge: float) -> Work:
     weights = _linear_weights(parts)
-    int8 = any(part.format.lossy for part in parts)
-    reencoding = sum(part.n_bytes for part in parts if _is_reencoded(part)) + _reencoded(parts)
+    int8 = any(part.format.name == "int8" or is_reencoded(part.format) for part in parts)
+    reencoding = sum(part.n_bytes for part in parts if is_reencoded(part.format)) + _reencoded(parts)
     traffic = _TRAFFIC * tokens * dim * 2 + reencoding
     return Work(charge * 2 * weights * tokens, charge * attention, charge * traffic, int8)
 
@@ -274,13 +286,9 @@ def _is_lossy(parts: Iterable[Part]) -> bool:
     return any(part.format.lossy for part in parts)
 
 
-def _is_reencoded(part: Part) -> bool:
-    return part.format.lossy and part.format.name != "int8"
-
-
 def _reencoded(parts: Iterable[Part]) -> int:
     """Bytes of these weights once they are int8."""
-    return sum(part.rows * part.columns for part in parts if _is_reencoded(part))
+    return sum(reencoded_bytes(part.format, part.rows, part.columns) for part in parts)
 
 
 def _padded(tokens: int) -> int:

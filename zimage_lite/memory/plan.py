@@ -183,16 +183,16 @@ def activation_bytes(
     fused: bool = True,
 ) -> int:
     """Peak of one transformer block's activations, its input included. item_bytes: of what linears compute in;
-    stream_bytes: of the residual stream, if it is wider. q_dim, kv_dim: of queries, and of keys or values; else dim. fused: queries and
-    keys are normed and rotated in one go, one after the other.
+    stream_bytes: of the residual stream, if it is wider. q_dim, kv_dim: of queries, and of keys or values; else dim.
+    fused: queries and keys are normed and rotated in one go, first the queries.
 
-    Either while a key is rotated in float32: residual, normed input, q, k and v, the other one's result, and the
-    rotation itself with what it starts from; if not fused both normed before; or in SwiGLU: residual before and after the attention, what the attention gave, normed input, and
-    gate, up and their product. Beside either the angles, and scores: of 512 tokens in float32 where no fused kernel
-    takes the heads as they are, else tiles of some threads.
+    Either while keys are rotated in float32: residual, normed input, q, k and v, what came out for q, and the rotation
+    itself, from float32 keys; if not fused, both normed before. Or in SwiGLU: residual before and after the attention,
+    what the attention gave, normed input, and gate, up and their product. Beside either the angles, and scores: of 512
+    tokens in float32 where no fused kernel takes the heads as they are, else tiles of some threads.
     """
     stream, q, kv = stream_bytes or item_bytes, q_dim or dim, kv_dim or dim
-    # What it starts from, halves of the result, result. Where nothing is fused that is a copy, which float32 needs not.
+    # What it starts from, halves of the result, result. If not fused, the first is a copy, which float32 does without.
     rotation = (2 if item_bytes == 4 and not fused else 3) * 4 * q
     attention = dim * (stream + item_bytes) + (2 * q + (2 if fused else 3) * kv) * item_bytes + rotation
     product = tokens * ffn_dim
