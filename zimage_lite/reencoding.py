@@ -20,15 +20,16 @@ from .footprint import is_reencoded, reencoded_bytes
 from .model.linear import Linear, Stream
 from .quant.formats import FORMATS
 from .quant.int8 import rotation_group
-from .quant.tensor import QTensor
+from .quant.tensor import QTensor, rows_columns
 
 
 class Scratch:
     """Room for the largest of these blocks: name -> its tensors by their names in it."""
 
-    def __init__(self, blocks: Mapping[str, Mapping[str, StoredTensor]], device: torch.device) -> None:
+    def __init__(self, blocks: Mapping[str, Mapping[str, StoredTensor | QTensor]], device: torch.device) -> None:
         sizes = (
-            sum(reencoded_bytes(t.format, t.rows, t.columns) for t in tensors.values()) for tensors in blocks.values()
+            sum(reencoded_bytes(t.format, *rows_columns(t.shape)) for t in tensors.values())
+            for tensors in blocks.values()
         )
         self.buffer = torch.empty(max(sizes, default=0), dtype=torch.uint8, device=device)
 
