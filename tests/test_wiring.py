@@ -24,16 +24,21 @@ from zimage_lite.backends import choose
 from zimage_lite.config import RuntimeOptions, TransformerConfig
 from zimage_lite.errors import UserError
 from zimage_lite.footprint import is_reencoded, reencoded_bytes
+from zimage_lite.loading import Component
+from zimage_lite.memory.gpus import find_gpu
 from zimage_lite.memory.live_bytes import LiveBytes
+from zimage_lite.memory.machine import machine
 from zimage_lite.memory.plan import activation_bytes
 from zimage_lite.model.compute import Compute
 from zimage_lite.model.linear import Linear, bind, shapes
 from zimage_lite.model.rope import grid_positions, rope_angles
 from zimage_lite.model.transformer import Block, Transformer, is_time_weight
+from zimage_lite.prediction import Job, phases, true_model
 from zimage_lite.quant.bnb import read_state
 from zimage_lite.quant.formats import FORMATS
-from zimage_lite.quant.tensor import QTensor
+from zimage_lite.quant.tensor import GPU_PIECE_WEIGHTS, QTensor
 from zimage_lite.reencoding import Scratch, reencoded
+from zimage_lite.synthetic import open_synthetic
 
 pytest.importorskip("triton")
 
@@ -318,6 +323,21 @@ def test_falling_back_is_told() -> None:
 def test_what_cannot_be(obstacle: str | None, device: torch.device, formats: Any, options: Any, says: str) -> None:
     with pytest.raises(UserError, match=f"^{says}"):
         chosen(obstacle, device, *formats, **options)
+
+
+@pytest.mark.parametrize("name", ["q4_k_m", "int4", "nf4", "int8", "fp8"])
+def test_the_scratch_is_what_is_planned(name: str) -> None:
+    """At full size. A GGUF has float32 norms, of which one is made bfloat16 at a time while the scratch is there."""
+    files = open_synthetic(f"synthetic:{name}")
+    blocks = ("context_refiner", "noise_refiner", "layers")
+    component = Component(Transformer(files.transformer.config), files.transformer, blocks, reencoded=True)
+    taken = Scratch(component.weights, torch.device("meta")).buffer.nbytes
+    (_, (denoise,), _) = phases(true_model(name), Job(1024, 1024), machine(find_gpu("RTX 3060 Laptop"), 16 * 10**9))
+    planned = dict(denoise.fixed)["unpacking"]
+    assert (taken > 1.7e8) == (name not in ("int8", "fp8"))  # 4 x 3840^2 + 3 x 3840 x 10240 weights
+    if taken:
+        assert taken + 2 * 3840 * (name == "q4_k_m") == planned
+        assert planned > 10 * (GPU_PIECE_WEIGHTS - 10240)  # what unpacking in pieces takes
 
 
 @pytest.mark.parametrize("tokens", [1152, 4224])

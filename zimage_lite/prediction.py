@@ -184,11 +184,10 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     main = blocks("noise_refiner", n_refiners, sequences * image, sequences * attention(image)) + blocks(
         "layers", c.n_layers, sequences * whole, sequences * attention(whole)
     )
-    linears = [part for parts in of_blocks.values() for part in parts]
-    unpacking = max(unpacking_bytes(part, device, dtype) for part in linears)
+    unpacking = max(unpacking_bytes(part, device, dtype) for parts in of_blocks.values() for part in parts)
     if device == "gpu":
-        others = (unpacking_bytes(part, device, dtype) for part in linears if not is_reencoded(part.format))
-        unpacking = max(unpacking, max(map(_reencoded, of_blocks.values())) + max(others, default=0))
+        beside = (unpacking_bytes(part, device, dtype) for parts in of_blocks.values() for part in _unpacked(parts))
+        unpacking = max(unpacking, max(map(_reencoded, of_blocks.values())) + max(beside, default=0))
     tokens = max(sequences * whole, together)
     activations = activation_bytes(tokens, c.dim, c.ffn_dim, c.n_heads, item, stream)
     latent = 4 * c.in_channels * job.latents
@@ -272,7 +271,7 @@ def _decode(model: Model, job: Job, device: str, machine: Machine) -> Iterator[P
 
 def _transformer_work(parts: Sequence[Part], tokens: int, dim: int, attention: float, charge: float) -> Work:
     weights = _linear_weights(parts)
-    int8 = any(part.format.name == "int8" or is_reencoded(part.format) for part in parts)
+    int8 = any(map(_in_int8, parts))
     reencoding = sum(part.n_bytes for part in parts if is_reencoded(part.format)) + _reencoded(parts)
     traffic = _TRAFFIC * tokens * dim * 2 + reencoding
     return Work(charge * 2 * weights * tokens, charge * attention, charge * traffic, int8)
@@ -284,6 +283,18 @@ def _linear_weights(parts: Iterable[Part]) -> int:
 
 def _is_lossy(parts: Iterable[Part]) -> bool:
     return any(part.format.lossy for part in parts)
+
+
+def _in_int8(part: Part) -> bool:
+    return part.format.name == "int8" or is_reencoded(part.format)
+
+
+def _unpacked(parts: Sequence[Part]) -> list[Part]:
+    """Of a block that computes in 8 bits: what is not in int8; and all of int8, too, where such a matrix may make what
+    shares its input follow it."""
+    others = [part for part in parts if not _in_int8(part)]
+    mixed = any(part.rows > 1 for part in others)
+    return others + [part for part in parts if mixed and part.format.name == "int8"]
 
 
 def _reencoded(parts: Iterable[Part]) -> int:
