@@ -137,7 +137,8 @@ def test_inspect_says_what_would_be_refused(tmp_path: Path, capsys: pytest.Captu
         (("--ram", "0GB"), "not a size"),
         (("-o", "image.jpg"), "expected a name that ends in .png"),
         (("-o", "/no/such/folder/image.png"), "no such folder"),
-        (("--backend", "triton"), "triton"),
+        (("--compute", "4bit"), "4bit"),
+        (("--compute", "int8"), "--compute int8: got bf16, expected int8 weights"),
         (("--device", "abacus"), "abacus"),
         (("--model", "/no/such/model"), "/no/such/model: no such model"),
         (("--transformer", "/no/such/file.gguf"), "/no/such/file.gguf: no such file"),
@@ -149,6 +150,13 @@ def test_inspect_says_what_would_be_refused(tmp_path: Path, capsys: pytest.Captu
 def test_bad_arguments(tiny: Path, out: Path, refused: Refused, args: tuple, says: str) -> None:
     line = refused("generate", "cat", "--model", tiny, "-o", out, *SMALL, *args)
     assert says in line
+    assert not out.exists()
+
+
+def test_kernels_that_cannot_run(tiny: Path, out: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zimage_kernels._triton.interpreted", lambda: False)
+    line = refused("generate", "cat", "--model", tiny, "-o", out, *SMALL, "--device", "cpu", "--backend", "triton")
+    assert "--backend triton: got tensors on cpu, expected cuda; use auto or reference" in line
     assert not out.exists()
 
 

@@ -75,7 +75,7 @@ def test_activations_of_the_text_encoder(tokens: int, dtype: str) -> None:
     layer = without_weights(Layer(c), DTYPES[dtype])
     q_dim, kv_dim = n_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     promised = activation_bytes(
-        tokens, c.hidden_size, c.intermediate_size, n_heads, DTYPES[dtype].itemsize, None, q_dim, kv_dim
+        tokens, c.hidden_size, c.intermediate_size, n_heads, DTYPES[dtype].itemsize, None, q_dim, kv_dim, False
     )
     used = counted(layer, tokens, c.hidden_size, c.head_dim, dtype)
     assert used <= promised - n_heads * 2**20 <= 1.08 * used

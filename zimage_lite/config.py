@@ -25,6 +25,7 @@ MAX_STEPS = 1000  # as many as the model was trained with
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 BACKENDS = ("auto", "triton", "reference")
+COMPUTES = ("auto", "int8", "16bit")
 
 _INFINITE = 1e30  # no setting is this large; also refuses NaN, which compares with nothing
 _Config = TypeVar("_Config")
@@ -186,9 +187,11 @@ class RuntimeOptions:
     vram_bytes: int | None = None
     ram_bytes: int | None = None
     cache: bool = True  # keep prompt embeddings on the disk
+    compute: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, known in (("device", DEVICES), ("dtype", DTYPES), ("backend", BACKENDS)):
+        choices = {"device": DEVICES, "dtype": DTYPES, "backend": BACKENDS, "compute": COMPUTES}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"--{name}", got=repr(getattr(self, name)), expected=f"one of {', '.join(known)}")
 

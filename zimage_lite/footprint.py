@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
+from zimage_kernels import KINDS
+
 from .catalog import Part
 from .checkpoint.stored import ALIGNMENT, aligned
 from .quant.formats import Format
@@ -50,6 +52,16 @@ def _unpacking_bytes(format: Format, rows: int, columns: int, device: str, dtype
         limit = CPU_PIECE_WEIGHTS if device == "cpu" else GPU_PIECE_WEIGHTS
         rows = min(rows, max(limit // columns // format.row_group, 1) * format.row_group)
     return per_weight * rows * columns
+
+
+def is_reencoded(format: Format) -> bool:
+    """Whether kernels turn such weights to int8 before they are multiplied in 8 bits."""
+    return format.name in KINDS
+
+
+def reencoded_bytes(format: Format, rows: int, columns: int) -> int:
+    """Of such a weight's codes and scales, both aligned; 0 for others."""
+    return aligned(rows * columns) + aligned(4 * rows) if is_reencoded(format) and rows > 1 else 0
 
 
 def time_bytes(parts: Sequence[Part]) -> int:

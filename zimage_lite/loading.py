@@ -29,6 +29,7 @@ from .model.linear import Stream, bind, release, shapes
 from .model.text_encoder import TextEncoder
 from .model.transformer import Transformer, is_time_weight
 from .model.vae import Decoder
+from .reencoding import Scratch
 from .units import round_up
 
 _JOB_BYTES = 2**23  # smaller tensors are read by one thread, one after another
@@ -60,6 +61,7 @@ class Component:
     model: nn.Module
     checkpoint: Checkpoint
     streamed: tuple[str, ...]
+    reencoded: bool = False  # the blocks compute with weights in int8 whatever they are stored in
 
     @cached_property
     def wanted(self) -> Checkpoint:
@@ -107,6 +109,7 @@ class Weights:
         held = sum(_paged(sizes[name]) for name, home in plan.homes.items() if home in (PINNED, PAGEABLE))
         host = held + self._staging * _paged(plan.staging_bytes)
         self._host = torch.empty(host + PAGE_BYTES * bool(host), dtype=torch.uint8)
+        self._scratch = Scratch(component.weights, device) if component.reencoded else None
 
     @contextmanager
     def prelude(self, passes: int = 1) -> Iterator[Stream]:
@@ -137,7 +140,8 @@ class Weights:
         try:
             workers.pin(pinned)
             pinned.clear()
-            yield self._tidy(stream) if self.hardware.device.type == "cpu" else stream
+            steps = self._scratch.through(stream) if self._scratch else stream
+            yield self._tidy(steps) if self.hardware.device.type == "cpu" else steps
         finally:
             self.moved.append(workers.close())
             stream.end()
@@ -207,6 +211,8 @@ def opened(component: Component, plan: Plan, hardware: Hardware) -> Iterator[Wei
     finally:
         release(component.model)
         del weights._arena, weights._host
+        if weights._scratch:
+            weights._scratch.end()
         give_back(0)
         if hardware.device.type == "cuda":
             torch.cuda.empty_cache()

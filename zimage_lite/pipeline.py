@@ -18,12 +18,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from .backends import Choice, choose
 from .checkpoint.model_files import ModelFiles
 from .config import VAE_FACTOR, GenerateOptions, RuntimeOptions
 from .denoising import Batch, NotFiniteError, Schedule, schedule, texts
-from .errors import UserError
 from .failures import Clearing
 from .finite import overflow, raise_at_first_non_finite, raise_if_damaged, require_finite
+from .footprint import by_block
 from .grouping import grouped, rounds
 from .job import Job, batched, padded
 from .loading import Component, Weights, opened, read_into
@@ -36,7 +37,7 @@ from .model.banded import Banded
 from .model.float16 import stream_dtype
 from .model.linear import release
 from .model.text_encoder import TextEncoder
-from .model.transformer import Caption, Transformer
+from .model.transformer import Caption, Transformer, is_time_weight
 from .model.vae import Decoder, to_pixels
 from .planning import Planning, Tell, Ways
 from .prediction import Model, model_of, ways_to_decode, ways_to_denoise, ways_to_encode
@@ -64,9 +65,10 @@ class Pipeline:
     plans: dict[str, Plan] = field(default_factory=dict)  # by phase; of several, the one that takes the most
 
     def __post_init__(self) -> None:
-        if self.options.backend == "triton":
-            raise UserError("--backend triton: there are no Triton kernels yet", fix="use auto or reference")
         self.hardware = probe(self.options.device, self.options.dtype)
+        self.choice = self._choice()
+        if self.choice.note:
+            self.tell(self.choice.note)
         self.cache = PromptCache(cache_folder() if self.options.cache else None)
 
     def generate(self, requests: Sequence[GenerateOptions], progress: Progress = silent) -> list[Tensor]:
@@ -148,7 +150,17 @@ class Pipeline:
     @cached_property
     def transformer(self) -> Component:
         blocks = ("context_refiner", "noise_refiner", "layers")
-        return Component(Transformer(self.model.transformer.config), self.model.transformer, blocks)
+        compute = self.choice.compute
+        skeleton = Transformer(self.model.transformer.config, compute)
+        return Component(
+            skeleton, self.model.transformer, blocks, reencoded=compute.int8 and compute.backend == "triton"
+        )
+
+    def _choice(self) -> Choice:
+        parts, config = self.sizes.transformer, self.model.transformer.config
+        of_blocks, _ = by_block(part for part in parts if part.rows > 1 and not is_time_weight(part.name))
+        formats = {part.format for block in of_blocks.values() for part in block}
+        return choose(self.options, self.hardware.device, config.head_dim, formats)
 
     @cached_property
     def text_encoder(self) -> Component:

@@ -24,7 +24,16 @@ from .config import (
     TransformerConfig,
     VaeConfig,
 )
-from .footprint import ITEM_BYTES, STREAM_BYTES, arena_bytes, by_block, time_bytes, unpacking_bytes
+from .footprint import (
+    ITEM_BYTES,
+    STREAM_BYTES,
+    arena_bytes,
+    by_block,
+    is_reencoded,
+    reencoded_bytes,
+    time_bytes,
+    unpacking_bytes,
+)
 from .job import Job, batched, padded
 from .memory.machine import Machine, Work
 from .memory.plan import Block, Phase, activation_bytes
@@ -144,7 +153,8 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     )
     unpacking = max(unpacking_bytes(part, device, dtype) for parts in of_blocks.values() for part in parts)
     if device == "gpu":
-        unpacking = max(unpacking, *map(_reencoded, of_blocks.values()))
+        beside = (unpacking_bytes(part, device, dtype) for parts in of_blocks.values() for part in _unpacked(parts))
+        unpacking = max(unpacking, max(map(_reencoded, of_blocks.values())) + max(beside, default=0))
     tokens = max(sequences * whole, together)
     activations = activation_bytes(tokens, c.dim, c.ffn_dim, c.n_heads, item, stream)
     latent = 4 * c.in_channels * job.latents
@@ -194,7 +204,7 @@ def _encode(model: Model, prompt_tokens: Sequence[int], device: str, machine: Ma
         device=device,
         fixed={
             "activations": activation_bytes(
-                tokens, c.hidden_size, c.intermediate_size, c.num_attention_heads, item, stream, q_dim, kv_dim
+                tokens, c.hidden_size, c.intermediate_size, c.num_attention_heads, item, stream, q_dim, kv_dim, False
             ),
             "embeddings": c.hidden_size * (tokens * item + sum(prompt_tokens) * stream),  # of what goes in and out
             "unpacking": max(unpacking_bytes(p, device, dtype) for block in blocks for p in of_layers[block.name]),
@@ -247,8 +257,8 @@ def _vector_bytes(model: Model, job: Job, dtype: str) -> int:
 
 def _transformer_work(parts: Sequence[Part], tokens: int, dim: int, attention: float, charge: float) -> Work:
     weights = _linear_weights(parts)
-    int8 = any(part.format.lossy for part in parts)
-    reencoding = sum(part.n_bytes for part in parts if _is_reencoded(part)) + _reencoded(parts)
+    int8 = any(map(_in_int8, parts))
+    reencoding = sum(part.n_bytes for part in parts if is_reencoded(part.format)) + _reencoded(parts)
     traffic = _TRAFFIC * tokens * dim * 2 + reencoding
     return Work(charge * 2 * weights * tokens, charge * attention, charge * traffic, int8)
 
@@ -261,10 +271,18 @@ def _is_lossy(parts: Iterable[Part]) -> bool:
     return any(part.format.lossy for part in parts)
 
 
-def _is_reencoded(part: Part) -> bool:
-    return part.format.lossy and part.format.name != "int8"
+def _in_int8(part: Part) -> bool:
+    return part.format.name == "int8" or is_reencoded(part.format)
+
+
+def _unpacked(parts: Sequence[Part]) -> list[Part]:
+    """Of a block that computes in 8 bits: what is not in int8; and all of int8, too, where such a matrix may make what
+    shares its input follow it."""
+    others = [part for part in parts if not _in_int8(part)]
+    mixed = any(part.rows > 1 for part in others)
+    return others + [part for part in parts if mixed and part.format.name == "int8"]
 
 
 def _reencoded(parts: Iterable[Part]) -> int:
     """Bytes of these weights once they are int8."""
-    return sum(part.rows * part.columns for part in parts if _is_reencoded(part))
+    return sum(reencoded_bytes(part.format, part.rows, part.columns) for part in parts)

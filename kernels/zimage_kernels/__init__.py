@@ -3,17 +3,21 @@
 The torch reference is the definition, the fallback and the test oracle. Triton kernels join it op by op.
 """
 
+from ._triton import Backend, triton_obstacle
 from .attention import attention, attention_int8, attention_int8_reference, flash_attention
-from .dequantize import dequantize, requantize
+from .dequantize import KINDS, dequantize, requantize
 from .linear_int8 import linear_int8, linear_int8_reference
 from .norm import Branch, Norm, Normed, add_norm, add_norm_reference, rms_norm
 from .qk import norm_rope, norm_rope_reference
-from .quantize import Int8Rows, quantize_rows, quantize_rows_reference
+from .quantize import GROUPS, Int8Rows, quantize_rows, quantize_rows_reference
 from .rope import apply_rope
 from .rotation import hadamard_rotate
 from .swiglu_int8 import swiglu_int8, swiglu_int8_reference
 
 __all__ = [
+    "GROUPS",
+    "KINDS",
+    "Backend",
     "Branch",
     "Int8Rows",
     "Norm",
@@ -37,4 +41,5 @@ __all__ = [
     "rms_norm",
     "swiglu_int8",
     "swiglu_int8_reference",
+    "triton_obstacle",
 ]

@@ -57,13 +57,14 @@ def use_triton(backend: Backend, device: torch.device, least: int = 75) -> bool:
         return False
     if backend == "auto" and device.type != "cuda":
         return False
-    obstacle = _obstacle(device, least)
+    obstacle = triton_obstacle(device, least)
     if obstacle and backend == "triton":
         raise ValueError(f"backend triton: {obstacle}")
     return obstacle is None
 
 
-def _obstacle(device: torch.device, least: int) -> str | None:
+def triton_obstacle(device: torch.device, least: int = MATRIX_UNITS) -> str | None:
+    """Why no kernel that needs compute capability `least` can run on tensors there, or None."""
     if triton is None:
         return "Triton is not installed"
     if interpreted():

@@ -66,12 +66,12 @@ def linear_int8_reference(
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """The definition of `linear_int8`, in torch."""
-    y = integer_product(x, w).float() * x_scale[:, None] * w_scale
+    y = integer_product(x, w).float().mul_(x_scale[:, None]).mul_(w_scale)
     if low_rank is not None:
         y += low_rank[0].float() @ low_rank[1].float().T
     if bias is not None:
         y += bias.float()
-    return (y * 2.0**scale_log2).to(out_dtype)
+    return y.mul_(2.0**scale_log2).to(out_dtype)
 
 
 def integer_product(x: Tensor, w: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def swiglu_int8_reference(
     """The definition of `swiglu_int8`, in torch."""
     gate = linear_int8_reference(x, x_scale, w1, w1_scale, low_rank=low_rank1, out_dtype=torch.float32)
     value = linear_int8_reference(x, x_scale, w3, w3_scale, low_rank=low_rank3, out_dtype=torch.float32)
-    return (F.silu(gate) * value * 2.0**scale_log2).to(out_dtype)
+    return F.silu(gate, inplace=True).mul_(value).mul_(2.0**scale_log2).to(out_dtype)
 
 
 @jit

@@ -14,7 +14,7 @@ from .. import __version__
 from ..checkpoint.detect import COMPONENTS
 from ..checkpoint.model_card import DEMO
 from ..checkpoint.output import replacing, require_absent
-from ..config import BACKENDS, DEVICES, DTYPES, GenerateOptions, RuntimeOptions, TextEncoderConfig
+from ..config import BACKENDS, COMPUTES, DEVICES, DTYPES, GenerateOptions, RuntimeOptions, TextEncoderConfig
 from ..errors import UserError
 from ..memory.meter import peak_rss_bytes
 from ..units import format_gb, parse_bytes
@@ -88,7 +88,16 @@ _MAX_IMAGES = 10_000
     type=click.Choice(BACKENDS),
     default="auto",
     show_default=True,
-    help="Kernels to compute with.",
+    help="What the transformer computes with. triton needs CUDA and compute capability 8.0; auto takes it there, and "
+    "the torch references elsewhere.",
+)
+@click.option(
+    "--compute",
+    type=click.Choice(COMPUTES),
+    default="auto",
+    show_default=True,
+    help="int8 multiplies the transformer's int8 weights in 8 bits, and with triton all other integer formats, "
+    "re-encoded; 16bit unpacks weights to --dtype. auto is int8 where triton runs such weights.",
 )
 @click.option(
     "--no-cache",
@@ -99,8 +108,9 @@ _MAX_IMAGES = 10_000
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 def command(
     prompts: tuple[str, ...], prompt_file: Path | None, model: str | None, out: Path, count: int,
-    vram: str | None, ram: str | None, device: str, dtype: str, backend: str, no_cache: bool, as_json: bool,
-    transformer: Path | None, text_encoder: Path | None, vae: Path | None, tokenizer: Path | None, **image: Any,
+    vram: str | None, ram: str | None, device: str, dtype: str, backend: str, compute: str, no_cache: bool,
+    as_json: bool, transformer: Path | None, text_encoder: Path | None, vae: Path | None, tokenizer: Path | None,
+    **image: Any,
 ) -> None:  # fmt: skip
     """Draw images from prompts.
 
@@ -116,6 +126,7 @@ def command(
         parse_bytes(vram) if vram else None,
         parse_bytes(ram) if ram else None,
         cache=not no_cache,
+        compute=compute,
     )
     paths = _output_paths(out, len(requests))
 
@@ -259,7 +270,8 @@ def _measured(pipeline: Pipeline, requests: Sequence[GenerateOptions]) -> dict[s
     return {
         "device": str(pipeline.hardware.device),
         "dtype": pipeline.hardware.dtype_name,
-        "backend": "reference",
+        "backend": pipeline.choice.compute.backend,
+        "compute": pipeline.choice.bits,
         "format": pipeline.model.transformer.main_format,
         "synthetic": pipeline.model.synthetic,
         "seconds_per_step": round(meter.phases["denoise"]["seconds"] / steps, 3),

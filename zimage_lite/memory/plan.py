@@ -171,22 +171,25 @@ def activation_bytes(
     stream_bytes: int | None = None,
     q_dim: int | None = None,
     kv_dim: int | None = None,
+    fused: bool = True,
 ) -> int:
     """Peak of one transformer block's activations, its input included. item_bytes: of what linears compute in;
     stream_bytes: of the residual stream, if it is wider. q_dim, kv_dim: of queries, and of keys or values; else dim.
+    fused: queries and keys are normed and rotated in one go, first the queries.
 
-    Either while a query or key is rotated in float32: residual, normed input, q, k and v, two of them normed, and the
-    rotation itself; or in SwiGLU: residual before and after the attention, what the attention gave, normed input, and
-    gate, up and their product. Beside either the angles, and scores: of 512 tokens in float32 where no fused kernel
-    takes the heads as they are, else tiles of some threads.
+    Either while keys are rotated in float32: residual, normed input, q, k and v, what came out for q, and the rotation
+    itself, from float32 keys; if not fused, both normed before. Or in SwiGLU: residual before and after the attention,
+    what the attention gave, normed input, and gate, up and their product. Beside either the angles, and scores: of 512
+    tokens in float32 where no fused kernel takes the heads as they are, else tiles of some threads.
     """
     stream, q, kv = stream_bytes or item_bytes, q_dim or dim, kv_dim or dim
-    rotation = (2 if item_bytes == 4 else 3) * 4 * q  # copy, halves of the result, result; float32 needs no copy
-    attention = dim * (stream + item_bytes) + (2 * q + 3 * kv) * item_bytes + rotation
+    # What it starts from, halves of the result, result. If not fused, the first is a copy, which float32 does without.
+    rotation = (2 if item_bytes == 4 and not fused else 3) * 4 * q
+    attention = dim * (stream + item_bytes) + (2 * q + (2 if fused else 3) * kv) * item_bytes + rotation
     product = tokens * ffn_dim
     widened = 8 * min(product, 2**20) if stream > item_bytes else 0  # float16 multiplies so many in float32 at a time
     feed_forward = (
         2 * tokens * dim * (stream + item_bytes) + 2 * product * item_bytes + max(product * item_bytes, widened)
     )
-    angles = 4 * q // n_heads * tokens
+    angles = 4 * q // n_heads * (tokens + 1)  # and the weight of a head's norm
     return max(tokens * attention, feed_forward) + angles + n_heads * 2**20

@@ -10,6 +10,8 @@ stable-diffusion.cpp uses for this model.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +30,11 @@ def stream_dtype(dtype: torch.dtype) -> torch.dtype:
 def scale_in(dtype: torch.dtype, scale: float) -> float:
     """The factor that is in force where linears compute in `dtype`."""
     return scale if dtype == torch.float16 else 1.0
+
+
+def log2_in(dtype: torch.dtype, scale: float) -> int:
+    """Its binary logarithm."""
+    return round(math.log2(scale_in(dtype, scale)))
 
 
 def scaled(x: Tensor, scale: float) -> Tensor:

@@ -16,16 +16,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from zimage_kernels import apply_rope, attention
+from zimage_kernels import Branch, Int8Rows, Norm, add_norm, swiglu_int8
 
 from ..config import PATCH_SIZE, SEQUENCE_MULTIPLE, TransformerConfig
-from .float16 import ATTENTION_SCALE, FEED_FORWARD_SCALE, scale_in, scaled, stream_dtype, swiglu
-from .linear import Linear, RMSNorm, Stream
+from .compute import REFERENCE, Compute
+from .float16 import ATTENTION_SCALE, FEED_FORWARD_SCALE, log2_in, stream_dtype, swiglu
+from .linear import Activation, Linear, RMSNorm, Stream
 from .rope import Rope, grid_positions, rope_angles
 
 _TIME_FREQUENCIES = 256
@@ -44,10 +45,15 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([Linear(dim, dim)])
         self.norm_q, self.norm_k = (RMSNorm(dim // n_heads, eps) for _ in range(2))
 
-    def forward(self, x: Tensor, rope: Rope, lengths: list[int]) -> Tensor:
-        q, k, v = (project(x).unflatten(-1, (self.n_heads, -1)) for project in (self.to_q, self.to_k, self.to_v))
-        q, k = apply_rope(self.norm_q(q), *rope), apply_rope(self.norm_k(k), *rope)
-        return self.to_out[0](scaled(attention(q, k, v, lengths).flatten(1), ATTENTION_SCALE))
+    def forward(self, x: Activation, rope: Rope, lengths: list[int], compute: Compute) -> Tensor:
+        q, k, v = (
+            project(x, backend=compute.backend).unflatten(-1, (self.n_heads, -1))
+            for project in (self.to_q, self.to_k, self.to_v)
+        )
+        norms, out = (self.norm_q, self.norm_k), cast(Linear, self.to_out[0])
+        mixed = compute.attention(q, k, v, norms, rope, lengths, int8=isinstance(x, Int8Rows)).flatten(1)
+        scale_log2 = log2_in(mixed.dtype, ATTENTION_SCALE)
+        return out(compute.accepted(mixed, out), scale_log2, compute.backend)
 
 
 class FeedForward(nn.Module):
@@ -57,8 +63,15 @@ class FeedForward(nn.Module):
         super().__init__()
         self.w1, self.w2, self.w3 = Linear(dim, hidden), Linear(hidden, dim), Linear(dim, hidden)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(swiglu(self.w1(x), self.w3(x)))
+    def forward(self, x: Activation, compute: Compute) -> Tensor:
+        return self.w2(compute.accepted(self._hidden(x, compute), self.w2), backend=compute.backend)
+
+    def _hidden(self, x: Activation, compute: Compute) -> Tensor:
+        if not isinstance(x, Int8Rows):
+            return swiglu(self.w1(x), self.w3(x))
+        dtype, weights = self.w1.dtype, (*self.w1.int8_rows, *self.w3.int8_rows)
+        scale_log2 = log2_in(dtype, FEED_FORWARD_SCALE)
+        return swiglu_int8(*x, *weights, scale_log2=scale_log2, out_dtype=dtype, backend=compute.backend)
 
 
 class Block(nn.Module):
@@ -75,19 +88,40 @@ class Block(nn.Module):
         if modulated:
             self.adaLN_modulation = nn.ModuleList([Linear(config.conditioning_dim, 4 * dim, bias=True)])
 
-    def forward(self, x: Tensor, rope: Rope, lengths: list[int], modulation: Tensor | None = None) -> Tensor:
-        """x: [tokens, dim], the residual stream; modulation: [4, dim], one row of what `modulation` returns."""
-        scale_attn, gate_attn, scale_ffn, gate_ffn = (1.0,) * 4 if modulation is None else modulation
-        h = self.attention(self.attention_norm1(x) * scale_attn, rope, lengths)
-        x = x + gate_attn * self.attention_norm2(h, scale_in(h.dtype, ATTENTION_SCALE), x.dtype)
-        h = self.feed_forward(self.ffn_norm1(x) * scale_ffn)
-        return x + gate_ffn * self.ffn_norm2(h, scale_in(h.dtype, FEED_FORWARD_SCALE), x.dtype)
+    def forward(
+        self, x: Tensor, rope: Rope, lengths: list[int], modulation: Tensor | None = None, compute: Compute = REFERENCE
+    ) -> Tensor:
+        """x: [tokens, dim], the residual stream; modulation: [4, dim], one row of what `modulation` returns.
+
+        One pass adds what the attention gave and norms the sum for the feed-forward."""
+        scale_attn, gate_attn, scale_ffn, gate_ffn = (None,) * 4 if modulation is None else modulation
+        attention, feed_forward, backend = self.attention, self.feed_forward, compute.backend
+
+        group = compute.group(attention.to_q, attention.to_k, attention.to_v)
+        _, h = add_norm(x, None, _norm(self.attention_norm1, scale_attn), group, backend)
+        h = attention(h, rope, lengths, compute)
+
+        group = compute.group(feed_forward.w1, feed_forward.w3)
+        branch = _branch(h, self.attention_norm2, gate_attn, ATTENTION_SCALE)
+        x, h = add_norm(x, branch, _norm(self.ffn_norm1, scale_ffn), group, backend)
+        h = feed_forward(h, compute)
+
+        return add_norm(x, _branch(h, self.ffn_norm2, gate_ffn, FEED_FORWARD_SCALE), None, None, backend).x
 
     def modulation(self, condition: Tensor) -> Tensor:
         """condition: [times, conditioning_dim], embedded times. -> [times, 4, dim]: scale and gate of the attention,
         then of the feed-forward, ready to multiply by."""
         scale_attn, gate_attn, scale_ffn, gate_ffn = self.adaLN_modulation[0](condition).chunk(4, dim=-1)
         return torch.stack((1.0 + scale_attn, gate_attn.tanh(), 1.0 + scale_ffn, gate_ffn.tanh()), dim=1)
+
+
+def _norm(norm: RMSNorm, scale: Tensor | None) -> Norm:
+    return Norm(norm.weight, scale, norm.eps)
+
+
+def _branch(y: Tensor, norm: RMSNorm, gate: Tensor | None, scale: float) -> Branch:
+    """scale: of y in float16."""
+    return Branch(y, norm.weight, gate, norm.eps, log2_in(y.dtype, scale))
 
 
 class TimeEmbedder(nn.Module):
@@ -150,11 +184,12 @@ class Caption:
 
 
 class Transformer(nn.Module):
-    """The skeleton, under diffusers' names, in which "2-1" is the patch size in space and time."""
+    """The skeleton, under diffusers' names, in which "2-1" is the patch size in space and time. compute: of its
+    blocks."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, compute: Compute = REFERENCE) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.compute = config, compute
         patch = f"{PATCH_SIZE}-1"
         self.all_x_embedder = nn.ModuleDict({patch: Linear(config.patch_dim, config.dim, bias=True)})
         self.all_final_layer = nn.ModuleDict({patch: FinalLayer(config)})
@@ -181,7 +216,7 @@ class Transformer(nn.Module):
         x, rope = _residual(captions), _join(ropes)
         del captions
         for block in stream(self.context_refiner):
-            x = block(x, rope, lengths)
+            x = block(x, rope, lengths, compute=self.compute)
         return [Caption(tokens, own) for tokens, own in zip(x.split(lengths), ropes, strict=True)]
 
     def modulations(self, times: Tensor, dtype: torch.dtype, stream: Stream = iter) -> list[Modulation]:
@@ -221,7 +256,7 @@ class Transformer(nn.Module):
         del images
         watch("embedder", x)
         for i, (block, vectors) in enumerate(zip(stream(self.noise_refiner), modulation.noise_refiner, strict=True)):
-            x = block(x, rope, lengths, vectors)
+            x = block(x, rope, lengths, vectors, self.compute)
             watch(f"noise_refiner.{i}", x)
 
         told = [caption.tokens for caption in captions]
@@ -229,7 +264,7 @@ class Transformer(nn.Module):
         rope = _join([part for pair in zip(ropes, (c.rope for c in captions), strict=True) for part in pair])
         lengths = [image + len(tokens) for image, tokens in zip(lengths, told, strict=True)]
         for i, (block, vectors) in enumerate(zip(stream(self.layers), modulation.layers, strict=True)):
-            x = block(x, rope, lengths, vectors)
+            x = block(x, rope, lengths, vectors, self.compute)
             watch(f"layers.{i}", x)
         tokens = final(x, modulation.final)
         watch("final layer", tokens)

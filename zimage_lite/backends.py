@@ -1,0 +1,63 @@
+"""Which kernels run, and in how many bits: what was asked for, and what is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from zimage_kernels import triton_obstacle
+
+from .config import RuntimeOptions
+from .errors import UserError
+from .footprint import is_reencoded
+from .model.compute import HEAD_DIM, Compute
+from .quant.formats import Format
+
+
+@dataclass(frozen=True)
+class Choice:
+    """note: for people, what they might not expect."""
+
+    compute: Compute
+    note: str | None = None
+
+    @property
+    def bits(self) -> str:
+        """As --compute names them."""
+        return "int8" if self.compute.int8 else "16bit"
+
+
+def choose(options: RuntimeOptions, device: torch.device, head_dim: int, formats: Iterable[Format]) -> Choice:
+    """device: to compute on; formats: of the matrices in the transformer's blocks. Raises UserError for what was asked
+    for and cannot be.
+
+    auto takes the kernels on a CUDA device that can run them, and 8 bits where they run and a weight is quantized to
+    integers. It never leaves the references on the CPU, where kernels could only be interpreted.
+    """
+    obstacle = triton_obstacle(device)
+    if obstacle is None and head_dim != HEAD_DIM:
+        obstacle = f"got heads of {head_dim}, expected {HEAD_DIM}"
+    if options.backend == "triton" and obstacle:
+        raise UserError(f"--backend triton: {obstacle}", fix="use auto or reference")
+    kernels = options.backend == "triton" or (options.backend == "auto" and device.type == "cuda" and obstacle is None)
+    compute = Compute("triton" if kernels else "reference", _in_int8(options, kernels, device, set(formats)))
+    fell_back = options.backend == "auto" and device.type == "cuda" and not kernels
+    return Choice(compute, f"the Triton kernels cannot run: {obstacle}; torch computes" if fell_back else None)
+
+
+def _in_int8(options: RuntimeOptions, kernels: bool, device: torch.device, formats: set[Format]) -> bool:
+    there = {format for format in formats if format.name == "int8" or (kernels and is_reencoded(format))}
+    if options.compute == "auto":
+        return kernels and bool(there)
+    if options.compute == "16bit":
+        return False
+    if not kernels and device.type != "cpu":
+        raise UserError(f"--compute int8 needs the Triton kernels on {device.type}", fix="use --compute 16bit")
+    if not there:
+        names = ", ".join(sorted(format.name for format in formats))
+        wanted = (
+            "weights quantized to integers" if kernels else "int8 weights, for only Triton kernels re-encode others"
+        )
+        raise UserError("--compute int8", got=names, expected=wanted, fix="use --compute 16bit")
+    return True

@@ -1,0 +1,60 @@
+"""How the blocks of the transformer compute: with which kernels, and in how many bits.
+
+The same block code serves all. What flows between its parts is an activation: 16-bit (float32 where that is computed
+in), or rotated int8 with a scale for each row, 4 times as fast to multiply. Whoever makes one asks `group` what its
+consumers accept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from zimage_kernels import Int8Rows, attention, attention_int8, flash_attention, norm_rope, quantize_rows
+
+from .linear import Activation, Linear, RMSNorm
+from .rope import Rope
+
+HEAD_DIM = 128  # of the attention kernels
+_HEAD_GROUP = 64  # queries and keys are rotated by halves of a head: 128 is no power of 4
+
+
+@dataclass(frozen=True)
+class Compute:
+    """backend: of every op. int8: multiply in 8 bits where a weight is int8; else weights are unpacked."""
+
+    backend: Literal["triton", "reference"] = "reference"
+    int8: bool = False
+
+    def group(self, *consumers: Linear) -> int | None:
+        """The rotation group of the 8-bit rows that all of these linears take; None: they are given 16 bits."""
+        groups = {linear.group for linear in consumers} if self.int8 else set()
+        return groups.pop() if len(groups) == 1 else None
+
+    def accepted(self, x: Tensor, consumer: Linear) -> Activation:
+        """x: [tokens, features], as the consumer takes it."""
+        group = self.group(consumer)
+        return x if group is None else quantize_rows(x, group, self.backend)
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, norms: tuple[RMSNorm, RMSNorm], rope: Rope, lengths: list[int],
+        int8: bool,
+    ) -> Tensor:  # fmt: skip
+        """q, k, v: [tokens, heads, head_dim] as projected; norms: of q and k. int8: multiply q and k in 8 bits, unless
+        they are float32. Returns [tokens, heads, head_dim]."""
+        int8 = int8 and q.dtype != torch.float32
+        group = _HEAD_GROUP if int8 else None
+        (q_norm, k_norm), backend = norms, self.backend
+        q_in = norm_rope(q, q_norm.weight, *rope, q_norm.eps, group, None, backend)
+        k_in = norm_rope(k, k_norm.weight, *rope, k_norm.eps, group, lengths if int8 else None, backend)
+        if isinstance(q_in, Int8Rows) and isinstance(k_in, Int8Rows):
+            return attention_int8(*q_in, *k_in, v, lengths, backend=backend)
+        assert isinstance(q_in, Tensor) and isinstance(k_in, Tensor)
+        if backend == "reference" or q.dtype == torch.float32:
+            return attention(q_in, k_in, v, lengths)
+        return flash_attention(q_in, k_in, v, lengths, backend)
+
+
+REFERENCE = Compute()
