@@ -54,6 +54,7 @@ def test_image_carries_its_recipe(tiny: Path, out: Path, capsys: pytest.CaptureF
     assert len(stdout) == 1
     result = json.loads(stdout[0])
     assert result["images"] == [str(out)]
+    assert (result["backend"], result["compute"]) == ("reference", "16bit")
     assert set(result["phases"]) == {"encode", "denoise", "decode"}
     sampled = max(phase["measured"]["peak_rss_bytes"] for phase in result["phases"].values())
     assert result["peak_rss_bytes"] >= 0.99 * sampled  # the kernel adds both up lazily, page by page

@@ -9,18 +9,22 @@ fall on the other side of a half, few in float32 and more in float16, where roun
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import PROMPT, psnr, relative_error, transformer_inputs
+from PIL import Image
 from torch import Tensor, nn
 from zimage_kernels import Int8Rows, hadamard_rotate, quantize_rows_reference
 
 from zimage_lite import GenerateOptions, load, quantize
 from zimage_lite.backends import choose
+from zimage_lite.cli import run
 from zimage_lite.config import RuntimeOptions, TransformerConfig
 from zimage_lite.errors import UserError
 from zimage_lite.footprint import is_reencoded, reencoded_bytes
@@ -216,17 +220,18 @@ def small(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     return folder
 
 
-def test_the_pipeline_says_what_ran(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    request = GenerateOptions(PROMPT, 32, 32, steps=1, seed=3)
+def test_the_pipeline_says_what_ran(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = ("--width", "32", "--height", "32", "--steps", "1", "--seed", "3", "--device", "cpu", "--json")
     drawn = {}
     for backend in ("triton", "reference"):
-        pipeline = load(small, device="cpu", backend=backend, compute="int8")
-        assert (pipeline.choice.compute, pipeline.choice.bits) == (INT8[backend], "int8")
-        (drawn[backend],) = pipeline.generate([request])
+        out = tmp_path / f"{backend}.png"
+        options = ("--backend", backend, "--compute", "int8", "-o", str(out))
+        assert run(["generate", PROMPT, "--model", str(small), *size, *options]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert (result["backend"], result["compute"]) == (backend, "int8")
+        drawn[backend] = torch.from_numpy(np.array(Image.open(out)))
     # float32 sums in another order: at most a few codes fall on the other side of a half.
     assert psnr(drawn["triton"], drawn["reference"], 255) >= 50
-    plain = load(small, device="cpu")
-    assert (plain.choice.compute, plain.choice.bits) == (PLAIN["reference"], "16bit")
 
 
 @pytest.mark.parametrize("to", ["q4_k_m", "nf4", "int4"])
