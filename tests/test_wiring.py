@@ -42,6 +42,7 @@ from zimage_lite.quant.bnb import read_state
 from zimage_lite.quant.formats import FORMATS
 from zimage_lite.quant.tensor import GPU_PIECE_WEIGHTS, QTensor
 from zimage_lite.reencoding import Scratch, reencoded
+from zimage_lite.selftest.process import Verdict
 from zimage_lite.synthetic import open_synthetic
 
 pytest.importorskip("triton")
@@ -271,9 +272,14 @@ def test_the_demo_draws_the_same_in_8_bits(tmp_path: Path) -> None:
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def chosen(obstacle: str | None, device: torch.device, *formats: str, head_dim: int = 128, **options: str) -> Any:
+def chosen(
+    obstacle: str | None, device: torch.device, *formats: str, head_dim: int = 128, state: str = "ok", **options: str
+) -> Any:
+    """state: what the self-test says of one of the kernels."""
+    tested = {"linear_int8": Verdict("ok", ""), "attention_int8": Verdict(state, "3.0 of 1.0")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("zimage_lite.backends.triton_obstacle", lambda device: obstacle)
+        patch.setattr("zimage_lite.selftest.verdicts.verdicts", lambda device, tell: tested)
         return choose(RuntimeOptions(**options), device, head_dim, [FORMATS[name] for name in formats])
 
 
@@ -301,6 +307,14 @@ def test_falling_back_is_told() -> None:
     assert choice.compute == PLAIN["reference"]
     assert choice.note == "the Triton kernels cannot run: Triton is not installed; torch computes"
     assert chosen("got tensors on cpu, expected cuda", CPU, "int8").note is None
+
+
+def test_a_kernel_that_failed_its_self_test_is_not_taken() -> None:
+    """Unless it is asked for."""
+    choice = chosen(None, CUDA, "int8", state="wrong")
+    assert choice.compute == PLAIN["reference"]
+    assert choice.note is not None and "attention_int8: wrong (3.0 of 1.0)" in choice.note
+    assert chosen(None, CUDA, "int8", state="wrong", backend="triton").compute == INT8["triton"]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -28,22 +28,41 @@ class Choice:
         return "int8" if self.compute.int8 else "16bit"
 
 
-def choose(options: RuntimeOptions, device: torch.device, head_dim: int, formats: Iterable[Format]) -> Choice:
-    """device: to compute on; formats: of the matrices in the transformer's blocks. Raises UserError for what was asked
-    for and cannot be.
+def choose(
+    options: RuntimeOptions,
+    device: torch.device,
+    head_dim: int,
+    formats: Iterable[Format],
+    tell: Callable[[str], None] = lambda line: None,
+) -> Choice:
+    """device: to compute on; formats: of the matrices in the transformer's blocks; tell: before a check that takes
+    long. Raises UserError for what was asked for and cannot be.
 
-    auto takes the kernels on a CUDA device that can run them, and 8 bits where they run and a weight is quantized to
-    integers. It never leaves the references on the CPU, where kernels could only be interpreted.
+    auto takes the kernels on a CUDA device that can run them and on which all have passed their self-test, and 8 bits
+    where they run and a weight is quantized to integers. It never leaves the references on the CPU, where kernels could
+    only be interpreted.
     """
     obstacle = triton_obstacle(device)
     if obstacle is None and head_dim != HEAD_DIM:
         obstacle = f"got heads of {head_dim}, expected {HEAD_DIM}"
+    if obstacle is None and options.backend == "auto" and device.type == "cuda":
+        obstacle = _distrust(device, tell)
     if options.backend == "triton" and obstacle:
         raise UserError(f"--backend triton: {obstacle}", fix="use auto or reference")
     kernels = options.backend == "triton" or (options.backend == "auto" and device.type == "cuda" and obstacle is None)
     compute = Compute("triton" if kernels else "reference", _in_int8(options, kernels, device, set(formats)))
     fell_back = options.backend == "auto" and device.type == "cuda" and not kernels
     return Choice(compute, f"the Triton kernels cannot run: {obstacle}; torch computes" if fell_back else None)
+
+
+def _distrust(device: torch.device, tell: Callable[[str], None]) -> str | None:
+    """Why kernels that could run are not taken: the first that failed its self-test."""
+    from .selftest.verdicts import verdicts  # only where there is a GPU
+
+    for op, verdict in verdicts(device, tell=tell).items():
+        if not verdict.trusted:
+            return f"{op}: {verdict.state} ({verdict.reason}); zimage-lite doctor tells more"
+    return None
 
 
 def _in_int8(options: RuntimeOptions, kernels: bool, device: torch.device, formats: set[Format]) -> bool:

@@ -160,7 +160,7 @@ class Pipeline:
         parts, config = self.sizes.transformer, self.model.transformer.config
         of_blocks, _ = by_block(part for part in parts if part.rows > 1 and not is_time_weight(part.name))
         formats = {part.format for block in of_blocks.values() for part in block}
-        return choose(self.options, self.hardware.device, config.head_dim, formats)
+        return choose(self.options, self.hardware.device, config.head_dim, formats, self.tell)
 
     @cached_property
     def text_encoder(self) -> Component:

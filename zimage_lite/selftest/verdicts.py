@@ -14,7 +14,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.resources import files
@@ -39,11 +39,13 @@ _log = logging.getLogger(__name__)
 _known: dict[str, dict[str, Verdict]] = {}  # of this process, by situation: the folder may be switched off
 
 
-def verdicts(device: torch.device, refresh: bool = False) -> dict[str, Verdict]:
+def verdicts(
+    device: torch.device, refresh: bool = False, tell: Callable[[str], None] = lambda line: None
+) -> dict[str, Verdict]:
     """One for each op of checks.CHECKS, by its name. Raises nothing for what kernels, disk or processes do.
 
-    The first call in a new situation takes seconds to a minute, most of it compilations that are used later. refresh:
-    test again, and replace what was kept.
+    The first call in a new situation takes seconds to a minute, most of it compilations that are used later, and says
+    so by `tell` before. refresh: test again, and replace what was kept.
     """
     obstacle = _obstacle(device)
     if obstacle:
@@ -54,6 +56,8 @@ def verdicts(device: torch.device, refresh: bool = False) -> dict[str, Verdict]:
         root = cache_root()
         path = None if root is None else root / "kernels" / f"{key}.json"
         kept = None if refresh else _read(path, here)
+        if kept is None:
+            tell("checking the Triton kernels on this machine, once; it may take a minute")
         found = kept or _test(device)
         if kept is None:
             _write(path, here, found)
