@@ -27,7 +27,7 @@ from .tiers import DONE, NO_FIT, STEPS, Tier
 
 _GIB = 2**30
 _SWEEP_SIZE = 1024
-_SWEEP_STEPS = 8  # budgets, evenly from 2 GB up to what the card has free
+_SWEEP_STEPS = 6  # budgets, evenly from 2 GB up to what the card has free
 
 
 def assumptions() -> list[str]:
@@ -44,14 +44,11 @@ def assumptions() -> list[str]:
 
 def plans(model: Model, gpu: Gpu, size: int, ram_bytes: int, vram_bytes: int | None = None) -> list[list[Plan]]:
     """Of encode, denoise and decode: at the highest power limit, and at the lowest. Raises BudgetError."""
-    found = []
-    for high_power in (True, False):
-        there = machine(gpu, ram_bytes, high_power)
-        if vram_bytes is not None:
-            there = replace(there, vram_free_bytes=vram_bytes + VRAM_MARGIN_BYTES)
-        todo = phases(model, Job(size, size, steps=STEPS), there)
-        found.append(plan_phases(todo, there, budgets_in_force(there, None, ram_bytes)))
-    return found
+    machines = [machine(gpu, ram_bytes, high_power) for high_power in (True, False)]
+    if vram_bytes is not None:
+        machines = [replace(there, vram_free_bytes=vram_bytes + VRAM_MARGIN_BYTES) for there in machines]
+    todo = phases(model, Job(size, size, steps=STEPS), machines[0])
+    return [plan_phases(todo, there, budgets_in_force(there, None, ram_bytes)) for there in machines]
 
 
 def cell(model: Model, format_name: str, gpu: Gpu, size: int, tier: Tier) -> dict[str, Any]:

@@ -72,8 +72,8 @@ def _predictions(results: Results) -> Section:
         return section
     section.parts.append(
         f"Predicted / measured: below 1 the prediction was too good. What is off by more than {MOST_OFF:.0%} anywhere "
-        "shows its error. Times on a CPU were predicted for eight cores of a laptop, not for the machine named below; "
-        "peaks are promises that hold on any."
+        "shows its error. Times on a CPU rest on the rate of one short product, or in older results on that of an "
+        "assumed laptop, and leave out what small models mostly wait for; peaks are promises that hold on any machine."
     )
     rows, bad = [], set()
     for row, one in enumerate(found):

@@ -1,7 +1,7 @@
 """Predicted against measured, for every result that holds both.
 
 A ratio is predicted / measured: below 1 the plan was too good, above 1 too careful. Times are predicted for the machine
-that the planner assumed, which on a CPU is a laptop's eight cores; peaks are promises, and hold anywhere.
+as the planner knew it, whose rates may be assumed; peaks are promises, and hold anywhere.
 """
 
 from __future__ import annotations
