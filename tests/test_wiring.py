@@ -34,7 +34,7 @@ from zimage_lite.memory.live_bytes import LiveBytes
 from zimage_lite.memory.machine import machine
 from zimage_lite.memory.plan import activation_bytes
 from zimage_lite.model.compute import Compute
-from zimage_lite.model.linear import Linear, bind, shapes
+from zimage_lite.model.linear import Linear, RMSNorm, bind, shapes
 from zimage_lite.model.rope import grid_positions, rope_angles
 from zimage_lite.model.transformer import Block, Transformer, is_time_weight
 from zimage_lite.prediction import Job, phases, true_model
@@ -114,6 +114,22 @@ def test_float16_holds_what_the_scaling_is_for() -> None:
     truth = added(int8, FULL, INT8["reference"])
     for compute in INT8.values():
         assert relative_error(added(int8, HALF, compute), truth) <= 0.02  # codes a step apart, as in `test_a_block`
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_keys_are_centred_by_sequence(backend: str) -> None:
+    """Keys that lie close around a vector of their sequence's own, one opposite to the other: their range is 20 times
+    that of what tells them apart, so that codes of them as they are lose 4 bits of it."""
+    q, k, v = (torch.randn(sum(LENGTHS), 2, 128) for _ in range(3))
+    own = torch.randn(2, 128)
+    k = k / 20 + torch.cat([own.expand(LENGTHS[0], 2, 128), -own.expand(LENGTHS[1], 2, 128)])
+    q, k, v = (t.half() for t in (q, k, v))
+    norm = RMSNorm(128, 1e-5)
+    norm.weight = nn.Parameter(torch.full((128,), 3.0), requires_grad=False)  # so that attention is not even
+    rope = torch.ones(len(q), 64), torch.zeros(len(q), 64)
+    truth = PLAIN["reference"].attention(q.float(), k.float(), v.float(), (norm, norm), rope, LENGTHS, int8=False)
+    ours = INT8[backend].attention(q, k, v, (norm, norm), rope, LENGTHS, int8=True)
+    assert relative_error(ours, truth) <= 0.01
 
 
 def test_each_linear_gets_what_it_takes() -> None:
