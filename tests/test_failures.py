@@ -59,7 +59,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def free(model: Path, tell: Callable[[str], None] = lambda _: None) -> Pipeline:
-    return Pipeline(open_model(model), RuntimeOptions("cpu", ram_bytes=10**9), tell)
+    return Pipeline(open_model(model), RuntimeOptions("cpu", ram_bytes=4 * 10**9), tell)
 
 
 def tight(model: Path, images: int = 1) -> Pipeline:
