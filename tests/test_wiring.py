@@ -289,13 +289,20 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def chosen(
-    obstacle: str | None, device: torch.device, *formats: str, head_dim: int = 128, state: str = "ok", **options: str
+    obstacle: str | None,
+    device: torch.device,
+    *formats: str,
+    head_dim: int = 128,
+    state: str = "ok",
+    units: bool = False,
+    **options: str,
 ) -> Any:
-    """state: what the self-test says of one of the kernels."""
+    """state: what the self-test says of one of the kernels. units: whether the CPU has some for 8 bits."""
     tested = {"linear_int8": Verdict("ok", ""), "attention_int8": Verdict(state, "3.0 of 1.0")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("zimage_lite.backends.triton_obstacle", lambda device: obstacle)
         patch.setattr("zimage_lite.selftest.verdicts.verdicts", lambda device, tell: tested)
+        patch.setattr("zimage_lite.backends.cpu_has_int8_units", lambda: units)
         return choose(RuntimeOptions(**options), device, head_dim, [FORMATS[name] for name in formats])
 
 
@@ -309,11 +316,14 @@ def chosen(
         (CUDA, ("int8",), {"compute": "16bit"}, PLAIN["triton"]),
         (CUDA, ("int8",), {"backend": "reference"}, PLAIN["reference"]),
         (CPU, ("int8",), {}, PLAIN["reference"]),
+        (CPU, ("int8",), {"units": True}, INT8["reference"]),
+        (CPU, ("int8",), {"units": True, "compute": "16bit"}, PLAIN["reference"]),
+        (CPU, ("q8_0",), {"units": True}, PLAIN["reference"]),
         (CPU, ("int8",), {"compute": "int8"}, INT8["reference"]),
         (CPU, ("q8_0",), {"backend": "triton"}, INT8["triton"]),
     ],
 )
-def test_choices(device: torch.device, formats: tuple[str, ...], options: dict[str, str], compute: Compute) -> None:
+def test_choices(device: torch.device, formats: tuple[str, ...], options: dict[str, Any], compute: Compute) -> None:
     choice = chosen(None, device, *formats, **options)
     assert choice.compute == compute and choice.note is None
 

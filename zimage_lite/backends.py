@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from zimage_kernels import triton_obstacle
+from zimage_kernels import cpu_has_int8_units, triton_obstacle
 
 from .config import RuntimeOptions
 from .errors import UserError
@@ -40,7 +40,7 @@ def choose(
 
     auto takes the kernels on a CUDA device that can run them and on which all have passed their self-test, and 8 bits
     where they run and a weight is quantized to integers. It never leaves the references on the CPU, where kernels could
-    only be interpreted.
+    only be interpreted; 8 bits it takes there for int8 weights, if the CPU has units for them.
     """
     obstacle = triton_obstacle(device)
     if obstacle is None and head_dim != HEAD_DIM:
@@ -68,7 +68,7 @@ def _distrust(device: torch.device, tell: Callable[[str], None]) -> str | None:
 def _in_int8(options: RuntimeOptions, kernels: bool, device: torch.device, formats: set[Format]) -> bool:
     there = {format for format in formats if format.name == "int8" or (kernels and is_reencoded(format))}
     if options.compute == "auto":
-        return kernels and bool(there)
+        return bool(there) and (kernels or (device.type == "cpu" and cpu_has_int8_units()))
     if options.compute == "16bit":
         return False
     if not kernels and device.type != "cpu":

@@ -139,7 +139,7 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     def blocks(group: str, count: int, tokens: int, attention: float) -> list[Block]:
         found = {name: of_blocks[name] for name in (f"{group}.{i}" for i in range(count))}
         return [
-            Block(name, arena_bytes(parts), _transformer_work(parts, tokens, c.dim, attention, charge))
+            Block(name, arena_bytes(parts), _transformer_work(parts, tokens, c.dim, attention, charge, device))
             for name, parts in found.items()
         ]
 
@@ -258,11 +258,15 @@ def _vector_bytes(model: Model, job: Job, dtype: str) -> int:
     return ITEM_BYTES[dtype] * job.steps * (4 * (c.n_refiner_layers + c.n_layers) + 1) * c.dim
 
 
-def _transformer_work(parts: Sequence[Part], tokens: int, dim: int, attention: float, charge: float) -> Work:
-    weights = _linear_weights(parts)
-    int8 = any(map(_in_int8, parts))
-    reencoding = sum(part.n_bytes for part in parts if is_reencoded(part.format)) + _reencoded(parts)
-    traffic = _TRAFFIC * tokens * dim * 2 + reencoding
+def _transformer_work(
+    parts: Sequence[Part], tokens: int, dim: int, attention: float, charge: float, device: str
+) -> Work:
+    """The CPU re-encodes nothing."""
+    weights, traffic = _linear_weights(parts), _TRAFFIC * tokens * dim * 2
+    int8 = any(part.format.name == "int8" for part in parts)
+    if device == "gpu":
+        int8 = any(map(_in_int8, parts))
+        traffic += sum(part.n_bytes for part in parts if is_reencoded(part.format)) + _reencoded(parts)
     return Work(charge * 2 * weights * tokens, charge * attention, charge * traffic, int8)
 
 

@@ -6,6 +6,7 @@ The torch reference is the definition, the fallback and the test oracle. Triton 
 from ._triton import Backend, triton_obstacle
 from .attention import attention, attention_int8, attention_int8_reference, flash_attention
 from .dequantize import KINDS, dequantize, requantize
+from .integer_product import cpu_has_int8_units, integer_product
 from .linear_int8 import linear_int8, linear_int8_reference
 from .norm import Branch, Norm, Normed, add_norm, add_norm_reference, rms_norm
 from .qk import norm_rope, norm_rope_reference
@@ -28,9 +29,11 @@ __all__ = [
     "attention",
     "attention_int8",
     "attention_int8_reference",
+    "cpu_has_int8_units",
     "dequantize",
     "flash_attention",
     "hadamard_rotate",
+    "integer_product",
     "linear_int8",
     "linear_int8_reference",
     "norm_rope",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ._triton import MATRIX_UNITS, OPTIONS, Backend, jit, tl, triton, use_triton
 from .aot import Variant
+from .integer_product import integer_product
 from .tuning import Tile, tile, tiles
 
 LowRank = tuple[Tensor, Tensor]
@@ -72,14 +73,6 @@ def linear_int8_reference(
     if bias is not None:
         y += bias.float()
     return y.mul_(2.0**scale_log2).to(out_dtype)
-
-
-def integer_product(x: Tensor, w: Tensor) -> Tensor:
-    """x w^T, [M, N] int32, exact. On CUDA torch wants at least 17 rows, and K and N multiples of 8."""
-    rows = len(x)
-    if x.is_cuda and rows <= 16:
-        x = F.pad(x, (0, 0, 0, 17 - rows))
-    return torch._int_mm(x, w.T)[:rows]
 
 
 def check_operands(

@@ -97,7 +97,7 @@ _MAX_IMAGES = 10_000
     default="auto",
     show_default=True,
     help="int8 multiplies the transformer's int8 weights in 8 bits, and with triton all other integer formats, "
-    "re-encoded; 16bit unpacks weights to --dtype. auto is int8 where triton runs such weights.",
+    "re-encoded; 16bit unpacks weights to --dtype. auto is int8 where triton, or a CPU with VNNI, runs such weights.",
 )
 @click.option(
     "--no-cache",
