@@ -74,6 +74,8 @@ class Planning:
 
     def _now(self) -> tuple[Machine, Budgets]:
         machine = machine_here(self.hardware)
+        if self.options.compute == "16bit":
+            machine = machine.unpacking()
         return machine, budgets_in_force(machine, self.options.vram_bytes, self.options.ram_bytes)
 
 

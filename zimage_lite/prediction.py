@@ -44,9 +44,13 @@ from .model.vae import Decoder
 from .quant.recipe import KEEP, as_it_is, target
 
 _TRAFFIC = 30  # of a block's fused element-wise work, in tokens x width x 2 bytes
-# What the heap of a CPU holds of activations beside those that are alive, measured at full size within 4 GB: the peak
-# was 100 MB above a plan without this term at 512x512 (q4_k_m), and 50 to 130 MB below it at 256x256.
-_CPU_HOLES_SHARE = 0.6
+# What the heap of a CPU keeps beside what is alive: of activations, of what unpacking a piece takes, and of a decoder's
+# maps, of which those above 32 MB are mapped on their own. Measured at full size (benchmarks/budgets.py), where peaks
+# of the same run vary by 150 MB; meant never to be too low.
+_ACTIVATION_HOLES, _UNPACKING_HOLES, _MAP_HOLES, _MOST_MAP_HOLES = 0.6, 4, 0.3, 80_000_000
+# Unpacking a weight on the CPU takes as long as so many operations of a float32 product (2 threads of a Zen 4): 0.8 ns
+# in q8_0, 1.6 to 2.5 ns in q4_k_m. Below 8 bits codes are picked out of bytes, and scales out of scales.
+_UNPACKING_FLOPS, _UNPACKING_FLOPS_OF_FEW_BITS = 150, 400
 _LATENT_COPIES = 3  # the latent, the model's answer and their sum, in float32
 _BATCHES = (1, 2, 4, 8)  # images at once
 # What is computed for twice as many images is charged so much more, so that they are denoised together only where that
@@ -139,7 +143,11 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     def blocks(group: str, count: int, tokens: int, attention: float) -> list[Block]:
         found = {name: of_blocks[name] for name in (f"{group}.{i}" for i in range(count))}
         return [
-            Block(name, arena_bytes(parts), _transformer_work(parts, tokens, c.dim, attention, charge, device))
+            Block(
+                name,
+                arena_bytes(parts),
+                _transformer_work(parts, tokens, c.dim, attention, charge, device, machine.cpu_int8),
+            )
             for name, parts in found.items()
         ]
 
@@ -154,7 +162,11 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     main = blocks("noise_refiner", n_refiners, sequences * image, sequences * attention(image)) + blocks(
         "layers", c.n_layers, sequences * whole, sequences * attention(whole)
     )
-    unpacking = max(unpacking_bytes(part, device, dtype) for parts in of_blocks.values() for part in parts)
+    unpacking = max(
+        0 if machine.cpu_int8 and device == "cpu" and part.format.name == "int8" and part.rows > 1
+        else unpacking_bytes(part, device, dtype)
+        for parts in of_blocks.values() for part in parts
+    )  # fmt: skip
     if device == "gpu":
         beside = (unpacking_bytes(part, device, dtype) for parts in of_blocks.values() for part in _unpacked(parts))
         unpacking = max(unpacking, max(map(_reencoded, of_blocks.values())) + max(beside, default=0))
@@ -162,7 +174,6 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     activations = activation_bytes(tokens, c.dim, c.ffn_dim, c.n_heads, item, stream)
     latent = 4 * c.in_channels * job.latents
     host = {
-        "time weights": time_bytes(time_weights),
         "embeddings": _embedding_bytes(model, job, stream),
         "done latents": latent * job.round_images,
     }
@@ -181,9 +192,10 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
             "captions": stream * pads * (c.dim + c.cap_feat_dim),
             "activations": activations + (tokens + pads) * c.head_dim * 4,  # the angles of the parts stay, too
             "unpacking": unpacking,
-            **({**host, "holes in the heap": round(_CPU_HOLES_SHARE * activations)} if device == "cpu" else {}),
+            **({**host, **_holes(activations, unpacking)} if device == "cpu" else {}),
         },
-        ram_fixed=host if device == "gpu" else {},
+        # On the CPU the first block takes the place of the time weights.
+        ram_fixed={**host, "time weights": time_bytes(time_weights)} if device == "gpu" else {},
         way=batch,
     )
 
@@ -198,19 +210,23 @@ def _encode(model: Model, prompt_tokens: Sequence[int], device: str, machine: Ma
         parts = of_layers[name]
         n_bytes, weights = arena_bytes(parts), _linear_weights(parts)
         traffic = n_bytes + 4 * weights if _is_lossy(parts) else n_bytes
-        blocks.append(Block(name, n_bytes, Work(2 * weights * tokens, attention, traffic)))
+        flops = 2 * weights * tokens + (_cpu_unpacking_flops(parts) if device == "cpu" else 0)
+        blocks.append(Block(name, n_bytes, Work(flops, attention, traffic)))
     q_dim, kv_dim = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
+    activations = activation_bytes(
+        tokens, c.hidden_size, c.intermediate_size, c.num_attention_heads, item, stream, q_dim, kv_dim, False
+    )
+    unpacking = max(unpacking_bytes(p, device, dtype) for block in blocks for p in of_layers[block.name])
     return Phase(
         name="encode",
         blocks=tuple(blocks),
         passes=len(batches),
         device=device,
         fixed={
-            "activations": activation_bytes(
-                tokens, c.hidden_size, c.intermediate_size, c.num_attention_heads, item, stream, q_dim, kv_dim, False
-            ),
+            "activations": activations,
             "embeddings": c.hidden_size * (tokens * item + sum(prompt_tokens) * stream),  # of what goes in and out
-            "unpacking": max(unpacking_bytes(p, device, dtype) for block in blocks for p in of_layers[block.name]),
+            "unpacking": unpacking,
+            **(_holes(0, unpacking) if device == "cpu" else {}),  # there are a few tokens only
         },
     )
 
@@ -241,7 +257,7 @@ def _decode(model: Model, job: Job, device: str, machine: Machine) -> Iterator[P
             blocks=(Block("decoder", item * model.vae_weights, work),),
             passes=job.images,
             device=device,
-            fixed=fixed if device == "gpu" else {**fixed, **images},
+            fixed=fixed if device == "gpu" else {**fixed, **images, **_holes_of_maps(way.device_bytes)},
             ram_fixed={**images, "maps": way.host_bytes} if device == "gpu" else {},
             way=way,
         )
@@ -259,15 +275,34 @@ def _vector_bytes(model: Model, job: Job, dtype: str) -> int:
 
 
 def _transformer_work(
-    parts: Sequence[Part], tokens: int, dim: int, attention: float, charge: float, device: str
+    parts: Sequence[Part], tokens: int, dim: int, attention: float, charge: float, device: str, cpu_int8: bool
 ) -> Work:
     """The CPU re-encodes nothing."""
-    weights, traffic = _linear_weights(parts), _TRAFFIC * tokens * dim * 2
+    flops, traffic = 2 * _linear_weights(parts) * tokens, _TRAFFIC * tokens * dim * 2
     int8 = any(part.format.name == "int8" for part in parts)
     if device == "gpu":
         int8 = any(map(_in_int8, parts))
         traffic += sum(part.n_bytes for part in parts if is_reencoded(part.format)) + _reencoded(parts)
-    return Work(charge * 2 * weights * tokens, charge * attention, charge * traffic, int8)
+    elif not (int8 and cpu_int8):
+        flops += _cpu_unpacking_flops(parts)
+    return Work(charge * flops, charge * attention, charge * traffic, int8)
+
+
+def _cpu_unpacking_flops(parts: Iterable[Part]) -> int:
+    def per_weight(part: Part) -> int:
+        if not part.format.lossy:
+            return 0
+        return _UNPACKING_FLOPS if part.n_bytes >= part.rows * part.columns else _UNPACKING_FLOPS_OF_FEW_BITS
+
+    return sum(per_weight(part) * part.rows * part.columns for part in parts if part.rows > 1)
+
+
+def _holes(activations: int, unpacking: int) -> dict[str, int]:
+    return {"holes in the heap": round(_ACTIVATION_HOLES * activations + _UNPACKING_HOLES * unpacking)}
+
+
+def _holes_of_maps(n_bytes: int) -> dict[str, int]:
+    return {"holes in the heap": round(min(_MAP_HOLES * n_bytes, _MOST_MAP_HOLES))}
 
 
 def _linear_weights(parts: Iterable[Part]) -> int:

@@ -24,7 +24,8 @@ from .meter import rss_bytes
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 RAM_MARGIN_BYTES = 500_000_000  # left to the rest of the system when no --ram is given
-ALLOCATOR_SLACK_BYTES = 100_000_000  # what was freed but not returned, and libraries that come with the first use
+ALLOCATOR_SLACK_BYTES = 30_000_000  # what was freed but not returned, and libraries that come with the first use
+CUDA_SLACK_BYTES = 70_000_000  # more of that, of CUDA's: assumed
 _LINK_TEST_BYTES, _LINK_TESTS = 2**25, 5
 
 
@@ -54,13 +55,15 @@ def machine_here(hardware: Hardware) -> Machine:
     """This machine as the planner sees it, with what is free now. What the process holds already counts as free for
     it, and as held. A GPU that is not in the table is taken for one of its size and speed."""
     if hardware.device.type != "cuda":
-        return replace(_processor_here(), cpu_dtype=hardware.dtype_name)
+        return replace(_processor_here(), cpu_dtype=hardware.dtype_name, cpu_int8=cpu_has_int8_units())
     gpu, device = gpu_here(hardware.device), hardware.device
     link_gbps = _link_gbps(device)
     torch.cuda.empty_cache()  # what is only kept for later is not held
     own = CUDA_CONTEXT_BYTES + torch.cuda.memory_reserved(device)
+    there = _processor_here()  # now that CUDA is there: its context takes RAM, too
     return replace(
-        _processor_here(),  # now that CUDA is there: its context takes RAM, too
+        there,
+        process_bytes=there.process_bytes + CUDA_SLACK_BYTES,
         name=gpu.name,
         vram_free_bytes=own + torch.cuda.mem_get_info(device)[0],
         gpu=processor(gpu),
