@@ -47,7 +47,7 @@ _TRAFFIC = 30  # of a block's fused element-wise work, in tokens x width x 2 byt
 # What the heap of a CPU keeps beside what is alive: of activations, of what unpacking a piece takes, and of a decoder's
 # maps, of which those above 32 MB are mapped on their own. Measured at full size (benchmarks/budgets.py), where peaks
 # of the same run vary by 150 MB; meant never to be too low.
-_ACTIVATION_HOLES, _UNPACKING_HOLES, _MAP_HOLES, _MOST_MAP_HOLES = 0.6, 4, 0.3, 80_000_000
+_ACTIVATION_HOLES, _UNPACKING_HOLES, _MAP_HOLES, _MOST_MAP_HOLES = 0.6, 5, 0.3, 80_000_000
 # Unpacking a weight on the CPU takes as long as so many operations of a float32 product (2 threads of a Zen 4): 0.8 ns
 # in q8_0, 1.6 to 2.5 ns in q4_k_m. Below 8 bits codes are picked out of bytes, and scales out of scales.
 _UNPACKING_FLOPS, _UNPACKING_FLOPS_OF_FEW_BITS = 150, 400
