@@ -1,5 +1,5 @@
-"""Results of `zimage-lite bench` and of benchmarks/ -> sections for one page: what was measured, what was predicted for
-cards that were not there, and how far predictions were off where both are known.
+"""Results of `zimage-lite bench` and of benchmarks/ -> sections for one page: what was measured, what was
+predicted for cards that were not there, and how far predictions were off where both are known.
 
 Files may come from anywhere: what they hold is text and numbers to show, never markup, and a file of another shape is
 refused by its name.
@@ -15,9 +15,9 @@ from typing import Any
 from .bench import KIND
 from .errors import UserError
 from .report_others import sections_of
-from .report_page import NOTHING, Section, Table
+from .report_page import NOTHING, Section, Table, gb
 from .report_ratios import MOST_OFF, compared
-from .report_tiers import tier_section
+from .report_tiers import overview, tier_section
 
 TITLE = "zimage-lite: time and memory"
 Results = Mapping[str, Mapping[str, Any]]
@@ -56,8 +56,11 @@ def sections(results: Results) -> list[Section]:
             raise _not_ours(name) from error
         if not made:
             raise _not_ours(name)
+        if "note" in result:  # by whoever ran it: what else to know
+            made[0].parts.insert(0, str(result["note"]))
         found += made
-    return [*found, _predictions(results), _machines(results)]
+    tiers = [result for result in results.values() if result.get("kind") == KIND and result["tier"]]
+    return [*overview(tiers), *found, _predictions(results), _machines(results)]
 
 
 def _not_ours(name: str) -> UserError:
@@ -87,10 +90,16 @@ def _predictions(results: Results) -> Section:
     return section
 
 
+def _fact(key: str, value: Any) -> str:
+    if key.endswith("_bytes") and isinstance(value, int):
+        return f"{key.removesuffix('_bytes')} {gb(value)}"
+    return f"{key} {value}"
+
+
 def _machines(results: Results) -> Section:
     rows = []
     for name, result in results.items():
         facts = {**dict(result.get("machine") or {}), "commit": result.get("commit"), "version": result.get("version")}
-        told = ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
+        told = ", ".join(_fact(key, value) for key, value in facts.items() if value is not None)
         rows.append([name, told])
     return Section("Machines and versions", [Table(("file", "machine"), rows, texts=2)])
