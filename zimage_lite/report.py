@@ -1,4 +1,4 @@
-"""Results of `zimage-lite bench` and of benchmarks/ -> sections for one page: what was measured, what was
+"""Results of `zimage-lite bench`, of `compare` and of benchmarks/ -> sections for one page: what was measured, what was
 predicted for cards that were not there, and how far predictions were off where both are known.
 
 Files may come from anywhere: what they hold is text and numbers to show, never markup, and a file of another shape is
@@ -14,6 +14,7 @@ from typing import Any
 
 from .bench import KIND
 from .errors import UserError
+from .report_compare import COMPARE, compare_section
 from .report_others import sections_of
 from .report_page import NOTHING, Section, Table, gb
 from .report_ratios import MOST_OFF, compared
@@ -50,7 +51,7 @@ def sections(results: Results) -> list[Section]:
     found: list[Section] = []
     for name, result in results.items():
         try:
-            made = [tier_section(name, result)] if result.get("kind") == KIND else list(sections_of(name, result))
+            made = _made(name, result)
             compared({name: result})
         except _WRONG_SHAPE as error:
             raise _not_ours(name) from error
@@ -63,8 +64,17 @@ def sections(results: Results) -> list[Section]:
     return [*overview(tiers), *found, _predictions(results), _machines(results)]
 
 
+def _made(name: str, result: Mapping[str, Any]) -> list[Section]:
+    kind = result.get("kind")
+    if kind == KIND:
+        return [tier_section(name, result)]
+    return [compare_section(name, result)] if kind == COMPARE else list(sections_of(name, result))
+
+
 def _not_ours(name: str) -> UserError:
-    return UserError(f"{name}: not a result that this version can show", expected="the JSON of bench or of benchmarks/")
+    return UserError(
+        f"{name}: not a result that this version can show", expected="the JSON of bench, compare or benchmarks/"
+    )
 
 
 def _predictions(results: Results) -> Section:
