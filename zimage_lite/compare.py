@@ -8,10 +8,11 @@ runs for every model.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -75,10 +76,10 @@ def _open(name: str, reference: str) -> ModelFiles:
     return replace(open_named(reference, {parts[0]: path}), name=path.name)
 
 
-def _label(name: str, taken: Sequence[str] | Mapping[str, object]) -> str:
-    label = re.sub(r"[^\w.+-]+", "-", name)
-    number = next(n for n in range(1, len(taken) + 2) if (f"{label}-{n}" if n > 1 else label) not in taken)
-    return f"{label}-{number}" if number > 1 else label
+def _label(name: str, taken: Iterable[str]) -> str:
+    """Some disks do not tell q8_0 from Q8_0."""
+    label, known = re.sub(r"[^\w.+-]+", "-", name), {one.casefold() for one in taken}
+    return next(one for one in chain([label], (f"{label}-{n}" for n in count(2))) if one.casefold() not in known)
 
 
 def _require_same_sizes(files: ModelFiles, first: ModelFiles) -> None:
@@ -139,7 +140,7 @@ def _facts(files: ModelFiles) -> dict[str, Any]:
     }
 
 
-def _measured(pipeline: Pipeline, count: int) -> dict[str, Any]:
+def _measured(pipeline: Pipeline, images: int) -> dict[str, Any]:
     """What drawing took, as the meter says: saving and comparing are not in it."""
     phases, steps = pipeline.meter.phases, list(pipeline.meter.step_seconds)
     seconds = sum(phase["seconds"] for phase in phases.values())
@@ -149,7 +150,7 @@ def _measured(pipeline: Pipeline, count: int) -> dict[str, Any]:
         "backend": pipeline.choice.compute.backend,
         "compute": pipeline.choice.bits,
         "seconds": round(seconds, 3),
-        "seconds_per_image": round(seconds / count, 4),
+        "seconds_per_image": round(seconds / images, 4),
         "step_seconds": median(steps[1:] or steps),  # the first one loads
         "peak_rss_bytes": max(phase["peak_rss_bytes"] for phase in phases.values()),
         "peak_vram_bytes": max(phase.get("peak_reserved_bytes", 0) for phase in phases.values()) or None,
@@ -168,9 +169,9 @@ def _stored_bytes(files: ModelFiles) -> int:
     return sum(sizes.values()) + sum(part.nbytes for part in parts if not part.stamps)
 
 
-def _alike(reference: Path, other: Path, count: int, distance: Distance | None) -> dict[str, dict[str, Any]]:
+def _alike(reference: Path, other: Path, images: int, distance: Distance | None) -> dict[str, dict[str, Any]]:
     each: dict[str, list[float | None]] = {"psnr_db": [], "ssim": [], "lpips": []}
-    for index in range(count):
+    for index in range(images):
         a, b = (_saved(picture_path(folder, index)) for folder in (reference, other))
         each["psnr_db"].append(round(psnr_db(a, b), 2))
         each["ssim"].append(round(ssim(a, b), 5))
