@@ -23,15 +23,14 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from full_size import commit, machine
 from PIL import Image
 from safetensors.torch import save_file
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
@@ -46,6 +45,7 @@ from zimage_lite.checkpoint.stored import StoredTensor
 from zimage_lite.quant.fidelity import Sums, TensorError, report, sums
 from zimage_lite.quant.formats import EFFORTS, FORMATS, Format
 from zimage_lite.quant.recipe import KEEP, Target, target
+from zimage_lite.similarity import pixels, psnr_db, ssim
 
 SAMPLE_ROWS = 128
 STEPS = 8
@@ -179,14 +179,10 @@ class Pictures:
 
     def compare(self, model: Path) -> dict[str, float]:
         shares, drawn = self._draw(model)
-        # Identical pictures have no finite PSNR; 100 dB is beyond what 8 bits can show.
-        psnr = [min(peak_signal_noise_ratio(a, b), 100) if (a != b).any() else 100 for a, b in self._pairs(drawn)]
-        ssim = [structural_similarity(a, b, channel_axis=2) for a, b in self._pairs(drawn)]
         named = {f"right_{part}": shares[part] for part in ("all", "background", "colours", "shapes")}
-        return {"psnr_db": round(float(np.mean(psnr)), 2), "ssim": round(float(np.mean(ssim)), 4), **named}
-
-    def _pairs(self, drawn: list[Image.Image]) -> list[tuple[np.ndarray, np.ndarray]]:
-        return [(np.asarray(a), np.asarray(b)) for a, b in zip(self.true, drawn, strict=True)]
+        pairs = [(pixels(a), pixels(b)) for a, b in zip(self.true, drawn, strict=True)]
+        psnr, similarity = mean(psnr_db(a, b) for a, b in pairs), mean(ssim(a, b) for a, b in pairs)
+        return {"psnr_db": round(psnr, 2), "ssim": round(similarity, 4), **named}
 
     def _draw(self, model: Path) -> tuple[dict[str, float], list[Image.Image]]:
         torch.set_num_threads(os.cpu_count() or 1)

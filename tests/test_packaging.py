@@ -157,7 +157,16 @@ def test_importing_the_package_is_light() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["--help"], ["--version"], ["generate", "-h"], ["quantize", "--help"], ["bench", "-h"], ["report", "-h"]],
+    [
+        [],
+        ["--help"],
+        ["--version"],
+        ["generate", "-h"],
+        ["quantize", "--help"],
+        ["bench", "-h"],
+        ["report", "-h"],
+        ["compare", "-h"],
+    ],
 )
 def test_help_is_light(arguments: list[str]) -> None:
     loaded = loaded_by(f"from zimage_lite.cli import run\nassert run({arguments}) == 0")

@@ -157,12 +157,44 @@ def test_tier_beside_its_predictions(tier: dict[str, Any]) -> None:
     assert len(pictures) == 2 and "one step of" in pictures[1].svg
 
 
+def test_all_tiers_in_one_table(tier: dict[str, Any]) -> None:
+    """Predictions alone, the smallest tier first, for the cards that stand for them; one tier has no such table."""
+    other = json.loads(json.dumps(tier))
+    other["tier"] |= {"name": "6gb", "gpu_name": "RTX 3060 Laptop 6GB", "vram_bytes": 6 * 10**9}
+    other["cells"] = [{**cell, "gpu": "RTX 3060 Laptop 6GB"} for cell in other["cells"] if cell["format"] == "int8"]
+    found = sections({"b.json": other, "a.json": tier})
+    assert found[0].title == "All tiers" and found[1].title == "Tier 6gb (b.json)"
+    text, table = found[0].parts
+    assert "predicted, not measured" in text and table.header == ("tier and card", "int8", "bf16")
+    assert [row[0] for row in table.rows] == ["4gb: RTX 3050 Laptop 4GB", "6gb: RTX 3060 Laptop 6GB"]
+    (fast, slow), peak = tier["cells"][0]["seconds"]["range"], tier["cells"][0]["peak_vram_bytes"]
+    assert [row[1] for row in table.rows] == [f"{fast:.1f} to {slow:.1f} s, {peak / 2**30:.2f} GiB"] * 2
+    assert table.rows[1][2] == "-"
+    tier["cells"][0]["outcome"] = "does not fit"
+    tier["cells"][0]["reason"] = "8 GB more than there is"
+    assert sections({"b.json": other, "a.json": tier})[0].parts[1].rows[0][1] == "does not fit"
+    assert sections({"a.json": tier})[0].title == "Tier 4gb (a.json)"
+
+
 def test_budgets_of_ram() -> None:
     found = sections({"budgets_cpu.json": budgets()})
     table = next(part for part in found[0].parts if isinstance(part, Table))
     assert [row[7] for row in table.rows] == ["kept", "not kept", "error: too small"]
     assert table.bad == {(1, 7), (2, 7)}
     require_self_contained(as_html("t", found))
+
+
+def test_what_else_there_is_to_know() -> None:
+    """The words of whoever ran it come first, and bytes are written as people read them."""
+    result = {
+        **budgets(),
+        "note": "beside other programs",
+        "machine": {"cpu": "of a test", "memory_bytes": 25276514304},
+    }
+    budget, _, machines = sections({"b.json": result})
+    assert budget.parts[0] == "beside other programs"
+    (table,) = machines.parts
+    assert isinstance(table, Table) and table.rows == [["b.json", "cpu of a test, memory 25.28 GB, commit abc"]]
 
 
 def test_nothing_in_a_result_becomes_markup(tier: dict[str, Any]) -> None:

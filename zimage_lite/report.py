@@ -1,5 +1,5 @@
-"""Results of `zimage-lite bench` and of benchmarks/ -> sections for one page: what was measured, what was predicted for
-cards that were not there, and how far predictions were off where both are known.
+"""Results of `zimage-lite bench`, of `compare` and of benchmarks/ -> sections for one page: what was measured, what was
+predicted for cards that were not there, and how far predictions were off where both are known.
 
 Files may come from anywhere: what they hold is text and numbers to show, never markup, and a file of another shape is
 refused by its name.
@@ -14,10 +14,11 @@ from typing import Any
 
 from .bench import KIND
 from .errors import UserError
+from .report_compare import COMPARE, compare_section
 from .report_others import sections_of
-from .report_page import NOTHING, Section, Table
+from .report_page import NOTHING, Section, Table, gb
 from .report_ratios import MOST_OFF, compared
-from .report_tiers import tier_section
+from .report_tiers import overview, tier_section
 
 TITLE = "zimage-lite: time and memory"
 Results = Mapping[str, Mapping[str, Any]]
@@ -50,18 +51,30 @@ def sections(results: Results) -> list[Section]:
     found: list[Section] = []
     for name, result in results.items():
         try:
-            made = [tier_section(name, result)] if result.get("kind") == KIND else list(sections_of(name, result))
+            made = _made(name, result)
             compared({name: result})
         except _WRONG_SHAPE as error:
             raise _not_ours(name) from error
         if not made:
             raise _not_ours(name)
+        if "note" in result:  # by whoever ran it: what else to know
+            made[0].parts.insert(0, str(result["note"]))
         found += made
-    return [*found, _predictions(results), _machines(results)]
+    tiers = [result for result in results.values() if result.get("kind") == KIND and result["tier"]]
+    return [*overview(tiers), *found, _predictions(results), _machines(results)]
+
+
+def _made(name: str, result: Mapping[str, Any]) -> list[Section]:
+    kind = result.get("kind")
+    if kind == KIND:
+        return [tier_section(name, result)]
+    return [compare_section(name, result)] if kind == COMPARE else list(sections_of(name, result))
 
 
 def _not_ours(name: str) -> UserError:
-    return UserError(f"{name}: not a result that this version can show", expected="the JSON of bench or of benchmarks/")
+    return UserError(
+        f"{name}: not a result that this version can show", expected="the JSON of bench, compare or benchmarks/"
+    )
 
 
 def _predictions(results: Results) -> Section:
@@ -87,10 +100,16 @@ def _predictions(results: Results) -> Section:
     return section
 
 
+def _fact(key: str, value: Any) -> str:
+    if key.endswith("_bytes") and isinstance(value, int):
+        return f"{key.removesuffix('_bytes')} {gb(value)}"
+    return f"{key} {value}"
+
+
 def _machines(results: Results) -> Section:
     rows = []
     for name, result in results.items():
         facts = {**dict(result.get("machine") or {}), "commit": result.get("commit"), "version": result.get("version")}
-        told = ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
+        told = ", ".join(_fact(key, value) for key, value in facts.items() if value is not None)
         rows.append([name, told])
     return Section("Machines and versions", [Table(("file", "machine"), rows, texts=2)])

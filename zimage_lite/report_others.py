@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .likeness import said
 from .report_page import GIB, NOTHING, Figure, Section, Table, gb
 from .report_plots import Plot, Point
 
@@ -49,15 +50,21 @@ def _formats(result: Result) -> Section:
     for row in sorted(result["rows"], key=lambda row: -row["transformer_bytes"]):
         error, pictures = row["full_size"]["all"]["relative_rmse"], row["pictures"]
         size = row["transformer_bytes"] / 1e9
-        psnr = f"{pictures['psnr_db']:.1f} dB" if pictures["psnr_db"] < 100 else "identical"  # as it is written then
         bits = f"{row['bits_per_weight']:.2f}"
-        rows.append([row["format"], bits, f"{size:.2f} GB", f"{error:.4f}", psnr, f"{pictures['ssim']:.4f}"])
+        alike = [said(figure, pictures[figure]) for figure in ("psnr_db", "ssim")]
+        right = f"{pictures['right_all']:.1f}"
+        rows.append([row["format"], bits, f"{size:.2f} GB", f"{error:.4f}", *alike, right])
         if error > 1e-4:
             series.setdefault(row["container"], []).append(Point(round(size, 3), error, label=row["format"]))
     title = "Error of the weights against the size of the transformer"
     plot = Plot(title, "GB", "relative RMSE", series, logarithmic=True, joined=False)
-    header = ("format", "bits per weight", "transformer", "relative RMSE", "PSNR", "SSIM")
-    section = Section("What each format costs", [Table(header, rows)])
+    text = (
+        "Bits and size: the true transformer. Relative RMSE: of all its weights, on a full-size checkpoint of random "
+        f"weights. Pictures: {result['captions']} captions drawn by the demo with weights of that format, against "
+        "those of the unquantized demo; right: background, colour and shape are what the caption says, in per cent."
+    )
+    header = ("format", "bits per weight", "transformer", "relative RMSE", "PSNR", "SSIM", "right")
+    section = Section("What each format costs", [text, Table(header, rows)])
     if series:
         section.parts.append(Figure(plot.svg(), f"{title}. Less is better on both. Colours: the kind of file."))
     return section

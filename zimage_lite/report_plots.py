@@ -131,7 +131,7 @@ def _label(text: str, x: float, y: float, taken: list[Box]) -> Iterable[str]:
         inside = box[0] >= _LEFT and box[2] <= _WIDTH and box[1] >= 0
         if inside and all(box[2] < b[0] or b[2] < box[0] or box[3] < b[1] or b[3] < box[1] for b in taken):
             taken.append(box)
-            yield f'<text x="{x + dx:.1f}" y="{y + dy:.1f}" text-anchor="{anchor}" font-size="10">{escape(text)}</text>'
+            yield f'<text x="{x + dx:.1f}" y="{y + dy:.1f}" text-anchor="{anchor}" font-size="11">{escape(text)}</text>'
             return
 
 

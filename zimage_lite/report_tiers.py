@@ -47,6 +47,36 @@ def tier_section(name: str, result: Mapping[str, Any]) -> Section:
     return section
 
 
+def overview(results: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
+    """Of several tiers: what is predicted for the card that stands for each, one row per tier. results: of tiers."""
+    if len(results) < 2:
+        return
+    columns: dict[str, None] = {}
+    cards = list[tuple[str, dict[str, str]]]()
+    for result in sorted(results, key=lambda result: result["tier"]["vram_bytes"]):
+        tier = result["tier"]
+        cells = {
+            str(cell["format"]): _predicted(cell)
+            for cell in result["cells"]
+            if cell["prediction"] and cell["gpu"] == tier["gpu_name"] and cell["size"] == [_PLOTTED, _PLOTTED]
+        }
+        columns |= dict.fromkeys(cells)
+        cards.append((f"{tier['name']}: {tier['gpu_name']}", cells))
+    rows = [[card, *(cells.get(name, NOTHING) for name in columns)] for card, cells in cards]
+    text = (
+        f"Seconds for one image of {pixels([_PLOTTED, _PLOTTED])} in {results[0]['steps']} steps with loading, from "
+        "the highest to the lowest power limit, and the process's peak GPU memory: predicted, not measured on these "
+        "cards."
+    )
+    yield Section("All tiers", [text, Table(("tier and card", *columns), rows)])
+
+
+def _predicted(cell: Mapping[str, Any]) -> str:
+    if cell["outcome"] != DONE:
+        return str(cell["outcome"])
+    return f"{seconds_range(cell['seconds']['range'])} s, {cell['peak_vram_bytes'] / GIB:.2f} GiB"
+
+
 def _cell(cell: Mapping[str, Any], machine: Mapping[str, Any]) -> list[str]:
     card = f"{cell['gpu']}, predicted" if cell["prediction"] else f"{machine.get('gpu', 'CPU')}, measured"
     start = [card, str(cell["format"]), pixels(cell["size"])]
@@ -102,8 +132,10 @@ def _sweeps(result: Mapping[str, Any]) -> Iterator[Figure]:
     if series:
         title = f"Seconds per image at {pixels([_PLOTTED, _PLOTTED])} against the budget of GPU memory"
         plot = Plot(title, "GB of GPU memory", "seconds", series)
-        card = f"Predictions are for {result['tier']['gpu_name']} at its highest power limit" if result["tier"] else ""
-        yield Figure(plot.svg(), f"{title}. {card}; bars: from the fastest to the slowest measured run.")
+        caption = f"{title}. Predictions are for {result['tier']['gpu_name']} at its highest power limit."
+        if any(point.high is not None for points in series.values() for point in points):
+            caption += " Bars: from the fastest to the slowest measured run."
+        yield Figure(plot.svg(), caption)
 
 
 def _timeline(tier: Mapping[str, Any] | None) -> Iterator[Figure]:

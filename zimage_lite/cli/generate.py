@@ -118,7 +118,7 @@ def command(
     """
     parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
     model = _model(model, parts)
-    requests = _requests(prompts, prompt_file, GenerateOptions(**image), count)
+    requests = requests_of(prompts, prompt_file, GenerateOptions(**image), count)
     options = RuntimeOptions(
         device,
         dtype,
@@ -179,7 +179,7 @@ def _notes(model: str | None, pipeline: Pipeline, requests: Sequence[GenerateOpt
         yield f"the built-in demo draws one simple shape at {width}x{height}; for Z-Image-Turbo, name it with --model"
 
 
-def _requests(
+def requests_of(
     prompts: Sequence[str], prompt_file: Path | None, base: GenerateOptions, count: int
 ) -> list[GenerateOptions]:
     """All images in order: every prompt `count` times, seeds counting up."""
@@ -189,7 +189,7 @@ def _requests(
         _read_prompts(prompt_file, base) if prompt_file else []
     )
     if not wanted:
-        raise UserError("no prompt", fix='say what to draw, for example: zimage-lite generate "a red circle"')
+        raise UserError("no prompt", fix='say what to draw, such as "a red circle"')
     return [replace(request, seed=request.seed + i) for request in wanted for i in range(count)]
 
 

@@ -1,0 +1,328 @@
+"""compare: figures against others' code, pictures against those of generate, the sheet, and where it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageChops
+from safetensors.torch import load_file, save_file
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from zimage_lite.checkpoint.model_card import DEMO, model_folder
+from zimage_lite.cli import run
+from zimage_lite.compare import SHEET_ROWS, picture_path, sheet
+from zimage_lite.contact_sheet import GAP, SIDE, TEXT_WIDTH, Layout, Row, contact_sheet, scaled
+from zimage_lite.likeness import said
+from zimage_lite.report import sections
+from zimage_lite.report_page import Table, as_markdown
+from zimage_lite.similarity import psnr_db, ssim
+
+Refused = Callable[..., str]
+RED, BLUE = "a red circle on a blue background", "蓝色背景上的黄色星形"
+SHORT = ("--steps", 2, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the demo in q8_0 and in q4_0, and the q4_0 transformer alone."""
+    folder = tmp_path_factory.mktemp("quantized")
+    for to in ("q8_0", "q4_0"):
+        assert run(["quantize", DEMO, "--to", to, "-o", str(folder / to)]) == 0
+    only = next((folder / "q4_0" / "transformer").glob("*.gguf"))
+    (folder / "alone.gguf").write_bytes(only.read_bytes())
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _without_lpips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether or not it is installed: its network would be fetched."""
+    monkeypatch.setitem(sys.modules, "lpips", None)
+
+
+def compare(*args: object) -> int:
+    return run([str(arg) for arg in ("compare", *args, *SHORT)])
+
+
+# --- Figures
+
+
+def noisy(height: int, width: int, deviation: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A picture with edges and flat areas, the brightest ones included, and the same with noise."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    clean = torch.stack([(x > width // 2) * 255.0, (x + y) / (height + width) * 200, 255.0 * (y < height // 3)], dim=-1)
+    spoilt = clean + deviation * torch.randn(height, width, 3)
+    return clean.to(torch.uint8), spoilt.clamp(0, 255).to(torch.uint8)
+
+
+@pytest.mark.parametrize("deviation", [0.7, 20.0, 300.0])
+@pytest.mark.parametrize("size", [(64, 64), (16, 48), (33, 11)])
+def test_figures_are_those_of_scikit_image(size: tuple[int, int], deviation: float) -> None:
+    """Both in float64, with the windows and constants of Wang et al.: they differ by the order of sums."""
+    a, b = noisy(*size, deviation)
+    wang = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "K1": 0.01, "K2": 0.03}
+    theirs = structural_similarity(a.numpy(), b.numpy(), channel_axis=2, data_range=255, **wang)
+    assert ssim(a, b) == pytest.approx(theirs, abs=1e-10)
+    assert psnr_db(a, b) == pytest.approx(peak_signal_noise_ratio(a.numpy(), b.numpy()), abs=1e-10)
+
+
+def test_figures_by_hand() -> None:
+    """A grey picture and one that is a step brighter: 20 log10(255), and SSIM's first factor alone."""
+    a = torch.full((16, 16, 3), 100, dtype=torch.uint8)
+    assert psnr_db(a, a + 1) == pytest.approx(48.1308, abs=1e-4)
+    c1 = 2.55**2
+    assert ssim(a, a + 1) == pytest.approx((2 * 100 * 101 + c1) / (100**2 + 101**2 + c1), abs=1e-12)
+    assert (psnr_db(a, a), ssim(a, a)) == (100.0, 1.0)
+    assert (said("psnr_db", 100.0), said("psnr_db", 48.13), said("ssim", 1.0)) == ("identical", "48.1 dB", "1.0000")
+
+
+# --- The command
+
+
+def test_pictures_figures_and_sheet(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    prompts = ("--prompt", RED, "--prompt", BLUE, "--count", 2, "--seed", 5)
+    assert compare(DEMO, models / "q8_0", models / "q4_0", *prompts, "-o", out, "--json") == 0
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    assert len(printed.out.splitlines()) == 1 and result == json.loads((out / "result.json").read_text())
+    assert "LPIPS is left out: its package is not installed" in printed.err
+    assert [one["seed"] for one in result["images"]] == [5, 6, 5, 6]
+    assert [model["label"] for model in result["models"]] == ["demo", "q8_0", "q4_0"]
+    reference, *others = result["models"]
+    assert "alike" not in reference
+    drawn = {model["label"]: pictures(out, model["label"]) for model in result["models"]}
+    for model in others:
+        truth = list(zip(drawn["demo"], drawn[model["label"]], strict=True))
+        psnr = [peak_signal_noise_ratio(a, b) if (a != b).any() else 100 for a, b in truth]
+        assert model["alike"]["psnr_db"]["each"] == pytest.approx(psnr, abs=0.006)  # rounded to two digits
+        assert model["alike"]["psnr_db"]["mean"] == pytest.approx(np.mean(psnr), abs=0.006)
+        assert model["alike"]["psnr_db"]["worst"] == min(model["alike"]["psnr_db"]["each"])
+        assert set(model["alike"]) == {"psnr_db", "ssim"}
+    close, far = (model["alike"]["psnr_db"]["mean"] for model in others)
+    assert close > far + 6  # four bits more are 24 dB in the weights, and this is a quarter of that
+    assert reference["bytes"] == weight_bytes(model_folder(DEMO))
+    assert others[1]["bytes"] == weight_bytes(models / "q4_0") < others[0]["bytes"] < reference["bytes"]
+    for model in result["models"]:
+        assert 0 < model["peak_rss_bytes"] <= model["planned_rss_bytes"] and model["peak_vram_bytes"] is None
+        assert model["seconds"] > 0 and model["step_seconds"] > 0
+    with Image.open(out / "sheet.png") as found:
+        assert found.size == Layout(3, [(64, 64)] * 4).size
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert sorted(path.name for path in out.iterdir()) == ["pictures", "result.json", "sheet.png"]
+
+
+def pictures(out: Path, label: str) -> list[np.ndarray]:
+    return [np.asarray(Image.open(path)) for path in sorted((out / "pictures" / label).iterdir())]
+
+
+def weight_bytes(model: Path) -> int:
+    return sum(path.stat().st_size for kind in ("*.safetensors", "*.gguf") for path in model.rglob(kind))
+
+
+def test_they_are_the_pictures_of_generate(models: Path, tmp_path: Path) -> None:
+    """The second model with the second prompt, in a process of its own would be the same."""
+    prompts = tmp_path / "p.jsonl"
+    lines = [{"prompt": RED}, {"prompt": BLUE, "seed": 9, "width": 96}]
+    prompts.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    assert compare(DEMO, models / "q4_0", "--prompts", prompts, "-o", tmp_path / "out") == 0
+    one = tmp_path / "one.png"
+    options = ["--seed", "9", "--width", "96", *map(str, SHORT)]
+    assert run(["generate", BLUE, "--model", str(models / "q4_0"), "-o", str(one), *options]) == 0
+    ours, theirs = Image.open(tmp_path / "out" / "pictures" / "q4_0" / "0002.png"), Image.open(one)
+    assert ours.size == (96, 64) and not ImageChops.difference(ours, theirs).getbbox()
+    assert ours.text == theirs.text
+
+
+def test_one_file_takes_the_rest_from_the_reference(models: Path, tmp_path: Path) -> None:
+    """Its pictures differ from those of the whole model, whose text encoder is quantized as well."""
+    out = tmp_path / "s.png"
+    assert compare(DEMO, models / "alone.gguf", models / "q4_0", "--prompt", RED, "-o", out) == 0
+    alone, whole = json.loads((tmp_path / "s.json").read_text())["models"][1:]
+    assert (alone["label"], alone["format"], alone["text_encoder_format"]) == ("alone.gguf", "q4_0", "bf16")
+    assert alone["bytes"] > whole["bytes"] and alone["alike"] != whole["alike"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.json", "s.png"]
+
+
+def test_models_of_one_name(models: Path, tmp_path: Path) -> None:
+    """Also where only the case differs, which some disks do not see."""
+    twin = shutil.copytree(models / "q4_0", tmp_path / "Q8_0")
+    assert compare(models / "q8_0", twin, "--prompt", RED, "-o", tmp_path / "s.png") == 0
+    labels = [model["label"] for model in json.loads((tmp_path / "s.json").read_text())["models"]]
+    assert labels == ["q8_0", "Q8_0-2"]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ((DEMO, DEMO, "--prompt", RED), "demo: named twice"),
+        ((DEMO, "{q}/q4_0", "{q}/../{name}/q4_0", "--prompt", RED), "q4_0: named twice"),
+        ((DEMO, "{q}/q4_0"), "no prompt"),
+        ((DEMO, "--prompt", RED), "QUANTIZED"),
+        ((DEMO, "/no/such/model", "--prompt", RED), "/no/such/model: no such model"),
+        ((DEMO, "{tiny}", "--prompt", RED), "dim of the transformer: got 256, expected 384, as demo has"),
+        ((DEMO, "{q}/q4_0", "--prompts", "/no/such.jsonl"), "cannot be read"),
+        ((DEMO, "{q}/q4_0", "--prompt", RED, "--width", 100), "--width: got 100"),
+        ((DEMO, "{q}/q4_0", "--prompt", RED, "--count", 0), "--count: got 0"),
+        ((DEMO, "{q}/q4_0", "--prompt", RED, "-o", "/no/such/folder/s.png"), "no such folder"),
+        ((DEMO, "{q}/q4_0", "--prompt", RED, "-o", "/no/such/folder/new"), "no such folder"),
+        ((DEMO, "{q}/q4_0", "--prompt", RED, "-o", "{q}/alone.gguf/s.png"), "no such folder"),
+        ((DEMO, "{q}/q4_0", "--prompt", RED, "-o", "{q}"), "exists already"),
+        ((DEMO, "{q}/q4_0", "--prompt", RED, "--compute", "int8"), "--compute int8: got bf16"),
+    ],
+)
+def test_bad_arguments(models: Path, tiny: Path, tmp_path: Path, refused: Refused, args: tuple, says: str) -> None:
+    filled = [str(arg).format(q=models, name=models.name, tiny=tiny) for arg in args]
+    out = [] if "-o" in filled else ["-o", tmp_path / "s.png"]
+    before = sorted(models.rglob("*"))
+    assert says in refused("compare", *filled, *out, "--steps", 2, "--device", "cpu")
+    assert sorted(models.rglob("*")) == before and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["s.png", "s.json"])
+def test_folders_are_never_replaced(models: Path, tmp_path: Path, refused: Refused, name: str) -> None:
+    (tmp_path / name).mkdir()
+    assert "is a folder" in refused("compare", DEMO, models / "q4_0", "--prompt", RED, "-o", tmp_path / "s.png")
+
+
+@pytest.mark.parametrize("out", ["new", "s.png"])
+def test_a_failure_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str) -> None:
+    """The second model turns out to be damaged when the first one has drawn."""
+    (tmp_path / "work").mkdir()
+    tensors = load_file(next((model_folder(DEMO) / "transformer").glob("*.safetensors")))
+    tensors["layers.1.feed_forward.w1.weight"][3, 5] = float("nan")
+    save_file(tensors, tmp_path / "bad.safetensors")
+    assert compare(DEMO, tmp_path / "bad.safetensors", "--prompt", RED, "-o", tmp_path / "work" / out) == 2
+    *_, drawn, error = capsys.readouterr().err.splitlines()
+    assert drawn.startswith("demo ") and "layers.1.feed_forward.w1.weight holds NaN" in error
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+# --- LPIPS
+
+
+def test_lpips(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a network that stands in for the package's and keeps what it is given."""
+    given = list[tuple[torch.Tensor, torch.Tensor]]()
+
+    class Network(torch.nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            given.append((a, b))
+            return (a - b).abs().mean().view(1, 1, 1, 1)
+
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(__spec__=True, LPIPS=lambda net, verbose: Network()))
+    out, prompts = tmp_path / "out", tmp_path / "p.jsonl"
+    lines = [{"prompt": RED}, {"prompt": "a", "height": 16}, {"prompt": RED, "seed": 2}]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    assert compare(DEMO, models / "q4_0", "--prompts", prompts, "-o", out) == 0
+    result = json.loads((out / "result.json").read_text())
+    found = result["models"][1]["alike"]["lpips"]
+    one, two = (float((a - b).abs().mean()) for a, b in given)
+    assert found["each"] == [pytest.approx(one, abs=1e-5), None, pytest.approx(two, abs=1e-5)]  # 16 pixels are too few
+    assert found["worst"] == pytest.approx(max(one, two), abs=1e-5)
+    assert found["mean"] == pytest.approx((one + two) / 2, abs=2e-5)
+    reference = given[0][0]
+    assert reference.shape == (1, 3, 64, 64) and reference.dtype == torch.float32
+    back = ((reference[0].permute(1, 2, 0) + 1) * 127.5).round().byte()
+    assert torch.equal(back, torch.tensor(pictures(out, "demo")[0]))
+    assert result["lpips"] == "AlexNet" and table(result).header[-1] == "LPIPS"
+
+
+def test_lpips_without_its_network(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def fetch(**_: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(__spec__=True, LPIPS=fetch))
+    assert compare(DEMO, models / "q4_0", "--prompt", RED, "-o", tmp_path / "s.png") == 0
+    assert "LPIPS is left out: its network cannot be loaded (no route to host)" in capsys.readouterr().err
+
+
+# --- The sheet
+
+
+def test_geometry_of_the_sheet(tmp_path: Path) -> None:
+    """Pictures of one colour each, wide, high and square ones: each fills its box, and no two boxes meet."""
+    sizes = [(64, 64), (96, 64), (32, 512)]
+    rows = list[Row]()
+    for number, size in enumerate(sizes):
+        paths = [tmp_path / f"{number}{column}.png" for column in range(3)]
+        for column, path in enumerate(paths):
+            Image.new("RGB", size, (80 * number, 90 * column, 200)).save(path)
+        rows.append(Row("one two three " * 40, size, paths, ["n" * 90] * 3))
+    made = contact_sheet([("h" * 90, "i" * 90, "not drawn")] * 3, rows)
+    layout = Layout(3, sizes)
+    assert made.size == layout.size
+    boxes = {(row, column): layout.picture(row, column) for row in range(3) for column in range(3)}
+    for (row, column), box in boxes.items():
+        assert (box[2] - box[0], box[3] - box[1]) == scaled(*sizes[row])
+        assert made.crop(box).getcolors() == [((box[2] - box[0]) * (box[3] - box[1]), (80 * row, 90 * column, 200))]
+    for one, other in combinations([*boxes.values()], 2):
+        assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+    # No label leaves its column: the gaps beside the columns are empty, and the labels are there.
+    for column in range(4):
+        left = GAP + TEXT_WIDTH + column * (SIDE + GAP)
+        assert made.crop((left, 0, left + GAP, made.height)).getcolors() == [(GAP * made.height, (255, 255, 255))]
+    for spot in (
+        (GAP, boxes[0, 0][1], GAP + TEXT_WIDTH, boxes[0, 0][3]),
+        (boxes[0, 1][0], GAP, boxes[0, 1][2], 2 * GAP),
+    ):
+        assert len(made.crop(spot).getcolors() or [0, 0]) > 1
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((64, 64), (256, 256)), ((1024, 512), (256, 128)), ((16, 4096), (1, 256))]
+)
+def test_scaled(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert scaled(*size) == expected
+
+
+def test_of_many_prompts_the_least_alike_are_shown(tmp_path: Path) -> None:
+    count = SHEET_ROWS + 8
+    psnr = [20.0 + (7 * i) % count for i in range(count)]
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        for i in range(count):
+            Image.new("RGB", (16, 16), (i, 0, 0)).save(picture_path(tmp_path / label, i))
+    facts = {"format": "q8_0", "bytes": 10**9}
+    alike = {"psnr_db": {"each": psnr, "mean": 1.0, "worst": 1.0}}
+    images = [{"prompt": "x", "seed": i, "size": [16, 16]} for i in range(count)]
+    made = sheet(
+        {"models": [{"label": "a", **facts}, {"label": "b", **facts, "alike": alike}], "images": images}, tmp_path
+    )
+    layout = Layout(2, [(16, 16)] * SHEET_ROWS)
+    assert made.size == layout.size
+    shown = [made.getpixel(layout.picture(row, 0)[:2])[0] for row in range(SHEET_ROWS)]
+    assert shown == [i for i in range(count) if psnr[i] < 20 + SHEET_ROWS]
+
+
+# --- The report
+
+
+def table(result: dict[str, Any]) -> Table:
+    (found,) = (part for part in sections({"c.json": result})[0].parts if isinstance(part, Table))
+    return found
+
+
+def test_report(models: Path, tmp_path: Path) -> None:
+    assert compare(DEMO, models / "q8_0", "--prompt", RED, "-o", tmp_path / "s.png") == 0
+    assert run(["report", str(tmp_path / "s.json"), "-o", str(tmp_path / "r.html")]) == 0
+    result = json.loads((tmp_path / "s.json").read_text())
+    found, alike = table(result), result["models"][1]["alike"]
+    assert found.header[-2:] == ["PSNR", "SSIM"]
+    reference, q8_0 = found.rows
+    assert reference[:2] == ["demo", "bf16"] and reference[-2:] == ["reference"] * 2
+    assert q8_0[-2] == f"{alike['psnr_db']['mean']:.1f} dB ({alike['psnr_db']['mean']:.1f} dB)"
+    text = as_markdown("t", sections({"c.json": result}))
+    assert "LPIPS is left out: its package is not installed" in text
+    assert "noise" not in text
+    result["models"][1]["synthetic"] = True
+    assert "noise" in as_markdown("t", sections({"c.json": result}))
