@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROMPT, psnr, relative_error, transformer_inputs
+from evaluate_demo import reencode, requantize_by_codec
 from PIL import Image
 from torch import Tensor, nn
-from zimage_kernels import Int8Rows, hadamard_rotate, quantize_rows_reference
+from zimage_kernels import hadamard_rotate, quantize_rows_reference
 
 from zimage_lite import GenerateOptions, load, quantize
 from zimage_lite.backends import choose
@@ -257,20 +258,16 @@ def test_the_pipeline_reencodes(tiny: Path, tmp_path: Path, monkeypatch: pytest.
     here and has tests of its own: what is tested is what it is given, and what is made of its results."""
     given = []
 
-    def by_codec(kind: str, parts: Any, options: Any, out: Int8Rows, group: int, first_row: int = 0) -> None:
-        rows, columns = out.codes.shape
-        wide = FORMATS[kind].codec.dequantize(parts, columns, options)[first_row : first_row + rows]
-        for ours, theirs in zip(out, quantize_rows_reference(wide, group), strict=True):
-            ours.copy_(theirs)
-        given.append(kind)
+    def counted(*args: Any) -> None:
+        requantize_by_codec(*args)
+        given.append(args[0])
 
-    monkeypatch.setattr("zimage_lite.reencoding.requantize", by_codec)
     quantize(tiny, tmp_path / to, to)
     request = GenerateOptions(PROMPT, 64, 64, steps=2, seed=3)
     plain, ours = (load(tmp_path / to, device="cpu") for _ in range(2))
-    vars(ours)["transformer"] = replace(  # with the references, but reencoded
-        ours.transformer, model=Transformer(ours.transformer.model.config, INT8["reference"]), reencoded=True
-    )
+    monkeypatch.setattr("zimage_lite.reencoding.requantize", None)  # to be put back
+    reencode(ours)
+    monkeypatch.setattr("zimage_lite.reencoding.requantize", counted)
     pictures = [pipeline.generate([request])[0] for pipeline in (plain, ours)]
     assert len(given) == 2 * 3 * 6  # passes, layers, and of their 7 linears not w2, whose rows are 682 long
     assert 40 <= psnr(*pictures, 255) < float("inf")

@@ -5,6 +5,7 @@ measured against the same captions and seeds: ours or diffusers' ZImagePipeline,
 
     python tools/evaluate_demo.py --sheet sheet.png                      the built-in model
     python tools/evaluate_demo.py --formats q8_0 q4_0 int8 --levels one  the same, converted
+    python tools/evaluate_demo.py --formats q4_k_m --sampler re-encoded  multiplied in 8 bits, as on a GPU
 
 The last line printed is one JSON object: format and level -> share of right answers per part, in per cent.
 """
@@ -13,6 +14,8 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -59,12 +62,38 @@ def write_card(folder: Path, card: dict) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def own_sampler(folder: Path, steps: int) -> Sampler:
+def requantize_by_codec(kind: str, parts, weight_options, out, group: int, first_row: int = 0) -> None:
+    """What the kernel `requantize` does, slowly but without one."""
+    from zimage_kernels import quantize_rows_reference
+
+    from zimage_lite.quant.formats import FORMATS
+
+    rows, columns = out.codes.shape
+    wide = FORMATS[kind].codec.dequantize(parts, columns, weight_options)[first_row : first_row + rows]
+    for ours, theirs in zip(out, quantize_rows_reference(wide, group), strict=True):
+        ours.copy_(theirs)
+
+
+def reencode(pipeline) -> None:
+    """Make it compute in 8 bits whatever its weights are, as it would with the Triton kernels."""
+    from zimage_lite import reencoding
+    from zimage_lite.model.compute import Compute
+    from zimage_lite.model.transformer import Transformer
+
+    reencoding.requantize = requantize_by_codec
+    component = pipeline.transformer
+    model = Transformer(component.model.config, Compute(int8=True))
+    vars(pipeline)["transformer"] = replace(component, model=model, reencoded=True)
+
+
+def own_sampler(folder: Path, steps: int, reencoded: bool = False) -> Sampler:
     """zimage-lite on a model folder, at the size its card names."""
     from zimage_lite import GenerateOptions, load
     from zimage_lite.checkpoint.model_card import default_size
 
     pipeline = load(folder, device="cpu")
+    if reencoded:
+        reencode(pipeline)
     width, height = default_size(folder)
 
     def sample(caption: str, seed: int) -> Image.Image:
@@ -93,7 +122,11 @@ def diffusers_sampler(folder: Path, steps: int) -> Sampler:
     return sample
 
 
-SAMPLERS = {"zimage-lite": own_sampler, "diffusers": diffusers_sampler}
+SAMPLERS = {
+    "zimage-lite": own_sampler,
+    "re-encoded": partial(own_sampler, reencoded=True),
+    "diffusers": diffusers_sampler,
+}
 
 
 def evaluate(
