@@ -4,7 +4,8 @@ phase holds beside them. From the true model's shapes in any format, or from a m
 Assumed of the computation, as it is designed: adaLN vectors are computed once on the CPU and their weights never sent;
 blocks in another format than int8 are re-encoded to int8 on the device, one at a time, before they compute; blocks that
 are kept in 16 bits compute in 16 bits; norms, gates and quantization are fused (30 times the tokens x width x 2 bytes
-of traffic per block). The text encoder unpacks its weights to 16 bits.
+of traffic per block), and so is what follows an 8-bit product, except before compute capability 8.0, where its int32
+sums are written and read. The text encoder unpacks its weights to 16 bits.
 
 Bytes hold for that and for the reference alike, which unpacks a piece of a weight where the kernels re-encode a block:
 the larger of the two counts.
@@ -35,7 +36,7 @@ from .footprint import (
     unpacking_bytes,
 )
 from .job import Job, batched, padded
-from .memory.machine import Machine, Work
+from .memory.machine import Machine, Processor, Work
 from .memory.plan import Block, Phase, activation_bytes
 from .memory.plan_vae import decode_ways
 from .model.linear import shapes
@@ -43,6 +44,7 @@ from .model.transformer import is_time_weight
 from .model.vae import Decoder
 from .quant.recipe import KEEP, as_it_is, target
 
+_SUM_TRAFFIC = 8  # bytes for each output of an 8-bit product that torch makes
 _TRAFFIC = 30  # of a block's fused element-wise work, in tokens x width x 2 bytes
 # What the heap of a CPU holds of activations beside those that are alive, measured at full size within 4 GB: the peak
 # was 100 MB above a plan without this term at 512x512 (q4_k_m), and 50 to 130 MB below it at 256x256.
@@ -134,12 +136,12 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     image, sequences = job.image_tokens, batch * (2 if job.guided else 1)
     time_weights = [part for part in model.transformer if is_time_weight(part.name)]
     of_blocks, rest = by_block([part for part in model.transformer if not is_time_weight(part.name)])
-    charge = _BATCH_CHARGE ** math.log2(batch)
+    charge, unit = _BATCH_CHARGE ** math.log2(batch), machine.gpu if device == "gpu" else None
 
     def blocks(group: str, count: int, tokens: int, attention: float) -> list[Block]:
         found = {name: of_blocks[name] for name in (f"{group}.{i}" for i in range(count))}
         return [
-            Block(name, arena_bytes(parts), _transformer_work(parts, tokens, c.dim, attention, charge, device))
+            Block(name, arena_bytes(parts), _transformer_work(parts, tokens, c.dim, attention, charge, unit))
             for name, parts in found.items()
         ]
 
@@ -259,14 +261,16 @@ def _vector_bytes(model: Model, job: Job, dtype: str) -> int:
 
 
 def _transformer_work(
-    parts: Sequence[Part], tokens: int, dim: int, attention: float, charge: float, device: str
+    parts: Sequence[Part], tokens: int, dim: int, attention: float, charge: float, gpu: Processor | None
 ) -> Work:
-    """The CPU re-encodes nothing."""
+    """gpu: None for the CPU, which re-encodes nothing."""
     weights, traffic = _linear_weights(parts), _TRAFFIC * tokens * dim * 2
     int8 = any(part.format.name == "int8" for part in parts)
-    if device == "gpu":
+    if gpu:
         int8 = any(map(_in_int8, parts))
         traffic += sum(part.n_bytes for part in parts if is_reencoded(part.format)) + _reencoded(parts)
+        if gpu.unfused8:
+            traffic += _SUM_TRAFFIC * tokens * sum(part.rows for part in parts if _in_int8(part))
     return Work(charge * 2 * weights * tokens, charge * attention, charge * traffic, int8)
 
 
