@@ -55,8 +55,8 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     that they do not differ by rounding."""
     monkeypatch.setattr(hardware, "rss_bytes", lambda: 0)
     monkeypatch.setattr(hardware, "ALLOCATOR_SLACK_BYTES", 0)
-    monkeypatch.setattr(prediction, "_holes", lambda *_: {})
-    monkeypatch.setattr(prediction, "_holes_of_maps", lambda _: {})
+    monkeypatch.setattr(prediction, "holes", lambda *_: {})
+    monkeypatch.setattr(prediction, "holes_of_maps", lambda _: {})
     monkeypatch.setattr(prediction, "_BATCHES", (1,))
 
 

@@ -49,6 +49,21 @@ def denoise(format_name: str, size: tuple[int, int] = (1024, 1024)) -> Phase:
     return work(format_name, size)[1][0]
 
 
+def test_sums_of_torch_cost_traffic() -> None:
+    """On 7.5 those of each 8-bit product of a block are written and read: 4 bytes for each of 4 x 3840 + 2 x 10240 +
+    3840 outputs of 4224 tokens. And newer GPUs, and 16 bits, have none."""
+    turing, newer = (machine(find_gpu(name), 16 * GB) for name in ("RTX 2060 Laptop", "RTX 3060 Laptop"))
+    job = Job(1024, 1024, prompt_tokens=(128,))
+
+    def traffic(name: str, there: Machine) -> float:
+        (phase,) = phases(true_model(name), job, there)[1]
+        return phase.blocks[-1].work.traffic_bytes
+
+    sums = 2 * 4 * 4224 * (5 * 3840 + 2 * 10240)
+    assert traffic("int8", turing) - traffic("int8", newer) == sums
+    assert traffic("bf16", turing) == traffic("bf16", newer)
+
+
 # --- The simulation, by hand
 
 

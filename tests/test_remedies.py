@@ -153,12 +153,14 @@ def test_a_missing_compiler_that_nobody_misses() -> None:
 
 def test_a_card_of_7_5() -> None:
     """No product runs there in Triton, which is no fault of the installation."""
-    verdicts = {**ALL_OK, "linear_int8": Verdict("not supported", "needs compute capability 8.0, this GPU has 7.5")}
+    absent = Verdict("not supported", "needs compute capability 8.0, this GPU has 7.5")
+    verdicts = {op: Verdict("ok") if least == 75 else absent for op, (_, least) in CHECKS.items()}
     found = replace(LAPTOP, driver=driver(capability=(7, 5)), verdicts=verdicts)
     assert remedies.problems(found) == []
-    backend = remedies.backend(found)
-    assert backend.startswith("triton for quantize_rows, ") and "linear_int8" not in backend
-    assert backend.endswith("reference for the others")
+    line = "triton+torch, on cuda: all 7 kernels for this GPU passed; torch multiplies and attends"
+    assert remedies.backend(found) == line
+    failed = replace(found, verdicts=verdicts | {"add_norm": Verdict("wrong", "off")})
+    assert remedies.backend(failed) == "reference, on cuda: add_norm did not pass"
 
 
 def test_kernels_that_fail_are_named() -> None:
@@ -170,3 +172,4 @@ def test_kernels_that_fail_are_named() -> None:
     assert lines[0].startswith("add_norm, norm_rope: not tested (CUDA out of memory)")
     assert lines[1].startswith("linear_int8: wrong (9 rows: off by 40 times what rounding explains)")
     assert "\n" not in "".join(lines)
+    assert remedies.backend(found) == "reference, on cuda: add_norm, norm_rope, linear_int8 did not pass"

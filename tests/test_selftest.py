@@ -100,6 +100,44 @@ def test_a_gpu_is_known_by_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found[0]["gpu"], found[0]["capability"], found[0]["driver"]) == ("RTX 3060", 86, "560.94")
 
 
+def test_compilations_that_are_lost(tested: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """If somebody emptied Triton's cache, the first picture shall not compile everything without a word; but where
+    nothing could be compiled, nothing is missed."""
+    monkeypatch.setattr(verdicts, "interpreted", lambda: False)
+    monkeypatch.setattr(verdicts, "_obstacle", lambda device: None)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    said: list[str] = []
+
+    def runs() -> int:
+        new_process()
+        verdicts.verdicts(DEVICE, tell=said.append)
+        assert len(said) == len(tested)
+        return len(tested)
+
+    compiled = tmp_path / "triton" / "a kernel"
+    assert runs() == 1
+    compiled.mkdir(parents=True)
+    assert runs() == 1
+    compiled.rmdir()
+    assert runs() == 2
+    compiled.parent.rmdir()
+    assert runs() == 3
+    failed = dict.fromkeys(CHECKS, Verdict("cannot compile", "no C compiler"))
+    monkeypatch.setattr(verdicts, "_test", lambda device: tested.append(failed) or failed)
+    assert runs() == runs() == 4
+    assert f"up to {verdicts.COMPILATIONS} Triton kernels" in said[0] and str(tmp_path / "triton") in said[0]
+
+
+def test_the_folder_is_tritons(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import triton
+
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        assert str(toolchain.compiled_folder()) == triton.knobs.cache.dir
+        monkeypatch.setenv(name, str(tmp_path / name))
+        assert toolchain.compiled_folder() == Path(triton.knobs.cache.dir)
+        monkeypatch.delenv(name)
+
+
 def test_the_version_of_triton_is_that_of_its_package() -> None:
     import triton
 

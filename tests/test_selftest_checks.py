@@ -134,6 +134,27 @@ def test_a_full_gpu_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     assert verdict_of("flash_attention").state == "not tested"
 
 
+@pytest.mark.parametrize("op", ["linear_int8", "swiglu_int8"])
+def test_products_of_compute_capability_7_5(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's, with a kernel behind them: both are judged."""
+    for module in ("zimage_kernels._triton", "zimage_lite.selftest.checks"):
+        monkeypatch.setattr(f"{module}.capability", lambda device: 75)
+    monkeypatch.setattr(checks, "TORCH_PRODUCTS", ((32, 64, 32),))
+    assert verdict_of(op) == Verdict("ok")
+    sound = kernels.integer_product
+
+    def sabotaged(x: Tensor, w: Tensor) -> Tensor:
+        sums = sound(x, w)
+        sums[3, 5] += 10_000
+        return sums
+
+    monkeypatch.setattr(checks.ops, "integer_product", sabotaged)
+    expected = Verdict("wrong", "torch's sums of 32 x 64 x 32") if op == "linear_int8" else Verdict("ok")
+    assert verdict_of(op) == expected
+    monkeypatch.setattr("zimage_kernels.unfused_int8.integer_product", sabotaged)
+    assert verdict_of(op).state == "wrong"
+
+
 def test_what_the_card_lacks_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "capability", lambda device: 75)
     monkeypatch.setattr(process, "_broken", lambda device: None)

@@ -9,6 +9,7 @@ fall on the other side of a half, few in float32 and more in float16, where roun
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -105,8 +106,31 @@ def test_a_block(name: str, dtype: torch.dtype) -> None:
     assert (relative_error(torchs, truth) > 0.005) == (name == "int8")
 
 
-def test_float16_holds_what_the_scaling_is_for() -> None:
+@pytest.fixture
+def turing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter as a GPU of compute capability 7.5, on which no kernel with products may be launched."""
+    monkeypatch.setattr("zimage_kernels._triton.capability", lambda device: 75)
+    for op in ("linear_int8", "swiglu_int8", "attention"):
+        monkeypatch.setattr(importlib.import_module(f"zimage_kernels.{op}"), f"_{op}_kernel", None)
+
+
+@pytest.mark.parametrize("dtype", [FULL, HALF])
+def test_a_block_on_compute_capability_7_5(dtype: torch.dtype, turing: None) -> None:
+    """Products in 8 bits and attention in 16, so that it is no farther from the truth than all in 8 bits; in float32,
+    where queries and keys are never 8-bit, as far but for sums in another order."""
+    weights = {own: packed(weight, "int8") for own, weight in dense(Block(CONFIG, modulated=False)).items()}
+    unpacked = {own: packed(weight.dequantize(), "f32") for own, weight in weights.items()}
+    truth = added(unpacked, FULL, PLAIN["reference"])
+    torchs, ours = added(weights, dtype, INT8["reference"]), added(weights, dtype, INT8["triton"])
+    assert 0.005 < relative_error(ours, truth) <= (1.0001 if dtype == FULL else 1) * relative_error(torchs, truth)
+    plain = added(unpacked, dtype, PLAIN["triton"])
+    assert relative_error(plain, truth) <= (1e-5 if dtype == FULL else 2e-3)
+
+
+@pytest.mark.parametrize("capability", [86, 75])
+def test_float16_holds_what_the_scaling_is_for(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values of v and of the hidden layer of 10^3 to 10^5 overflow in a plain float16 output."""
+    monkeypatch.setattr("zimage_kernels._triton.capability", lambda device: capability)
     factors = {"attention.to_v": 1e3, "attention.to_out": 300, "feed_forward.w1": 300, "feed_forward.w3": 300}
     weights = dense(Block(CONFIG, modulated=False))
     for name in weights:
@@ -282,6 +306,16 @@ def test_the_demo_draws_the_same_in_8_bits(tmp_path: Path) -> None:
         assert 50 <= psnr(a, b, 255) < float("inf")
 
 
+def test_the_pipeline_on_compute_capability_7_5(small: Path, turing: None) -> None:
+    """What it is about to do, and `--json` will say; a block shows above that it does."""
+    told: list[str] = []
+    pipeline = load(small, device="cpu", backend="triton", tell=told.append)
+    assert (pipeline.choice.backend, pipeline.choice.bits) == ("triton+torch", "int8")
+    assert pipeline.transformer.reencoded
+    (note,) = told
+    assert note.startswith("Triton has no matrix units on this GPU: torch multiplies and attends")
+
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -330,6 +364,23 @@ def test_falling_back_is_told() -> None:
     assert choice.compute == PLAIN["reference"]
     assert choice.note == "the Triton kernels cannot run: Triton is not installed; torch computes"
     assert chosen("got tensors on cpu, expected cuda", CPU, "int8").note is None
+
+
+def test_compute_capability_7_5(turing: None) -> None:
+    """What cannot run there is not missed; what failed there is."""
+    for options, compute in (({}, INT8), ({"backend": "triton"}, INT8), ({"compute": "16bit"}, PLAIN)):
+        choice = chosen(None, CUDA, "q4_k", state="not supported", **options)
+        assert (choice.compute, choice.backend) == (compute["triton"], "triton+torch")
+        assert choice.note is not None and "torch multiplies" in choice.note
+    failed = chosen(None, CUDA, "q4_k", state="wrong")
+    assert (failed.compute, failed.backend, failed.unpacking) == (PLAIN["reference"], "reference", "reference")
+
+
+def test_older_than_7_5(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zimage_kernels._triton.capability", lambda device: 61)
+    choice = choose(RuntimeOptions(), CUDA, 128, [FORMATS["int8"]])
+    assert choice.compute == PLAIN["reference"]
+    assert choice.note is not None and "got compute capability 6.1, expected at least 7.5" in choice.note
 
 
 def test_a_kernel_that_failed_its_self_test_is_not_taken() -> None:
@@ -399,3 +450,39 @@ def test_activations_of_the_references_in_8_bits(tokens: int) -> None:
             block(torch.empty(tokens, config.dim), rope, [tokens], None, INT8["reference"])
     promised = activation_bytes(tokens, config.dim, config.ffn_dim, config.n_heads, 4)
     assert promised / 2 <= live.peak_bytes <= promised - config.n_heads * 2**20
+
+
+class NoLaunch:
+    """In the place of a kernel, for tensors that have no memory."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **options: None
+
+
+@pytest.mark.parametrize("capability", [86, 75])
+@pytest.mark.parametrize("tokens", [544, 832, 4224, 16512])
+def test_activations_of_the_kernels(tokens: int, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 8 bits and float16, as 7.5 computes: the sums of torch's products, too, have room in what is planned for the
+    references. At 832 tokens they are largest beside the rest: as much as they may be, together with a float32 stream.
+    A third of the plan is used at least, or it is not about this."""
+    monkeypatch.setattr("zimage_kernels._triton.capability", lambda device: capability)
+    for op in ("norm", "quantize", "qk", "linear_int8", "swiglu_int8", "unfused_int8", "attention"):
+        module = importlib.import_module(f"zimage_kernels.{op}")
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, NoLaunch())
+    config = TransformerConfig()
+    with torch.device("meta"), torch.inference_mode():
+        block = Block(config, modulated=False)
+        for owner in block.modules():
+            if isinstance(owner, Linear):
+                rows, columns = owner.weight.shape
+                parts = {"": torch.empty(rows, columns, dtype=torch.int8), "_scale": torch.empty(rows, 1)}
+                owner.packed = QTensor(FORMATS["int8"], (rows, columns), parts, {"group": 256})
+                owner.dtype = HALF
+            elif isinstance(owner, RMSNorm):
+                owner.weight = nn.Parameter(owner.weight.half(), requires_grad=False)
+        with LiveBytes() as live:
+            rope = torch.empty(2, tokens, config.head_dim // 2).unbind()
+            block(torch.empty(tokens, config.dim), rope, [tokens], None, INT8["triton"])
+    promised = activation_bytes(tokens, config.dim, config.ffn_dim, config.n_heads, 2, 4)
+    assert promised / 3 <= live.peak_bytes <= promised

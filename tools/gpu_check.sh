@@ -46,7 +46,7 @@ tier() {
 part tests 45 "$python" -m pytest --noconftest -p no:cacheprovider -m gpu tests/test_streaming_gpu.py \
     --junitxml "$out/tests.xml"
 part kernel_tests 75 "$python" -m pytest --noconftest -p no:cacheprovider \
-    tests/ops/test_{attention,dequantize,linear_int8,norm,qk,quantize_rows}.py --junitxml "$out/kernel_tests.xml"
+    tests/ops/test_{attention,dequantize,linear_int8,norm,qk,quantize_rows,unfused_int8}.py --junitxml "$out/kernel_tests.xml"
 tier 6gb
 tier 8gb
 part linear_int8 40 "$python" benchmarks/ops/bench_linear_int8.py --out "$out/linear_int8.json"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from zimage_kernels import cpu_has_int8_units, triton_obstacle
+from zimage_kernels import Backend, cpu_has_int8_units, has_matrix_units, triton_obstacle
 
 from .config import RuntimeOptions
 from .errors import UserError
@@ -17,15 +17,26 @@ from .quant.formats import Format
 
 @dataclass(frozen=True)
 class Choice:
-    """note: for people, what they might not expect."""
+    """note: for people, what they might not expect. torch_multiplies: and attends, beside kernels without products."""
 
     compute: Compute
     note: str | None = None
+    torch_multiplies: bool = False
 
     @property
     def bits(self) -> str:
         """As --compute names them."""
         return "int8" if self.compute.int8 else "16bit"
+
+    @property
+    def backend(self) -> str:
+        """What runs: as --backend names it, or both."""
+        return "triton+torch" if self.torch_multiplies else self.compute.backend
+
+    @property
+    def unpacking(self) -> Backend:
+        """What unpacks the text encoder, which the CPU may compute beside a GPU with kernels."""
+        return "auto" if self.compute.backend == "triton" else "reference"
 
 
 def choose(
@@ -38,9 +49,11 @@ def choose(
     """device: to compute on; formats: of the matrices in the transformer's blocks; tell: before a check that takes
     long. Raises UserError for what was asked for and cannot be.
 
-    auto takes the kernels on a CUDA device that can run them and on which all have passed their self-test, and 8 bits
-    where they run and a weight is quantized to integers. It never leaves the references on the CPU, where kernels could
-    only be interpreted; 8 bits it takes there for int8 weights, if the CPU has units for them.
+    auto takes the kernels on a CUDA device that can run them and on which all that it can run have passed their
+    self-test, and 8 bits where they run and a weight is quantized to integers. On compute capability 7.5 those are the
+    kernels without products: torch multiplies, in as many bits, and attends in 16. auto never leaves the references on
+    the CPU, where kernels could only be interpreted; 8 bits it takes there for int8 weights, if the CPU has units for
+    them.
     """
     obstacle = triton_obstacle(device)
     if obstacle is None and head_dim != HEAD_DIM:
@@ -51,16 +64,20 @@ def choose(
         raise UserError(f"--backend triton: {obstacle}", fix="use auto or reference")
     kernels = options.backend == "triton" or (options.backend == "auto" and device.type == "cuda" and obstacle is None)
     compute = Compute("triton" if kernels else "reference", _in_int8(options, kernels, device, set(formats)))
+    if kernels and not has_matrix_units(device):
+        note = "Triton has no matrix units on this GPU: torch multiplies and attends, kernels do the rest"
+        return Choice(compute, note, torch_multiplies=True)
     fell_back = options.backend == "auto" and device.type == "cuda" and not kernels
     return Choice(compute, f"the Triton kernels cannot run: {obstacle}; torch computes" if fell_back else None)
 
 
 def _distrust(device: torch.device, tell: Callable[[str], None]) -> str | None:
-    """Why kernels that could run are not taken: the first that failed its self-test."""
+    """Why kernels that could run are not taken: the first that failed its self-test. One that does not run on such a
+    GPU is not missed."""
     from .selftest.verdicts import verdicts  # only where there is a GPU
 
     for op, verdict in verdicts(device, tell=tell).items():
-        if not verdict.trusted:
+        if not verdict.trusted and verdict.state != "not supported":
             return f"{op}: {verdict.state} ({verdict.reason}); zimage-lite doctor tells more"
     return None
 

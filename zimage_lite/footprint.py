@@ -10,7 +10,7 @@ from zimage_kernels import KINDS
 from .catalog import Part
 from .checkpoint.stored import ALIGNMENT, aligned
 from .quant.formats import Format
-from .quant.tensor import CPU_PIECE_WEIGHTS, GPU_PIECE_WEIGHTS
+from .quant.tensor import CPU_PIECE_WEIGHTS, GPU_PIECE_WEIGHTS, piece_rows
 
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 STREAM_BYTES = {"bf16": 2, "fp16": 4, "fp32": 4}  # of the residual stream: float16 is too narrow for it
@@ -50,7 +50,7 @@ def _unpacking_bytes(format: Format, rows: int, columns: int, device: str, dtype
     _, shape = format.layout(rows, columns)[""]
     if format.row_group and shape[:-1] == (rows,):
         limit = CPU_PIECE_WEIGHTS if device == "cpu" else GPU_PIECE_WEIGHTS
-        rows = min(rows, max(limit // columns // format.row_group, 1) * format.row_group)
+        rows = min(rows, piece_rows(format, columns, limit))
     return per_weight * rows * columns
 
 

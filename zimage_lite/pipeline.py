@@ -164,7 +164,8 @@ class Pipeline:
 
     @cached_property
     def text_encoder(self) -> Component:
-        return Component(TextEncoder(self.model.text_encoder.config), self.model.text_encoder, ("layers",))
+        skeleton = TextEncoder(self.model.text_encoder.config, self.choice.unpacking)
+        return Component(skeleton, self.model.text_encoder, ("layers",))
 
     @cached_property
     def decoder(self) -> Component:

@@ -4,7 +4,8 @@ phase holds beside them. From the true model's shapes in any format, or from a m
 Assumed of the computation, as it is designed: adaLN vectors are computed once on the CPU and their weights never sent;
 blocks in another format than int8 are re-encoded to int8 on the device, one at a time, before they compute; blocks that
 are kept in 16 bits compute in 16 bits; norms, gates and quantization are fused (30 times the tokens x width x 2 bytes
-of traffic per block). The text encoder unpacks its weights to 16 bits.
+of traffic per block), and so is what follows an 8-bit product, except before compute capability 8.0, where its int32
+sums are written and read. The text encoder unpacks its weights to 16 bits.
 
 Bytes hold for that and for the reference alike, which unpacks a piece of a weight where the kernels re-encode a block:
 the larger of the two counts.
@@ -24,6 +25,7 @@ from .config import (
     TransformerConfig,
     VaeConfig,
 )
+from .cpu_terms import cpu_unpacking_flops, holes, holes_of_maps
 from .footprint import (
     ITEM_BYTES,
     STREAM_BYTES,
@@ -43,14 +45,8 @@ from .model.transformer import is_time_weight
 from .model.vae import Decoder
 from .quant.recipe import KEEP, as_it_is, target
 
+_SUM_TRAFFIC = 8  # bytes for each output of an 8-bit product that torch makes
 _TRAFFIC = 30  # of a block's fused element-wise work, in tokens x width x 2 bytes
-# What the heap of a CPU keeps beside what is alive: of activations, of what unpacking a piece takes, and of a decoder's
-# maps, of which those above 32 MB are mapped on their own. Measured at full size (benchmarks/budgets.py), where peaks
-# of the same run vary by 150 MB; meant never to be too low.
-_ACTIVATION_HOLES, _UNPACKING_HOLES, _MAP_HOLES, _MOST_MAP_HOLES = 0.6, 5, 0.3, 80_000_000
-# Unpacking a weight on the CPU takes as long as so many operations of a float32 product (2 threads of a Zen 4): 0.8 ns
-# in q8_0, 1.6 to 2.5 ns in q4_k_m. Below 8 bits codes are picked out of bytes, and scales out of scales.
-_UNPACKING_FLOPS, _UNPACKING_FLOPS_OF_FEW_BITS = 150, 400
 _LATENT_COPIES = 3  # the latent, the model's answer and their sum, in float32
 _BATCHES = (1, 2, 4, 8)  # images at once
 # What is computed for twice as many images is charged so much more, so that they are denoised together only where that
@@ -143,11 +139,7 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     def blocks(group: str, count: int, tokens: int, attention: float) -> list[Block]:
         found = {name: of_blocks[name] for name in (f"{group}.{i}" for i in range(count))}
         return [
-            Block(
-                name,
-                arena_bytes(parts),
-                _transformer_work(parts, tokens, c.dim, attention, charge, device, machine.cpu_int8),
-            )
+            Block(name, arena_bytes(parts), _transformer_work(parts, tokens, c.dim, attention, charge, device, machine))
             for name, parts in found.items()
         ]
 
@@ -192,7 +184,7 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
             "captions": stream * pads * (c.dim + c.cap_feat_dim),
             "activations": activations + (tokens + pads) * c.head_dim * 4,  # the angles of the parts stay, too
             "unpacking": unpacking,
-            **({**host, **_holes(activations, unpacking)} if device == "cpu" else {}),
+            **({**host, **holes(activations, unpacking)} if device == "cpu" else {}),
         },
         # On the CPU the first block takes the place of the time weights.
         ram_fixed={**host, "time weights": time_bytes(time_weights)} if device == "gpu" else {},
@@ -210,7 +202,7 @@ def _encode(model: Model, prompt_tokens: Sequence[int], device: str, machine: Ma
         parts = of_layers[name]
         n_bytes, weights = arena_bytes(parts), _linear_weights(parts)
         traffic = n_bytes + 4 * weights if _is_lossy(parts) else n_bytes
-        flops = 2 * weights * tokens + (_cpu_unpacking_flops(parts) if device == "cpu" else 0)
+        flops = 2 * weights * tokens + (cpu_unpacking_flops(parts) if device == "cpu" else 0)
         blocks.append(Block(name, n_bytes, Work(flops, attention, traffic)))
     q_dim, kv_dim = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
     activations = activation_bytes(
@@ -226,7 +218,7 @@ def _encode(model: Model, prompt_tokens: Sequence[int], device: str, machine: Ma
             "activations": activations,
             "embeddings": c.hidden_size * (tokens * item + sum(prompt_tokens) * stream),  # of what goes in and out
             "unpacking": unpacking,
-            **(_holes(0, unpacking) if device == "cpu" else {}),  # there are a few tokens only
+            **(holes(0, unpacking) if device == "cpu" else {}),  # there are a few tokens only
         },
     )
 
@@ -257,7 +249,7 @@ def _decode(model: Model, job: Job, device: str, machine: Machine) -> Iterator[P
             blocks=(Block("decoder", item * model.vae_weights, work),),
             passes=job.images,
             device=device,
-            fixed=fixed if device == "gpu" else {**fixed, **images, **_holes_of_maps(way.device_bytes)},
+            fixed=fixed if device == "gpu" else {**fixed, **images, **holes_of_maps(way.device_bytes)},
             ram_fixed={**images, "maps": way.host_bytes} if device == "gpu" else {},
             way=way,
         )
@@ -275,7 +267,7 @@ def _vector_bytes(model: Model, job: Job, dtype: str) -> int:
 
 
 def _transformer_work(
-    parts: Sequence[Part], tokens: int, dim: int, attention: float, charge: float, device: str, cpu_int8: bool
+    parts: Sequence[Part], tokens: int, dim: int, attention: float, charge: float, device: str, machine: Machine
 ) -> Work:
     """The CPU re-encodes nothing."""
     flops, traffic = 2 * _linear_weights(parts) * tokens, _TRAFFIC * tokens * dim * 2
@@ -283,26 +275,11 @@ def _transformer_work(
     if device == "gpu":
         int8 = any(map(_in_int8, parts))
         traffic += sum(part.n_bytes for part in parts if is_reencoded(part.format)) + _reencoded(parts)
-    elif not (int8 and cpu_int8):
-        flops += _cpu_unpacking_flops(parts)
+        if machine.gpu and machine.gpu.unfused8:
+            traffic += _SUM_TRAFFIC * tokens * sum(part.rows for part in parts if _in_int8(part))
+    elif not (int8 and machine.cpu_int8):
+        flops += cpu_unpacking_flops(parts)
     return Work(charge * flops, charge * attention, charge * traffic, int8)
-
-
-def _cpu_unpacking_flops(parts: Iterable[Part]) -> int:
-    def per_weight(part: Part) -> int:
-        if not part.format.lossy:
-            return 0
-        return _UNPACKING_FLOPS if part.n_bytes >= part.rows * part.columns else _UNPACKING_FLOPS_OF_FEW_BITS
-
-    return sum(per_weight(part) * part.rows * part.columns for part in parts if part.rows > 1)
-
-
-def _holes(activations: int, unpacking: int) -> dict[str, int]:
-    return {"holes in the heap": round(_ACTIVATION_HOLES * activations + _UNPACKING_HOLES * unpacking)}
-
-
-def _holes_of_maps(n_bytes: int) -> dict[str, int]:
-    return {"holes in the heap": round(min(_MAP_HOLES * n_bytes, _MOST_MAP_HOLES))}
 
 
 def _linear_weights(parts: Iterable[Part]) -> int:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from zimage_kernels import Int8Rows, requantize
+from zimage_kernels import Int8Rows, requantize, unpacks
 
 from .checkpoint.stored import StoredTensor, aligned
 from .footprint import is_reencoded, reencoded_bytes
@@ -67,7 +67,7 @@ class Scratch:
 def reencoded(weight: QTensor, place: Tensor) -> QTensor:
     """As int8, in place: [reencoded_bytes] uint8. A weight that only its codec can unpack is returned as it is."""
     rows, columns = weight.shape
-    if weight.options.get("bits", 4) != 4:  # of int4
+    if not unpacks(weight.format.name, weight.parts, weight.options, columns):
         return weight
     group = weight.options["group"] if weight.format.family == "comfy_int" else rotation_group(columns)
     codes = place[: rows * columns].view(torch.int8).view(rows, columns)

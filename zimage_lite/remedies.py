@@ -57,11 +57,15 @@ def backend(found: Installation) -> str:
     if not found.triton:
         return "reference, on cuda: Triton is not installed"
     good = [op for op, verdict in found.verdicts.items() if verdict.trusted]
+    absent = [op for op, verdict in found.verdicts.items() if verdict.state == "not supported"]
     if not good:
         return "reference, on cuda: no kernel passed its test"
-    if len(good) == len(found.verdicts):
-        return f"triton, on cuda: all {len(good)} kernels passed their tests"
-    return f"triton for {', '.join(good)}; reference for the others"
+    if len(good) + len(absent) < len(found.verdicts):
+        failed = [op for op in found.verdicts if op not in good and op not in absent]
+        return f"reference, on cuda: {', '.join(failed)} did not pass"
+    if absent:
+        return f"triton+torch, on cuda: all {len(good)} kernels for this GPU passed; torch multiplies and attends"
+    return f"triton, on cuda: all {len(good)} kernels passed their tests"
 
 
 def can_run(found: Installation) -> bool:

@@ -30,6 +30,12 @@ def has_headers() -> bool:
     return (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file()
 
 
+def compiled_folder() -> Path:
+    """Where Triton keeps what it compiled."""
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~/")
+    return Path(os.environ.get("TRITON_CACHE_DIR") or os.path.join(home, ".triton", "cache"))
+
+
 def package_manager() -> str | None:
     """The program that installs what is missing of these, on Linux."""
     return next((name for name in ("apt-get", "dnf", "zypper", "pacman") if shutil.which(name)), None)

@@ -3,9 +3,9 @@
 The torch reference is the definition, the fallback and the test oracle. Triton kernels join it op by op.
 """
 
-from ._triton import Backend, triton_obstacle
+from ._triton import Backend, has_matrix_units, triton_obstacle, use_triton
 from .attention import attention, attention_int8, attention_int8_reference, flash_attention
-from .dequantize import KINDS, dequantize, requantize
+from .dequantize import KINDS, dequantize, requantize, unpacks
 from .integer_product import cpu_has_int8_units, integer_product
 from .linear_int8 import linear_int8, linear_int8_reference
 from .norm import Branch, Norm, Normed, add_norm, add_norm_reference, rms_norm
@@ -33,6 +33,7 @@ __all__ = [
     "dequantize",
     "flash_attention",
     "hadamard_rotate",
+    "has_matrix_units",
     "integer_product",
     "linear_int8",
     "linear_int8_reference",
@@ -45,4 +46,6 @@ __all__ = [
     "swiglu_int8",
     "swiglu_int8_reference",
     "triton_obstacle",
+    "unpacks",
+    "use_triton",
 ]

@@ -21,6 +21,7 @@ else:
         triton = tl = None
 
 Backend = Literal["auto", "triton", "reference"]
+ROW_PASSES = 75  # compute capability that kernels without products need: Triton compiles for nothing older
 MATRIX_UNITS = 80  # Triton >= 3.3 has no tensor cores on 7.5: int8 dots do not compile, 16-bit ones become FMAs
 PER_IMAGE = ["rows", "scale_stride"]  # what these names stand for follows the number of tokens
 OPTIONS = {"enable_fp_fusion": True}  # goes with every launch: Triton 3.9 warns where nothing is said
@@ -35,7 +36,9 @@ def jit(kernel: Callable[..., Any]) -> Any:
 
 
 def capability(device: torch.device) -> int:
-    """86 for compute capability 8.6."""
+    """86 for compute capability 8.6, which the interpreter stands for."""
+    if interpreted():
+        return 86
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -45,7 +48,7 @@ def interpreted() -> bool:
     return triton is not None and bool(triton.knobs.runtime.interpret)
 
 
-def use_triton(backend: Backend, device: torch.device, least: int = 75) -> bool:
+def use_triton(backend: Backend, device: torch.device, least: int = ROW_PASSES) -> bool:
     """Whether an op runs its Triton kernel, which needs compute capability `least`.
 
     auto takes the kernel on a CUDA device where it can run; triton raises ValueError with the reason where it cannot,
@@ -63,14 +66,17 @@ def use_triton(backend: Backend, device: torch.device, least: int = 75) -> bool:
     return obstacle is None
 
 
-def triton_obstacle(device: torch.device, least: int = MATRIX_UNITS) -> str | None:
+def triton_obstacle(device: torch.device, least: int = ROW_PASSES) -> str | None:
     """Why no kernel that needs compute capability `least` can run on tensors there, or None."""
     if triton is None:
         return "Triton is not installed"
-    if interpreted():
-        return None
-    if device.type != "cuda":
+    if device.type != "cuda" and not interpreted():
         return f"got tensors on {device.type}, expected cuda"
     if capability(device) < least:
-        return f"got compute capability {capability(device)}, expected at least {least}"
+        return f"got compute capability {capability(device) / 10}, expected at least {least / 10}"
     return None
+
+
+def has_matrix_units(device: torch.device) -> bool:
+    """Whether kernels with products run there. Where others run and these do not, torch multiplies and attends."""
+    return triton_obstacle(device, MATRIX_UNITS) is None

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import OPTIONS, jit, tl
+from ._triton import MATRIX_UNITS, OPTIONS, jit, tl
 from .aot import Variant
-from .quantize import Int8Rows, check_group, row_tile, to_int8
+from .quantize import WIDEST, Int8Rows, check_group, row_tile, to_int8
 from .rotation import rotate_in_registers
 from .unpack_ggml import GGML_BLOCKS, IQ4_LEVELS, unpack_ggml
 
@@ -37,12 +37,22 @@ class _Source(NamedTuple):
     group: int = 0
 
 
+def unpacks(kind: str, parts: Parts, options: Mapping[str, Any], columns: int) -> bool:
+    """Whether the kernel knows the layout of such a weight. Only the codec knows other kinds, int4 with 6 bits or wide
+    scales, blocks of nf4 that run across rows, and rows too long for a program."""
+    if kind not in KINDS or columns > WIDEST:
+        return False
+    if kind == "int4" and (parts[""].shape[1] * 2 != columns or parts["_s_rel"].itemsize != 1):
+        return False
+    spans = {"int4": "scale_group", "nf4": "blocksize", "fp4": "blocksize"}
+    return kind not in spans or _divides(options[spans[kind]], columns)
+
+
 def dequantize(kind: str, parts: Parts, options: Mapping[str, Any], out: Tensor, first_row: int = 0) -> None:
     """Unpack to out: [rows, columns] bfloat16, float16 or float32, contiguous, on the device of the parts.
 
     kind: one of KINDS; options: as in a file, with the "offset" of nf4. first_row: where the weight starts in parts
-    that hold more than it. ValueError for what only the codec can unpack: another kind, int4 with 6 bits, scales that
-    run across rows.
+    that hold more than it. ValueError where not `unpacks`.
     """
     source = _source(kind, parts, options, out.shape[1])
     _launch(source, out, None, source.group, first_row)
@@ -99,8 +109,12 @@ def _source(kind: str, parts: Parts, options: Mapping[str, Any], columns: int) -
     raise ValueError(f"format of the weight: got {kind!r}, expected one of {', '.join(KINDS)}")
 
 
+def _divides(span: int, columns: int) -> bool:
+    return columns % span == 0 and span & (span - 1) == 0
+
+
 def _span(kind: str, span: int, columns: int) -> int:
-    if columns % span or span & (span - 1):
+    if not _divides(span, columns):
         raise ValueError(f"{kind}: got {span} columns to a scale, expected a power of two that divides {columns}")
     return span
 
@@ -220,10 +234,10 @@ def _quanto(
 
 
 def variants(arch: int) -> list[Variant]:
-    """Every layout at 3840 columns, and 10240 for the types that a GGUF of this size usually has."""
-    layouts = [*GGML_BLOCKS, "int4", "levels", "quanto4", "rows"]
-    out = [_variant(layout, 3840, kind) for layout in layouts for kind in ("fp16", "i8")]
-    return out + [_variant(layout, 10240, "i8") for layout in ("q8_0", "q4_k", "q6_k", "int4")]
+    """Every layout at 3840 columns, and 10240 for the types that a file of this size usually has."""
+    short, long = (*GGML_BLOCKS, "int4", "levels", "quanto4", "rows"), ("q8_0", "q4_k", "q5_k", "q6_k", "int4")
+    weights = [(layout, 3840) for layout in short] + [(layout, 10240) for layout in long]
+    return [_variant(*weight, out) for weight in weights for out in ("fp16" if arch < MATRIX_UNITS else "bf16", "i8")]
 
 
 def _variant(layout: str, columns: int, out: str) -> Variant:
@@ -234,16 +248,19 @@ def _variant(layout: str, columns: int, out: str) -> Variant:
     scales = {"int4": ("*u8", "*fp32"), "levels": ("*fp32",), "quanto4": ("*bf16", "*bf16"), "rows": ("*bf16",)}
     pointers |= dict(zip(("scale_ptr", "offset_ptr"), scales.get(layout, ()), strict=False))
     optional = {"scale_ptr", "offset_ptr", "levels_ptr", "row_scale_ptr"}
+    sizes = dict.fromkeys(("columns", *(("stack",) if layout == "quanto4" else ()), "first_row"), "i32")
     tile = row_tile(columns)
     return Variant(
         name=f"dequantize {layout} {columns} to {out}",
         kernel=_dequantize_kernel,
-        signature={**pointers, **dict.fromkeys(("columns", "stack", "first_row"), "i32")},
+        signature={**pointers, **sizes},
         constexprs={
             **dict.fromkeys(optional - set(pointers)),
+            **({} if "stack" in sizes else {"stack": 1}),
             "LAYOUT": layout, "ELEMENTS": elements, "BYTES": block_bytes,
-            "SPAN": {"int4": 16, "levels": 64, "quanto4": 128}.get(layout, 1), "GROUP": 256, "BLOCK": tile["BLOCK"],
+            "SPAN": {"int4": 16, "levels": 64, "quanto4": 128}.get(layout, 1), "BLOCK": tile["BLOCK"],
+            "GROUP": 256 if out == "i8" or layout == "int4" else 0,
         },
-        aligned=(*pointers, "columns", "first_row"),
+        aligned=(*pointers, *sizes),
         num_warps=tile["num_warps"],
     )  # fmt: skip

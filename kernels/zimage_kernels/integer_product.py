@@ -3,6 +3,10 @@
 torch hands int8 products on the CPU to oneDNN. Where the CPU has VNNI (or AMX) they are exact and 4 times as fast as
 float32. Where it has not, oneDNN adds pairs of products in 16 bits, which saturate: with AVX2, codes of 127 gave a
 quarter of their sum. There float32 multiplies, in pieces whose sums it holds.
+
+On CUDA torch wants more than 16 rows, and outputs and columns that are multiples of 8; cuBLAS beyond that has no int8
+product on 7.5 for some numbers of rows between (97 to 127 failed on a GTX 1650 where 96 and 128 ran, ComfyUI #16431).
+Rows and outputs are filled up to multiples of 32, which all sizes of Z-Image are.
 """
 
 from __future__ import annotations
@@ -14,17 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_CUDA_STEP = 32
 _EXACT_COLUMNS = 1024  # 128 * 128 * 1024 = 2^24, below which float32 has all integers
 
 
 def integer_product(x: Tensor, w: Tensor) -> Tensor:
-    """x: [M, K] int8, w: [N, K] int8 -> [M, N] int32. On CUDA torch wants N and K to be multiples of 8."""
-    rows = len(x)
-    if x.is_cuda and rows <= 16:  # torch wants more
-        x = F.pad(x, (0, 0, 0, 17 - rows))
-    if x.device.type == "cpu" and not _is_exact():
-        return _float_product(x, w)
-    return torch._int_mm(x, w.T)[:rows]
+    """x: [M, K] int8, w: [N, K] int8 -> [M, N] int32, on CUDA perhaps a view. There K is a multiple of 8."""
+    if x.device.type != "cpu":
+        return torch._int_mm(_filled(x), _filled(w).T)[: len(x), : len(w)]
+    return torch._int_mm(x, w.T) if _is_exact() else _float_product(x, w)
+
+
+def _filled(codes: Tensor) -> Tensor:
+    """With rows of zeros."""
+    missing = -len(codes) % _CUDA_STEP or _CUDA_STEP * (len(codes) == 0)
+    return F.pad(codes, (0, 0, 0, missing)) if missing else codes  # without a check it would copy
 
 
 def cpu_has_int8_units() -> bool:

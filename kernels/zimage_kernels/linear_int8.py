@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import MATRIX_UNITS, OPTIONS, Backend, jit, tl, triton, use_triton
+from ._triton import OPTIONS, Backend, has_matrix_units, jit, tl, triton, use_triton
 from .aot import Variant
 from .integer_product import integer_product
 from .tuning import Tile, tile, tiles
+from .unfused_int8 import unfused_int8
 
 LowRank = tuple[Tensor, Tensor]
 RANK_STEP = 16  # of the low-rank loop: one 16-bit matrix instruction deep
@@ -40,10 +41,15 @@ def linear_int8(
 
     x: [M, K] int8; x_scale: [M] float32; w: [N, K] int8; w_scale: [N] float32; bias: [N], any float dtype.
     low_rank: (xA [M, r], B [N, r]), float16 or bfloat16 both; several LoRAs lie side by side in r.
-    K is a multiple of 16, any M and N. Returns [M, N] in out_dtype: bfloat16, float16 or float32.
+    K is a multiple of 16, any M and N. Returns [M, N] in out_dtype: bfloat16, float16 or float32. On compute capability
+    7.5 torch multiplies, and a kernel does the rest; with low-rank terms the reference does all.
     """
     rows, columns, outputs = check_operands(x, x_scale, w, w_scale, low_rank)
-    if not use_triton(backend, x.device, MATRIX_UNITS):
+    kernels = use_triton(backend, x.device)
+    fused = kernels and has_matrix_units(x.device)
+    if kernels and not fused and low_rank is None:
+        return unfused_int8(x, x_scale, (w, w_scale), None, bias, scale_log2, out_dtype)
+    if not fused:
         return linear_int8_reference(x, x_scale, w, w_scale, bias, low_rank, scale_log2, out_dtype)
     y = torch.empty(rows, outputs, dtype=out_dtype, device=x.device)
     xa, b, rank = rank_operands(low_rank)

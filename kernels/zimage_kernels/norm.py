@@ -155,25 +155,26 @@ def _normalised(
 
 
 def variants(arch: int) -> list[Variant]:
-    """One for each use in a block, in the dtypes of the architecture: 7.5 has no bfloat16, and a float32 stream."""
+    """One for each use in a block, of those that know the time and those that do not, in the dtypes of the
+    architecture: 7.5 has no bfloat16, and a float32 stream."""
     dtypes = (("fp32", "fp16"), ("fp16", "fp16")) if arch < 80 else (("bf16", "bf16"), ("fp32", "fp16"))
     uses = (("norm", False, True), ("branch", True, False), ("branch + norm", True, True))
-    pairs = [(use, stream, group) for use, stream, group in product(uses, dtypes, (None, 256)) if use[2] or not group]
-    return [_variant(*use, *stream, group) for use, stream, group in pairs]
+    found = product(uses, (True, False), dtypes, (None, 256))
+    return [_variant(*use, timed, *stream, group) for use, timed, stream, group in found if use[2] or not group]
 
 
-def _variant(name: str, branch: bool, norm: bool, stream: str, dtype: str, group: int | None) -> Variant:
+def _variant(name: str, branch: bool, norm: bool, timed: bool, stream: str, dtype: str, group: int | None) -> Variant:
     tile = row_tile(3840)
     pointers = {"x_ptr": f"*{stream}"}
     if branch:
-        vectors = dict.fromkeys(("y_ptr", "branch_weight_ptr", "gate_ptr"), f"*{dtype}")
+        vectors = dict.fromkeys(("y_ptr", "branch_weight_ptr", *(("gate_ptr",) if timed else ())), f"*{dtype}")
         pointers |= vectors | {"total_ptr": f"*{stream}"}
     if norm:
-        pointers |= dict.fromkeys(("weight_ptr", "scale_ptr"), f"*{dtype}")
+        pointers |= dict.fromkeys(("weight_ptr", *(("scale_ptr",) if timed else ())), f"*{dtype}")
         pointers |= {"h_ptr": f"*{dtype}"} if group is None else {"h_ptr": "*i8", "h_scale_ptr": "*fp32"}
     absent = dict.fromkeys(set(_add_norm_kernel.arg_names[:9]) - set(pointers))
     return Variant(
-        name=f"add_norm {name} {stream} {dtype} {'16-bit' if group is None else 'int8'}",
+        name=f"add_norm {name}{'' if timed else ' timeless'} {stream} {dtype} {'16-bit' if group is None else 'int8'}",
         kernel=_add_norm_kernel,
         signature={**pointers, "dim": "i32", "branch_eps": "fp32", "eps": "fp32"},
         constexprs={**absent, "GROUP": group, "BLOCK": tile["BLOCK"]},

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import MATRIX_UNITS, OPTIONS, Backend, jit, tl, triton, use_triton
+from ._triton import OPTIONS, Backend, has_matrix_units, jit, tl, triton, use_triton
 from .aot import Variant
 from .linear_int8 import LowRank, check_operands, dequantized, grouped_tile, linear_int8_reference, rank_operands
 from .tuning import Tile, tile, tiles
+from .unfused_int8 import unfused_int8
 
 
 def swiglu_int8(
@@ -39,7 +40,11 @@ def swiglu_int8(
     check_operands(x, x_scale, w3, w3_scale, low_rank3)
     if len(w3) != outputs:
         raise ValueError(f"w3: got {len(w3)} rows, expected {outputs} as w1 has")
-    if not use_triton(backend, x.device, MATRIX_UNITS):
+    kernels = use_triton(backend, x.device)
+    fused = kernels and has_matrix_units(x.device)
+    if kernels and not fused and low_rank1 is None and low_rank3 is None:
+        return unfused_int8(x, x_scale, (w1, w1_scale), (w3, w3_scale), None, scale_log2, out_dtype)
+    if not fused:
         return swiglu_int8_reference(
             x, x_scale, w1, w1_scale, w3, w3_scale, low_rank1, low_rank3, scale_log2, out_dtype
         )

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ._triton import capability, interpreted
+from ._triton import capability
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 120)
 Tile = dict[str, int]
@@ -57,5 +57,5 @@ def choose(op: str, rows: int, arch: int) -> Tile:
 
 
 def tile(op: str, rows: int, device: torch.device) -> Tile:
-    """`choose` for the device that runs it; the interpreter takes the tiles of 8.6."""
-    return choose(op, rows, 86 if interpreted() else capability(device))
+    """`choose` for the device that runs it."""
+    return choose(op, rows, capability(device))

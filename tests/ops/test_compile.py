@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ from compile_kernels import LIMITS, fault, matrix_instructions, occupancy
 from zimage_kernels import tuning
 from zimage_kernels.aot import Variant
 
+from zimage_lite.selftest.verdicts import COMPILATIONS
+
 ROOT = Path(__file__).parents[2]
 GEMM = Variant("gemm", None, {}, {}, (), matrix=("s8",))
 
@@ -27,7 +30,7 @@ GEMM = Variant("gemm", None, {}, {}, (), matrix=("s8",))
 def run(*arguments: str) -> tuple[int, dict[str, Any], str]:
     """Exit code, the JSON of the last line and standard error of a Python process that interprets no kernel."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT / "kernels", ROOT / "tools")))
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tools")))
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
     lines = done.stdout.splitlines()
     return done.returncode, json.loads(lines[-1]) if lines else {}, done.stderr
@@ -67,6 +70,20 @@ def test_what_is_launched_is_what_was_compiled() -> None:
     code, printed, errors = run(str(Path(__file__).with_name("recorded_launches.py")))
     assert code == 0, errors
     assert printed == {"unknown": [], "not_launched": []}
+
+
+@pytest.mark.parametrize(("arch", "name"), [(86, "int8"), (86, "q4_k_m"), (75, "int4")])
+def test_what_pictures_compile(arch: int, name: str) -> None:
+    """Only what the self-test compiles, which says how many, and the compile tool, too; and a picture of another size
+    nothing more."""
+    code, printed, errors = run(str(Path(__file__).with_name("recorded_pictures.py")), str(arch), name)
+    assert code == 0, errors
+    assert printed["unchecked"] == printed["added"] == printed["unknown"] == []
+    assert printed["used"] < printed["checked"] <= COMPILATIONS
+    table = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+    row = re.search(rf"^\| `{name}` \| (\d+) \| (\d+) \|$", table, re.MULTILINE)
+    assert row and int(row[1 if arch == 86 else 2]) == printed["used"]
+    assert arch == 75 or printed["checked"] > COMPILATIONS - 5
 
 
 def test_faults() -> None:

@@ -88,8 +88,8 @@ _MAX_IMAGES = 10_000
     type=click.Choice(BACKENDS),
     default="auto",
     show_default=True,
-    help="What the transformer computes with. triton needs CUDA and compute capability 8.0; auto takes it there, and "
-    "the torch references elsewhere.",
+    help="What the transformer computes with. triton needs CUDA and compute capability 7.5, where torch multiplies and "
+    "attends between the kernels; 8.0 and newer need no torch. auto takes it there, the torch references elsewhere.",
 )
 @click.option(
     "--compute",
@@ -270,7 +270,7 @@ def _measured(pipeline: Pipeline, requests: Sequence[GenerateOptions]) -> dict[s
     return {
         "device": str(pipeline.hardware.device),
         "dtype": pipeline.hardware.dtype_name,
-        "backend": pipeline.choice.compute.backend,
+        "backend": pipeline.choice.backend,
         "compute": pipeline.choice.bits,
         "format": pipeline.model.transformer.main_format,
         "synthetic": pipeline.model.synthetic,

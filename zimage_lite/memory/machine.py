@@ -45,13 +45,15 @@ class Work:
 
 @dataclass(frozen=True)
 class Processor:
-    """Rates that are really reached, in tera-operations per second."""
+    """Rates that are really reached, in tera-operations per second. unfused8: the sums of 8-bit products pass through
+    memory."""
 
     linear16: float
     linear8: float
     attention16: float
     attention8: float
     memory_gbps: float
+    unfused8: bool = False
 
     def milliseconds(self, work: Work) -> float:
         linear = work.linear_flops / (self.linear8 if work.int8 else self.linear16)
@@ -96,18 +98,19 @@ def processor(gpu: Gpu, high_power: bool = True, ideal: bool = False) -> Process
     """ideal: every rate at its peak, as if no kernel lost anything. The faster, the harder it is to hide copies.
 
     Attention beside 8-bit products multiplies queries and keys in int8, and adds up values in 16 bits. Before compute
-    capability 8.0 the compiler has no matrix units for that, and it stays 16-bit.
+    capability 8.0 the compiler has no matrix units for that: it stays 16-bit, and torch multiplies in 8 bits.
     """
-    tflops, tops = gpu.tflops16[high_power], gpu.tops8[high_power]
-    mixed = 2 / (1 / tops + 1 / (gpu.fp16_sums * tflops)) if gpu.capability >= (8, 0) else tflops
+    tflops, tops, units = gpu.tflops16[high_power], gpu.tops8[high_power], gpu.capability >= (8, 0)
+    mixed = 2 / (1 / tops + 1 / (gpu.fp16_sums * tflops)) if units else tflops
     if ideal:
-        return Processor(tflops, tops, tflops, mixed, gpu.memory_gbps)
+        return Processor(tflops, tops, tflops, mixed, gpu.memory_gbps, not units)
     return Processor(
         linear16=EFFICIENCY_16 * tflops,
         linear8=EFFICIENCY_8 * tops,
         attention16=EFFICIENCY_ATTENTION * tflops,
         attention8=EFFICIENCY_ATTENTION * mixed,
         memory_gbps=EFFICIENCY_MEMORY * gpu.memory_gbps,
+        unfused8=not units,
     )
 
 

@@ -12,7 +12,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from zimage_kernels import Int8Rows, attention, attention_int8, flash_attention, norm_rope, quantize_rows
+from zimage_kernels import (
+    Int8Rows,
+    attention,
+    attention_int8,
+    flash_attention,
+    has_matrix_units,
+    norm_rope,
+    quantize_rows,
+)
 
 from .linear import Activation, Linear, RMSNorm
 from .rope import Rope
@@ -23,7 +31,8 @@ _HEAD_GROUP = 64  # queries and keys are rotated by halves of a head: 128 is no 
 
 @dataclass(frozen=True)
 class Compute:
-    """backend: of every op. int8: multiply in 8 bits where a weight is int8; else weights are unpacked."""
+    """backend: of every op; with triton, torch still multiplies and attends where Triton has no matrix units. int8:
+    multiply in 8 bits where a weight is int8; else weights are unpacked."""
 
     backend: Literal["triton", "reference"] = "reference"
     int8: bool = False
@@ -43,16 +52,18 @@ class Compute:
         int8: bool,
     ) -> Tensor:  # fmt: skip
         """q, k, v: [tokens, heads, head_dim] as projected; norms: of q and k. int8: multiply q and k in 8 bits, unless
-        they are float32. Returns [tokens, heads, head_dim]."""
-        int8 = int8 and q.dtype != torch.float32
-        group = _HEAD_GROUP if int8 else None
+        they are float32, or torch has to attend because Triton has no matrix units. Returns [tokens, heads, head_dim].
+        """
         (q_norm, k_norm), backend = norms, self.backend
+        kernels = backend == "triton" and has_matrix_units(q.device)
+        int8 = int8 and q.dtype != torch.float32 and (kernels or backend == "reference")
+        group = _HEAD_GROUP if int8 else None
         q_in = norm_rope(q, q_norm.weight, *rope, q_norm.eps, group, None, backend)
         k_in = norm_rope(k, k_norm.weight, *rope, k_norm.eps, group, lengths if int8 else None, backend)
         if isinstance(q_in, Int8Rows) and isinstance(k_in, Int8Rows):
             return attention_int8(*q_in, *k_in, v, lengths, backend=backend)
         assert isinstance(q_in, Tensor) and isinstance(k_in, Tensor)
-        if backend == "reference" or q.dtype == torch.float32:
+        if not kernels or q.dtype == torch.float32:
             return attention(q_in, k_in, v, lengths)
         return flash_attention(q_in, k_in, v, lengths, backend)
 

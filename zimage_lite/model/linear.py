@@ -36,13 +36,13 @@ class Linear(nn.Module):
         """Returns 2^scale_log2 times the product, in the compute dtype. A 16-bit x is overwritten by x times that, so
         that float16 holds the product; the sums of 8 bits are wide enough.
 
-        Int8Rows must be rotated by `group`. backend: for them."""
+        Int8Rows must be rotated by `group`. backend: that multiplies them, or unpacks the weight."""
         if isinstance(x, Int8Rows):
             return linear_int8(
                 *x, *self.int8_rows, self.bias, scale_log2=scale_log2, out_dtype=self.dtype, backend=backend
             )
         assert self.packed is not None, "no weight is bound"
-        y = self.packed.linear(x.mul_(2.0**scale_log2) if scale_log2 else x)
+        y = self.packed.linear(x.mul_(2.0**scale_log2) if scale_log2 else x, backend)
         return y if self.bias is None else y + self.bias
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from zimage_kernels import apply_rope, attention
+from zimage_kernels import Backend, apply_rope, attention
 
 from ..config import TextEncoderConfig
 from .float16 import ATTENTION_SCALE, FEED_FORWARD_SCALE, scale_in, scaled, stream_dtype, swiglu
@@ -28,10 +28,14 @@ class SelfAttention(nn.Module):
         self.k_proj, self.v_proj = Linear(hidden, kv_dim), Linear(hidden, kv_dim)
         self.q_norm, self.k_norm = (RMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
 
-    def forward(self, x: Tensor, rope: Rope, lengths: list[int]) -> Tensor:
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, x: Tensor, rope: Rope, lengths: list[int], backend: Backend) -> Tensor:
+        q, k, v = (
+            project(x, backend=backend).unflatten(-1, (-1, self.head_dim))
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
         q, k = (apply_rope(h, *rope, interleaved=False) for h in (self.q_norm(q), self.k_norm(k)))
-        return self.o_proj(scaled(attention(q, k, v, lengths, causal=True).flatten(1), ATTENTION_SCALE))
+        mixed = scaled(attention(q, k, v, lengths, causal=True).flatten(1), ATTENTION_SCALE)
+        return self.o_proj(mixed, backend=backend)
 
 
 class MLP(nn.Module):
@@ -46,8 +50,9 @@ class MLP(nn.Module):
             Linear(inner, hidden),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+    def forward(self, x: Tensor, backend: Backend) -> Tensor:
+        hidden = swiglu(self.gate_proj(x, backend=backend), self.up_proj(x, backend=backend))
+        return self.down_proj(hidden, backend=backend)
 
 
 class Layer(nn.Module):
@@ -57,17 +62,19 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: Rope, lengths: list[int]) -> Tensor:
-        h = self.self_attn(self.input_layernorm(x), rope, lengths)
+    def forward(self, x: Tensor, rope: Rope, lengths: list[int], backend: Backend = "reference") -> Tensor:
+        h = self.self_attn(self.input_layernorm(x), rope, lengths, backend)
         x = torch.add(x, h, alpha=1 / scale_in(h.dtype, ATTENTION_SCALE))
-        h = self.mlp(self.post_attention_layernorm(x))
+        h = self.mlp(self.post_attention_layernorm(x), backend)
         return torch.add(x, h, alpha=1 / scale_in(h.dtype, FEED_FORWARD_SCALE))
 
 
 class TextEncoder(nn.Module):
-    def __init__(self, config: TextEncoderConfig) -> None:
+    """The skeleton. backend: that unpacks its weights; at some fifty tokens there is nothing else worth a kernel."""
+
+    def __init__(self, config: TextEncoderConfig, backend: Backend = "reference") -> None:
         super().__init__()
-        self.config = config
+        self.config, self.backend = config, backend
         self.layers = nn.ModuleList([Layer(config) for _ in range(config.layers_used)])
 
     def forward(self, embeddings: Tensor, lengths: list[int], stream: Stream = iter) -> list[Tensor]:
@@ -79,5 +86,5 @@ class TextEncoder(nn.Module):
         rope = cos.to(embeddings.device), sin.to(embeddings.device)
         x = embeddings.to(stream_dtype(embeddings.dtype))
         for layer in stream(self.layers):
-            x = layer(x, rope, lengths)
+            x = layer(x, rope, lengths, self.backend)
         return list(x.split(lengths))

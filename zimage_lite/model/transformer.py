@@ -68,7 +68,7 @@ class FeedForward(nn.Module):
 
     def _hidden(self, x: Activation, compute: Compute) -> Tensor:
         if not isinstance(x, Int8Rows):
-            return swiglu(self.w1(x), self.w3(x))
+            return swiglu(self.w1(x, backend=compute.backend), self.w3(x, backend=compute.backend))
         dtype, weights = self.w1.dtype, (*self.w1.int8_rows, *self.w3.int8_rows)
         scale_log2 = log2_in(dtype, FEED_FORWARD_SCALE)
         return swiglu_int8(*x, *weights, scale_log2=scale_log2, out_dtype=dtype, backend=compute.backend)

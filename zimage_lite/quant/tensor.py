@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from zimage_kernels import Backend, dequantize, unpacks, use_triton
 
 from .formats import Format, Options, Parts
 
@@ -21,8 +22,10 @@ TORCH_DTYPES = {
 # On the CPU a weight is unpacked and multiplied in pieces of 8 MB, which stay in the cache: 1.3 times as fast as whole
 # with q8_0 on two threads of a Zen 4, and the unpacked weight (157 MB) never exists.
 CPU_PIECE_WEIGHTS = 2**21
-# On a GPU in pieces that still fill it: unpacking a whole weight takes up to 10 bytes for each of its 39 M elements.
+# On a GPU in pieces that still fill it: to unpack each of a weight's 39 M elements torch takes up to 10 bytes for a
+# moment, the kernel only the 2 of the result.
 GPU_PIECE_WEIGHTS = 2**24
+_ROW_STEP = 16
 
 
 def rows_columns(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -30,6 +33,13 @@ def rows_columns(shape: tuple[int, ...]) -> tuple[int, int]:
     if len(shape) < 2:
         return 1, math.prod(shape)
     return shape[0], math.prod(shape[1:])
+
+
+def piece_rows(format: Format, columns: int, weights: int) -> int:
+    """Rows of a piece of so many weights. In multiples of 16 every piece begins at a multiple of 16 bytes, in any
+    format: kernels compiled for that are faster, and none has to be compiled for anything else."""
+    group = max(format.row_group, _ROW_STEP)
+    return max(weights // columns // group, 1) * group
 
 
 def all_finite(x: Tensor) -> bool:
@@ -61,21 +71,30 @@ class QTensor:
         wide = self.format.codec.dequantize(self.parts, columns, self.options)
         return wide[self.first_row : self.first_row + rows].to(dtype).reshape(self.shape)
 
-    def linear(self, x: Tensor) -> Tensor:
-        """x @ W.T. x: [tokens, columns] in the compute dtype -> [tokens, rows] in the same."""
+    def linear(self, x: Tensor, backend: Backend = "reference") -> Tensor:
+        """x @ W.T. x: [tokens, columns] in the compute dtype -> [tokens, rows] in the same. backend: that unpacks W,
+        if it can; else its codec does."""
         rows, columns = self.shape
-        step, group = rows, self.format.row_group
-        if self.parts[""].dtype != x.dtype and group and self.parts[""].ndim == 2:
-            piece = CPU_PIECE_WEIGHTS if x.device.type == "cpu" else GPU_PIECE_WEIGHTS
-            step = max(piece // columns // group, 1) * group
-        pieces = [self._rows(start, min(start + step, rows))._linear(x) for start in range(0, rows, step)]
+        step = rows
+        if self.parts[""].dtype != x.dtype and self.format.row_group and self.parts[""].ndim == 2:
+            step = piece_rows(self.format, columns, CPU_PIECE_WEIGHTS if x.device.type == "cpu" else GPU_PIECE_WEIGHTS)
+        pieces = [self._rows(start, min(start + step, rows))._linear(x, backend) for start in range(0, rows, step)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
 
-    def _linear(self, x: Tensor) -> Tensor:
+    def _linear(self, x: Tensor, backend: Backend) -> Tensor:
         fused = getattr(self.format.codec, "linear", None)
         if fused is not None:
             return fused(x, self.parts, self.options)
-        return F.linear(x, self.dequantize(x.dtype))
+        return F.linear(x, self._unpacked(x, backend))
+
+    def _unpacked(self, x: Tensor, backend: Backend) -> Tensor:
+        """As x is. The kernel does in one pass what takes torch dozens of launches and several bytes for a weight."""
+        name, columns = self.format.name, self.shape[1]
+        if not unpacks(name, self.parts, self.options, columns) or not use_triton(backend, x.device):
+            return self.dequantize(x.dtype)
+        wide = torch.empty(self.shape, dtype=x.dtype, device=x.device)
+        dequantize(name, self.parts, self.options, wide, self.first_row)
+        return wide
 
     def _rows(self, start: int, stop: int) -> QTensor:
         """Rows [start, stop), as views."""

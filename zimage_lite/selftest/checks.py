@@ -1,9 +1,9 @@
 """One small test of each kernel, in the shapes and dtypes that the model has, against its torch reference.
 
 Sizes that make Triton compile something else are those of the model (dtype, row length, heads, every tile of the tuning
-files, sizes divisible by 16 or not), so that what is compiled here is what runs later; all others are as small as they
-can be. A check takes what the model computes in, makes its data on torch's default device, and returns None or what is
-wrong.
+files, sizes divisible by 16 or not), so that what is compiled here is what runs later, and a picture in a usual format
+compiles nothing more; all others are as small as they can be. A check takes what the model computes in, makes its data
+on torch's default device, and returns None or what is wrong.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from .agreement import UNIT, first, rounded, same_rows, worst
 
 GROUP = 256  # of the rotation, for all linears
 EPS = 1e-5
-KINDS = ("q8_0", "q4_k", "q6_k", "int4", "nf4", "qint4", "qint8")  # the usual ones; each layout that is not ggml's
+KINDS = ("q8_0", "q4_k", "q5_k", "q6_k", "int4", "nf4", "qint4", "qint8")  # the usual; each layout that is not ggml's
+USUAL = KINDS[:5]  # what most files are made of: also in the long rows of w2
 Check = Callable[[torch.dtype], "str | None"]
 
 
@@ -53,13 +54,16 @@ def _vector(dim: int, dtype: torch.dtype) -> Tensor:
 
 
 def _bucket_rows(op: str) -> list[int]:
-    """A number of rows for each tile of the tuning file, that no tile divides."""
-    arch = 86 if interpreted() else capability(torch.empty(0).device)
-    bounds = [0, *(bucket["up_to"] for bucket in load(nearest(arch))[op][:-1])]
+    """A number of rows for each tile of the tuning file, that no tile divides; one where torch multiplies."""
+    buckets = load(nearest(capability(torch.empty(0).device))).get(op, [])
+    bounds = [0, *(bucket["up_to"] for bucket in buckets[:-1])]
     return [bound + 1 if bound else 9 for bound in bounds]
 
 
 # --- Products
+
+# Of the model, where torch multiplies: rows as they come (a short prompt; a piece of w1 or w3; 1024x1024), N and K.
+TORCH_PRODUCTS = ((32, 3840, 3840), (768, 10240, 3840), (4224, 3840, 3840), (4224, 3840, 10240))
 
 
 def _linear_int8(dtype: torch.dtype) -> str | None:
@@ -73,7 +77,17 @@ def _linear_int8(dtype: torch.dtype) -> str | None:
         return rounded(f"{rows} rows", ops.linear_int8(*given, out_dtype=dtype, backend="triton"), truth)
 
     plain = (one(rows, 512, False) for rows in _bucket_rows("linear_int8"))
-    return first(plain) or one(9, 336, True)
+    return first(plain) or one(9, 336, True) or _torch_products()
+
+
+def _torch_products() -> str | None:
+    """cuBLAS has products for some sizes and not for others."""
+    device = torch.empty(0).device
+    for rows, outputs, columns in () if ops.has_matrix_units(device) else TORCH_PRODUCTS:
+        x, w = (torch.ones(n, columns, dtype=torch.int8) for n in (rows, outputs))
+        if not bool((ops.integer_product(x, w) == columns).all()):
+            return f"torch's sums of {rows} x {outputs} x {columns}"
+    return None
 
 
 def _swiglu_int8(dtype: torch.dtype) -> str | None:
@@ -147,16 +161,25 @@ def _quantize_rows(dtype: torch.dtype) -> str | None:
 
 
 def _add_norm(dtype: torch.dtype) -> str | None:
+    """The three passes of a block, of those that know the time and of those that do not."""
     dim, stream = 3840, stream_dtype(dtype)
     x, y = _activations(5, dim, stream), _activations(5, dim, dtype)
     branch = Branch(y, _vector(dim, dtype), _vector(dim, dtype).tanh(), EPS)
     norm = Norm(_vector(dim, dtype), _vector(dim, dtype), EPS)
-    got, expected = (ops.add_norm(x, branch, norm, GROUP, backend) for backend in ("triton", "reference"))
-    half = ops.add_norm(x, branch, norm, None, "triton")
-    truth = ops.add_norm_reference(x, branch, norm._replace(weight=norm.weight.float()))
-    # A sum may be a whole step of the stream apart, 2 u, and the norm that is taken of it is rounded again.
-    step = worst("sum", got.x, expected.x, 2 * torch.finfo(stream).eps * expected.x.double().abs() + 1e-5)
-    return step or same_rows("int8", got.h, expected.h) or rounded("16-bit", half.h, truth.h, 3)  # type: ignore[arg-type]
+
+    def one(branch: Branch | None, norm: Norm | None) -> str | None:
+        group = None if norm is None else GROUP
+        got, expected = (ops.add_norm(x, branch, norm, group, backend) for backend in ("triton", "reference"))
+        # A sum may be a whole step of the stream apart, 2 u, and the norm that is taken of it is rounded again.
+        step = worst("sum", got.x, expected.x, 2 * torch.finfo(stream).eps * expected.x.double().abs() + 1e-5)
+        if step or norm is None:
+            return step
+        half = ops.add_norm(x, branch, norm, None, "triton")
+        truth = ops.add_norm_reference(x, branch, norm._replace(weight=norm.weight.float()))
+        return same_rows("int8", got.h, expected.h) or rounded("16-bit", half.h, truth.h, 3)  # type: ignore[arg-type]
+
+    timeless = branch._replace(gate=None), norm._replace(scale=None)
+    return first(one(*given) for b, n in ((branch, norm), timeless) for given in ((None, n), (b, n), (b, None)))
 
 
 def _norm_rope(dtype: torch.dtype) -> str | None:
@@ -176,6 +199,11 @@ def _norm_rope(dtype: torch.dtype) -> str | None:
 # --- Weights
 
 
+def _weights() -> list[tuple[str, int]]:
+    """Kinds, and lengths of their rows."""
+    return [(kind, 3840) for kind in KINDS] + [(kind, 10240) for kind in KINDS if kind in USUAL]
+
+
 def _packed(kind: str, columns: int) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
     """Parts, options, and what the codec makes of them, which is the definition. On the CPU, where codecs run."""
     codec = FORMATS[kind].codec
@@ -192,28 +220,28 @@ def _packed(kind: str, columns: int) -> tuple[dict[str, Tensor], dict[str, Any],
 
 
 def _dequantize(dtype: torch.dtype) -> str | None:
-    def one(kind: str) -> str | None:
-        parts, options, truth = _packed(kind, 3840)
+    def one(kind: str, columns: int) -> str | None:
+        parts, options, truth = _packed(kind, columns)
         out = torch.empty(truth.shape, dtype=dtype)
         ops.dequantize(kind, parts, options, out)
         return rounded(kind, out, truth)
 
-    return first(one(kind) for kind in KINDS)
+    return first(one(*weight) for weight in _weights())
 
 
 def _requantize(dtype: torch.dtype) -> str | None:
     """int4 is rotated int8 already: its codes times its scales are the weight, to the 2^-20 of a sum of 256."""
 
-    def one(kind: str) -> str | None:
-        parts, options, truth = _packed(kind, 3840)
-        out = Int8Rows.empty(3, 3840, truth.device)
+    def one(kind: str, columns: int) -> str | None:
+        parts, options, truth = _packed(kind, columns)
+        out = Int8Rows.empty(3, columns, truth.device)
         ops.requantize(kind, parts, options, out, GROUP)
         if kind == "int4":
             back = ops.hadamard_rotate(out.codes * out.scale.unsqueeze(1), GROUP)
             return worst(kind, back, truth, (truth.abs().max() * 2.0**-20).double())
         return same_rows(kind, out, ops.quantize_rows_reference(truth, GROUP))
 
-    return first(one(kind) for kind in KINDS)
+    return first(one(*weight) for weight in _weights())
 
 
 # op -> its check, and the compute capability that its kernel needs
@@ -223,8 +251,8 @@ CHECKS: dict[str, tuple[Check, int]] = {
     "norm_rope": (_norm_rope, 75),
     "dequantize": (_dequantize, 75),
     "requantize": (_requantize, 75),
-    "linear_int8": (_linear_int8, 80),
-    "swiglu_int8": (_swiglu_int8, 80),
+    "linear_int8": (_linear_int8, 75),
+    "swiglu_int8": (_swiglu_int8, 75),
     "flash_attention": (_flash_attention, 80),
     "attention_int8": (_attention_int8, 80),
 }

@@ -30,11 +30,12 @@ from .. import nvidia
 from ..cache_root import cache_root
 from ..checkpoint.output import replacing
 from ..errors import UserError
-from ..toolchain import compiler, has_headers, triton_version
+from ..toolchain import compiled_folder, compiler, has_headers, triton_version
 from .checks import CHECKS
 from .process import STATES, Verdict, one_line
 
-TIMEOUT_S = 300  # of a process with all checks: about 50 compilations, of a second each or two
+COMPILATIONS = 55  # at most, in all checks
+TIMEOUT_S = 300  # of a process with all checks: so many compilations, of half a second to two
 _log = logging.getLogger(__name__)
 _known: dict[str, dict[str, Verdict]] = {}  # of this process, by situation: the folder may be switched off
 
@@ -44,8 +45,8 @@ def verdicts(
 ) -> dict[str, Verdict]:
     """One for each op of checks.CHECKS, by its name. Raises nothing for what kernels, disk or processes do.
 
-    The first call in a new situation takes seconds to a minute, most of it compilations that are used later, and says
-    so by `tell` before. refresh: test again, and replace what was kept.
+    The first call in a new situation takes up to a minute, most of it compilations that are used later, and says so by
+    `tell` before. The same where Triton has lost what it compiled. refresh: test again, and replace what was kept.
     """
     obstacle = _obstacle(device)
     if obstacle:
@@ -56,8 +57,11 @@ def verdicts(
         root = cache_root()
         path = None if root is None else root / "kernels" / f"{key}.json"
         kept = None if refresh else _read(path, here)
+        if kept and not here["interpreted"] and _are_lost(kept):
+            kept = None
         if kept is None:
-            tell("checking the Triton kernels on this machine, once; it may take a minute")
+            where = f"; they are kept in {compiled_folder()}"
+            tell(f"compiling and checking up to {COMPILATIONS} Triton kernels, once, which may take a minute{where}")
         found = kept or _test(device)
         if kept is None:
             _write(path, here, found)
@@ -98,6 +102,15 @@ def _obstacle(device: torch.device) -> str | None:
     if device.type != "cuda" and not interpreted():
         return f"kernels need CUDA, the device is {device.type}"
     return None
+
+
+def _are_lost(kept: dict[str, Verdict]) -> bool:
+    """Whether kernels that compiled are no longer in Triton's cache, so that the first picture would compile them."""
+    try:
+        found = any(compiled_folder().iterdir())
+    except OSError:
+        found = False
+    return not found and any(verdict.trusted for verdict in kept.values())
 
 
 # --- Kept verdicts
