@@ -5,7 +5,7 @@ Each version knows other options. Those that the program's --help or the package
 out, and a setting that consists of them is not run. Its documentation (z_image.md, performance.md) advises flash
 attention everywhere, weights in RAM where the card is small, and streamed layers where it is smaller still. The
 program draws one image per run, so that none of its images is warm but for the files in the page cache: its seconds
-are its own figures, which leave out the loading before the image, and the first step is not told apart.
+are those of its log, which leave out what is loaded before the image.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ WAYS: dict[str, dict[str, tuple[tuple[str, ...], dict[str, Any]]]] = {
     "cpu": {"flash attention": (("--diffusion-fa",), {"diffusion_flash_attn": True})},
     "cuda": {
         "flash attention, weights in RAM": (
-            ("--diffusion-fa", "--offload-to-cpu", "--vae-tiling"),
-            {"diffusion_flash_attn": True, "offload_params_to_cpu": True},
+            ("--diffusion-fa", "--offload-to-cpu", "--vae-tiling", "--max-vram", "{cap}"),
+            {"diffusion_flash_attn": True, "offload_params_to_cpu": True, "max_vram": "{cap}"},
         ),
         "flash attention, streamed layers": (
             ("--diffusion-fa", "--offload-to-cpu", "--vae-tiling", "--max-vram", "{cap}", "--stream-layers"),
@@ -154,8 +154,17 @@ def told_by(log: str, steps: int) -> dict[str, Any]:
     sampling = re.findall(r"sampling completed, taking ([\d.]+)s", log)
     if not whole or not sampling:
         raise ValueError("no image in the log of stable-diffusion.cpp")
-    each = float(sampling[-1]) / steps
-    return {"seconds": float(whole[-1]), "step_seconds": [round(each, 4)] * steps}
+    return {"seconds": float(whole[-1]), "step_seconds": steps_of(log, steps) or [float(sampling[-1]) / steps] * steps}
+
+
+def steps_of(log: str, steps: int) -> list[float]:
+    """Seconds of each step, from what the progress bar said of it; nothing if it does not count to `steps`."""
+    found: dict[int, float] = {}
+    before, _, _ = log.rpartition("sampling completed")
+    for step, of, rate, unit in re.findall(r"(\d+)/(\d+) - ([\d.]+)(s/it|it/s)", before):
+        if int(of) == steps and float(rate):
+            found[int(step)] = float(rate) if unit == "s/it" else round(1 / float(rate), 4)
+    return [found[step] for step in range(1, steps + 1)] if len(found) == steps else []
 
 
 def failure(log: str, code: int) -> dict[str, Any]:

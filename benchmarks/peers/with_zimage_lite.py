@@ -3,7 +3,6 @@ GPU to measure on."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from harness import Case, Work, answer, class_of
 
 SYNTHETIC = "synthetic:"
+_ASK = "import sys; from zimage_lite.api import open_named; print(open_named(sys.argv[1], {}).transformer.main_format)"
 
 
 def cases(models: Sequence[str], device: str) -> list[Case]:
@@ -34,13 +34,10 @@ def format_of(model: str) -> str:
     """The main format of its transformer, by what its files say. Raises SystemExit with our own complaint."""
     if model.startswith(SYNTHETIC):
         return model.removeprefix(SYNTHETIC)
-    command = [sys.executable, "-m", "zimage_lite", "inspect", model, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", _ASK, model], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr.strip().splitlines()[-1])
-    parts = {part["name"]: part for part in json.loads(done.stdout.splitlines()[-1])["parts"]}
-    formats = parts["transformer"]["formats"]
-    return max(formats, key=lambda name: formats[name]["bytes"])
+    return done.stdout.strip()
 
 
 def measure(settings: dict[str, Any], work: Work) -> dict[str, Any]:
