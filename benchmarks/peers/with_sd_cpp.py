@@ -14,8 +14,10 @@ import inspect
 import re
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +90,10 @@ def by_program(settings: dict[str, Any], work: Work) -> dict[str, Any]:
         found["version"] = said(program, "--version").strip().splitlines()[0]
     with tempfile.TemporaryDirectory() as folder:  # for the picture
         for _ in range(1 + work.repeats):
-            done = subprocess.run([program, *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            log = done.stdout.decode(errors="replace")
-            if done.returncode:
-                return {**found, **failure(log, done.returncode)}
-            found["runs"].append(told_by(log, work.steps))
+            code, log, moments = watched([program, *arguments], folder, work.steps)
+            if code:
+                return {**found, **failure(log, code)}
+            found["runs"].append(told_by(log, moments, work.steps))
     return found
 
 
@@ -148,23 +149,33 @@ def cap(work: Work) -> str:
     return f"{(work.vram_bytes or 0) / 2**30:.2f}"
 
 
-def told_by(log: str, steps: int) -> dict[str, Any]:
-    """What its log says of an image. Raises ValueError if it says nothing of it."""
+def watched(command: Sequence[str], folder: str, steps: int) -> tuple[int, str, list[float]]:
+    """-> exit code, log, and the moments at which its progress bar had counted one, two ... of so many steps. What the
+    bar says of their speed is each step's in some versions, and the mean so far in others."""
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
+    assert process.stdout
+    log, moments = b"", list[float]()
+    while chunk := process.stdout.read(65536):
+        log += chunk
+        counted = [
+            int(step) for step, of in re.findall(rb"(\d+)/(\d+) - ", log[-len(chunk) - 20 :]) if int(of) == steps
+        ]
+        if len(moments) + 1 in counted:
+            moments.append(time.perf_counter())
+    return process.wait(), log.decode(errors="replace"), moments
+
+
+def told_by(log: str, moments: Sequence[float], steps: int) -> dict[str, Any]:
+    """Of an image. The first step is what the others leave of the sampling. Raises ValueError if the log lacks one."""
     whole = re.findall(r"generate_image completed in ([\d.]+)s", log)
     sampling = re.findall(r"sampling completed, taking ([\d.]+)s", log)
     if not whole or not sampling:
         raise ValueError("no image in the log of stable-diffusion.cpp")
-    return {"seconds": float(whole[-1]), "step_seconds": steps_of(log, steps) or [float(sampling[-1]) / steps] * steps}
-
-
-def steps_of(log: str, steps: int) -> list[float]:
-    """Seconds of each step, from what the progress bar said of it; nothing if it does not count to `steps`."""
-    found: dict[int, float] = {}
-    before, _, _ = log.rpartition("sampling completed")
-    for step, of, rate, unit in re.findall(r"(\d+)/(\d+) - ([\d.]+)(s/it|it/s)", before):
-        if int(of) == steps and float(rate):
-            found[int(step)] = float(rate) if unit == "s/it" else round(1 / float(rate), 4)
-    return [found[step] for step in range(1, steps + 1)] if len(found) == steps else []
+    each = [float(sampling[-1]) / steps] * steps
+    if len(moments) == steps:
+        later = [end - start for start, end in pairwise(moments)]
+        each = [max(float(sampling[-1]) - sum(later), 0.0), *later]
+    return {"seconds": float(whole[-1]), "step_seconds": [round(seconds, 4) for seconds in each]}
 
 
 def failure(log: str, code: int) -> dict[str, Any]:
