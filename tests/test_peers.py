@@ -240,10 +240,10 @@ def test_diffusers_without_memory_is_a_result(monkeypatch: pytest.MonkeyPatch) -
 
 # --- stable-diffusion.cpp
 
-HELP = """usage: sd-cli [options]
+HELP = """stable-diffusion.cpp version of a test
+usage: sd-cli [options]
   -o, --output <string>       path to write result image to
   -h, --help                  show this help message and exit, see also --not-an-option
-  --version                   print the version
   --llm <string>              path to the llm text encoder
   --diffusion-model <string>  path
   --vae <string>              path
@@ -313,7 +313,6 @@ def test_what_the_log_of_sd_cpp_says() -> None:
 FAKE = f"""#!{sys.executable}
 import sys, time
 if "--help" in sys.argv: print({HELP!r}); sys.exit()
-if "--version" in sys.argv: print("version of a test"); sys.exit()
 assert all(open(sys.argv[sys.argv.index(name) + 1], "rb").read(1) for name in ("--llm", "--diffusion-model", "--vae"))
 held = b"x" * 150_000_000
 print("  |==>  | 4/686 - 6.66it/s", end="")
@@ -322,6 +321,17 @@ for step in range(1, 5):
     time.sleep(0.05)
 print({LOG!r})
 """
+
+
+@needs_posix
+def test_ways_that_a_version_lacks(tmp_path: Path) -> None:
+    program = tmp_path / "sd-cli"
+    program.write_text(f"#!/bin/sh\necho '{OLD_HELP}'\n")
+    program.chmod(0o755)
+    found = with_sd_cpp.by_program(settings("flash attention, streamed layers", program=str(program)), WORK)
+    assert found == {"outcome": NOT_RUN, "reason": "this version has no --stream-layers"}
+    found = with_sd_cpp.by_program(settings("flash attention", "cpu", program="/no/such/sd-cli"), WORK)
+    assert found == {"outcome": FAILED, "reason": "sd-cli: No such file or directory"}
 
 
 @needs_posix
@@ -341,7 +351,7 @@ def test_the_whole_command(q8_0: Path, tmp_path: Path) -> None:
     result = json.loads(lines[-1])
     assert result == json.loads(out.read_text()) and str(tmp_path) not in lines[-1]
     row = result["rows"][-1]
-    assert (row["outcome"], row["setting"], row["version"]) == (DONE, "q8_0, flash attention", "version of a test")
+    assert (row["outcome"], row["setting"], row["version"]) == (DONE, "q8_0, flash attention", HELP.splitlines()[0])
     assert row["seconds"]["cold"] == row["seconds"]["warm"]["median"] == 9.1
     for image in row["runs"]:
         assert len(image["step_seconds"]) == 4 and min(image["step_seconds"]) >= 0.05

@@ -71,7 +71,7 @@ class Case:
 
 
 def class_of(format_name: str) -> int:
-    """ "q4_k_m" -> 4, "bf16" -> 16: bits of a weight as the name has them."""
+    """Bits of a weight as the name has them: 4 of "q4_k_m"."""
     found = re.search(r"\d+", format_name)
     return int(found[0]) if found else 0
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from harness import Case, Clock, Work, answer, class_of, drawn, without_paths
 
-from zimage_lite.tiers import DONE, FAILED, OOM
+from zimage_lite.tiers import DONE, FAILED, NOT_RUN, OOM
 
 _PROGRAM, _PACKAGE = "stable-diffusion.cpp", "stable-diffusion-cpp-python"
 _SCRIPT = "with_sd_cpp.py"
@@ -53,7 +53,7 @@ def cases(folders: Mapping[str, str], program: str | None, device: str) -> list[
     for name, folder in (folders or {"q8_0": ""}).items():
         lacks = None if folder else "needs --quantized"
         for way in WAYS[device]:
-            settings = {**files_in(Path(folder)), "device": device, "way": way}
+            settings = {**(files_in(Path(folder)) if folder else {}), "device": device, "way": way}
             case = Case(_PACKAGE, f"{name}, {way}", class_of(name), device, _SCRIPT, settings, (_PACKAGE,), lacks)
             by_program = {**settings, "program": program}
             no_program = None if program else "needs --sd-cpp"
@@ -83,11 +83,11 @@ def by_program(settings: dict[str, Any], work: Work) -> dict[str, Any]:
     options, _ = WAYS[settings["device"]][settings["way"]]
     unknown = sorted(_ESSENTIAL.intersection(options) - known_options(help_text))
     if unknown:
-        return {"outcome": FAILED, "reason": f"this version has no {', '.join(unknown)}"}
+        return {"outcome": NOT_RUN, "reason": f"this version has no {', '.join(unknown)}"}
     arguments = command_line(settings, work, help_text)
     found: dict[str, Any] = {"outcome": DONE, "runs": [], "command": without_paths([program, *arguments])}
-    if "--version" in known_options(help_text):
-        found["version"] = said(program, "--version").strip().splitlines()[0]
+    if named := re.search(r"stable-diffusion\.cpp version .*", help_text):
+        found["version"] = named[0]
     with tempfile.TemporaryDirectory() as folder:  # for the picture
         for _ in range(1 + work.repeats):
             code, log, moments = watched([program, *arguments], folder, work.steps)
@@ -113,18 +113,9 @@ def command_line(settings: Mapping[str, Any], work: Work, help_text: str) -> lis
     known = known_options(help_text)
     llm = "--llm" if "--llm" in known else "--qwen2vl"  # its name until the end of 2025
     found = ["--diffusion-model", settings["diffusion_model"], llm, settings["llm"], "--vae", settings["vae"]]
-    found += ["--prompt", work.prompt, "--width", str(work.size), "--height", str(work.size)]
-    found += [
-        "--steps",
-        str(work.steps),
-        "--seed",
-        str(work.seed),
-        "--cfg-scale",
-        "1.0",
-        "--threads",
-        str(work.threads),
-    ]
-    found += ["--output", "image.png"]
+    size, steps, seed, threads = map(str, (work.size, work.steps, work.seed, work.threads))
+    found += ["--prompt", work.prompt, "--width", size, "--height", size, "--steps", steps, "--seed", seed]
+    found += ["--cfg-scale", "1.0", "--threads", threads, "--output", "image.png"]
     options, _ = WAYS[settings["device"]][settings["way"]]
     return found + chosen(options, known, work)
 
@@ -198,7 +189,7 @@ def by_package(settings: dict[str, Any], work: Work) -> dict[str, Any]:
     known = set(inspect.signature(StableDiffusion.__init__).parameters)
     unknown = sorted(_ESSENTIAL.intersection(wanted) - known)
     if unknown:
-        return {"outcome": FAILED, "reason": f"this version has no {', '.join(unknown)}"}
+        return {"outcome": NOT_RUN, "reason": f"this version has no {', '.join(unknown)}"}
     options = {name: value for name, value in wanted.items() if name in known}
     model = StableDiffusion(
         diffusion_model_path=settings["diffusion_model"], llm_path=settings["llm"], vae_path=settings["vae"],
