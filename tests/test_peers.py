@@ -118,7 +118,7 @@ def test_without_files_every_peer_keeps_its_rows() -> None:
 
 def test_what_is_measured_is_said_first() -> None:
     line = run.first_line([case(), case(), case(device="cuda")], [None, "needs --model", "needs CUDA"], None)
-    assert line == "Measures 1 of 3 cases on the CPU. Not run: 1 needs --model; 1 needs CUDA"
+    assert line.startswith("Measures 1 of 3 cases on the CPU. Not run: 1: needs --model; 1: needs CUDA (there, zim")
     assert run.first_line([case(device="cuda")], [None], "a card") == "Measures 1 of 1 cases on a card"
 
 
@@ -347,7 +347,7 @@ def test_the_whole_command(q8_0: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True)
     lines = done.stdout.splitlines()
-    assert lines[0] == "Measures 1 of 4 cases on the CPU. Not run: 3 needs --model"
+    assert lines[0] == "Measures 1 of 4 cases on the CPU. Not run: 3: needs --model"
     result = json.loads(lines[-1])
     assert result == json.loads(out.read_text()) and str(tmp_path) not in lines[-1]
     row = result["rows"][-1]

@@ -132,10 +132,10 @@ def first_line(todo: Sequence[Case], reasons: Sequence[str | None], gpu: str | N
     running = [case for case, reason in zip(todo, reasons, strict=True) if not reason]
     on = sorted({gpu or "" if case.device == "cuda" else "the CPU" for case in running})
     counts = {reason: reasons.count(reason) for reason in reasons if reason}
-    left = "; ".join(f"{count} {reason}" for reason, count in counts.items())
-    return f"Measures {len(running)} of {len(todo)} cases{' on ' + ' and '.join(on) if on else ''}" + (
-        f". Not run: {left}" if left else ""
-    )
+    left = "; ".join(f"{count}: {reason}" for reason, count in counts.items())
+    planned = " (there, zimage-lite's figures are predictions)" if "needs CUDA" in counts else ""
+    where = f" on {' and '.join(on)}" if on else ""
+    return f"Measures {len(running)} of {len(todo)} cases{where}" + (f". Not run: {left}{planned}" if left else "")
 
 
 def within(work: Work, tier: Tier, case: Case) -> Work:

@@ -20,7 +20,7 @@ def cases(models: Sequence[str], device: str) -> list[Case]:
     found = []
     for model in models:
         name = format_of(model)
-        settings = {"model": model, "device": device, "predict": False}
+        settings = {"model": model, "device": device}
         found.append(
             Case(
                 "zimage-lite", name, class_of(name), device, "with_zimage_lite.py", settings, beside=("torch", "triton")
@@ -41,7 +41,7 @@ def format_of(model: str) -> str:
 
 
 def measure(settings: dict[str, Any], work: Work) -> dict[str, Any]:
-    if settings["predict"]:
+    if "predict" in settings:
         return planned(settings["model"], settings["predict"], work)
     from zimage_lite import bench_case
 
