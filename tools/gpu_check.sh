@@ -3,10 +3,12 @@
 #
 #     bash tools/gpu_check.sh [FOLDER]        FOLDER: for the results; default $OUT, else ./gpu_check
 #
-# Tests, tiers, single ops, streaming; then a page of all that. Each part has a limit of its own and is killed at it, and
-# the longer scripts write their JSON after each case, so what was measured until then survives. parts.json says how each part
-# ended: 0 done, 124 or 137 out of time, null not started. Exits with 1 unless all ended with 0.
-# PYTHON: the interpreter. GPU_CHECK_SECONDS: another limit for all together.
+# Tests, tiers, single ops, streaming, other programs; then a page of all that. Each part has a limit of its own and is
+# killed at it, and the longer scripts write their JSON after each case, so what was measured until then survives.
+# parts.json says how each part ended: 0 done, 124 or 137 out of time, null not started. Exits with 1 unless all ended
+# with 0.
+# PYTHON: the interpreter. GPU_CHECK_SECONDS: another limit for all together. PEERS: more options for benchmarks/peers,
+# such as "--model FOLDER", without which most of these have nothing to load.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -52,9 +54,13 @@ tier 8gb
 part linear_int8 40 "$python" benchmarks/ops/bench_linear_int8.py --out "$out/linear_int8.json"
 part attention 40 "$python" benchmarks/ops/bench_attention.py --out "$out/attention.json"
 part streaming 100 "$python" benchmarks/streaming_gpu.py --vram 4 --sizes 1024 --case-limit 50 --out "$out/streaming.json"
+# Those that are installed, in all the time that is left but for the report's.
+# shellcheck disable=SC2086
+part peers $((total - SECONDS - 20)) "$python" benchmarks/peers/run.py --tier 6gb --size 1024 \
+    --quantized synthetic:int8 ${PEERS:-} --out "$out/peers.json"
 
 results=()
-for name in tier_6gb tier_8gb linear_int8 attention streaming; do
+for name in tier_6gb tier_8gb linear_int8 attention streaming peers; do
     [[ -s "$out/$name.json" ]] && results+=("$out/$name.json")
 done
 ((${#results[@]})) && part report 20 "$python" -m zimage_lite report "${results[@]}" -o "$out/report.html" \

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .likeness import said
 from .report_page import GIB, NOTHING, Figure, Section, Table, gb
 from .report_plots import Plot, Point
+from .tiers import DONE
 
 Result = Mapping[str, Any]
+
+PEERS = "zimage-lite peers"  # the kind of what benchmarks/peers writes
 
 
 def sections_of(name: str, result: Result) -> Iterator[Section]:
     """What a file has to show; nothing, if it is of none of our benchmarks."""
     runs, rows = result.get("runs", []), result.get("rows", [])
-    if "captions" in result:
+    if result.get("kind") == PEERS:
+        yield _peers(name, result)
+    elif "captions" in result:
         yield _formats(result)
     elif "ggml" in result:
         yield _conversion(result)
@@ -131,3 +136,66 @@ def _budgets(name: str, result: Result) -> Section:
         plot = Plot("Seconds per step against --ram", "GB of RAM", "seconds per step", series)
         section.parts.append(Figure(plot.svg(), "Seconds of a step that has nothing to load, against --ram."))
     return section
+
+
+def _peers(name: str, result: Result) -> Section:
+    section = Section(f"Beside others ({name})")
+    tier, rows = result["tier"], result["rows"]
+    section.parts.append(
+        f"{result['size']}x{result['size']} in {result['steps']} steps, the median of {result['repeats']} warm images, "
+        f"or the cold one where there is no other. On a GPU within {tier['vram_bytes'] / GIB:.2f} GiB. Beside a time: "
+        "how many times as long as zimage-lite took with weights of as many bits on the same device. GPU memory is "
+        "that of the whole process, as the driver counts; RAM is the operating system's peak."
+    )
+    ours = _fastest_of_ours(rows)
+    cells, bad = list[list[str]](), set[tuple[int, int]]()
+    for row in rows:
+        vram = row.get("process_peak_bytes")
+        if row["outcome"] != DONE or (vram and row["device"] == "cuda" and vram > tier["vram_bytes"]):
+            bad.add((len(cells), 6))
+        cells.append(_peer(row, ours.get((row["bits"], row["device"])), tier["vram_bytes"]))
+    header = ("program", "setting", "s per image", "s per step", "GPU memory", "RAM", "how it went")
+    section.parts.append(Table(header, cells, texts=2, bad=frozenset(bad)))
+    versions = {f"{what} {version}" for row in rows for what, version in row["versions"].items()}
+    section.parts.append(f"Versions: {', '.join(sorted(versions)) or NOTHING}. Exact settings are in the file.")
+    return section
+
+
+def _fastest_of_ours(rows: Sequence[Result]) -> dict[tuple[int, str], dict[str, float]]:
+    """Bits and device -> the least seconds of zimage-lite's measured rows."""
+    found: dict[tuple[int, str], dict[str, float]] = {}
+    for row in rows:
+        if row["peer"] == "zimage-lite" and row["outcome"] == DONE and not row["prediction"]:
+            best = found.setdefault((row["bits"], row["device"]), {})
+            for what, seconds in _seconds(row).items():
+                best[what] = min(seconds, best.get(what, seconds))
+    return found
+
+
+def _seconds(row: Result) -> dict[str, float]:
+    """Of an image, and of a step where there is more than one."""
+    found = {"image": float(row["seconds"].get("warm", {}).get("median", row["seconds"]["cold"]))}
+    return {**found, "step": float(row["step_seconds"]["median"])} if "step_seconds" in row else found
+
+
+def _peer(row: Result, ours: Mapping[str, float] | None, cap_bytes: float) -> list[str]:
+    start = [str(row["peer"]), f"{row['setting']} ({row['device']})"]
+    ram, vram = row.get("peak_rss_bytes"), row.get("process_peak_bytes")
+    if row["outcome"] != DONE:
+        how = f"{row['outcome']}: {row['reason']}" if row.get("reason") else str(row["outcome"])
+        return [*start, NOTHING, NOTHING, NOTHING, NOTHING, how]
+    memory = f"{vram / GIB:.2f} GiB" if vram else NOTHING
+    if row["prediction"]:
+        times = [f"{low:.2f} to {high:.2f}" for low, high in (row["planned_seconds"], row["planned_step_seconds"])]
+        return [*start, *times, memory, gb(row["planned_ram_bytes"]), f"prediction for {row['gpu']}"]
+    over = row["device"] == "cuda" and vram and vram > cap_bytes
+    found = _seconds(row)
+    times = [_beside(found.get(what), (ours or {}).get(what)) for what in ("image", "step")]
+    how = "more memory than the tier has" if over else "; ".join(map(str, row.get("told", []))) or "done"
+    return [*start, *times, memory, gb(ram) if ram else NOTHING, how]
+
+
+def _beside(seconds: float | None, ours: float | None) -> str:
+    if seconds is None:
+        return NOTHING
+    return f"{seconds:.2f} ({seconds / ours:.2f} x)" if ours else f"{seconds:.2f}"
