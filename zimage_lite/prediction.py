@@ -25,7 +25,7 @@ from .config import (
     TransformerConfig,
     VaeConfig,
 )
-from .cpu_terms import cpu_unpacking_flops, holes, holes_of_maps
+from .cpu_terms import ELEMENTWISE_FLOPS, cpu_unpacking_flops, holes, holes_of_maps
 from .footprint import (
     ITEM_BYTES,
     STREAM_BYTES,
@@ -269,17 +269,16 @@ def _vector_bytes(model: Model, job: Job, dtype: str) -> int:
 def _transformer_work(
     parts: Sequence[Part], tokens: int, dim: int, attention: float, charge: float, device: str, machine: Machine
 ) -> Work:
-    """The CPU re-encodes nothing."""
-    flops, traffic = 2 * _linear_weights(parts) * tokens, _TRAFFIC * tokens * dim * 2
-    int8 = any(part.format.name == "int8" for part in parts)
-    if device == "gpu":
-        int8 = any(map(_in_int8, parts))
-        traffic += sum(part.n_bytes for part in parts if is_reencoded(part.format)) + _reencoded(parts)
-        if machine.gpu and machine.gpu.unfused8:
-            traffic += _SUM_TRAFFIC * tokens * sum(part.rows for part in parts if _in_int8(part))
-    elif not (int8 and machine.cpu_int8):
-        flops += cpu_unpacking_flops(parts)
-    return Work(charge * flops, charge * attention, charge * traffic, int8)
+    flops, int8 = 2 * _linear_weights(parts) * tokens, any(part.format.name == "int8" for part in parts)
+    if device == "cpu":
+        attention += ELEMENTWISE_FLOPS * tokens * dim  # at the rate of float32, whatever the weights are
+        flops += 0 if int8 and machine.cpu_int8 else cpu_unpacking_flops(parts)
+        return Work(charge * flops, charge * attention, int8=int8)
+    traffic = _TRAFFIC * tokens * dim * 2 + _reencoded(parts)
+    traffic += sum(part.n_bytes for part in parts if is_reencoded(part.format))
+    if machine.gpu and machine.gpu.unfused8:
+        traffic += _SUM_TRAFFIC * tokens * sum(part.rows for part in parts if _in_int8(part))
+    return Work(charge * flops, charge * attention, charge * traffic, any(map(_in_int8, parts)))
 
 
 def _linear_weights(parts: Iterable[Part]) -> int:
