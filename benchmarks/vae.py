@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--sizes", nargs="*", default=["256x256", "512x512"], help="HEIGHTxWIDTH")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--ways", nargs="*", default=[*PEERS, *WAYS], help="the first is what the others differ from")
     parser.add_argument("--case", nargs=3, metavar=("WAY", "SIZE", "IMAGE"), help="one run; used by the others")
     args = parser.parse_args()
     if args.case:
@@ -61,18 +62,18 @@ def main() -> None:
         return
     report = {"machine": machine(), "commit": commit(), "dtype": args.dtype, "counted": counted(), "runs": []}
     for size in args.sizes:
-        report["runs"] += compared(size, args.dtype)
+        report["runs"] += compared(size, args.dtype, args.ways)
         if args.out:
             args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
 
 
-def compared(size: str, dtype: str) -> list[dict[str, Any]]:
-    """All ways at one size, and how far each image is from diffusers' plain one."""
+def compared(size: str, dtype: str, ways: list[str]) -> list[dict[str, Any]]:
+    """These ways at one size, and how far each image is from the first one's."""
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         truth = None
-        for number, way in enumerate((*PEERS, *WAYS)):
+        for number, way in enumerate(ways):
             path = Path(folder) / f"{number}.pt"
             command = [sys.executable, __file__, "--dtype", dtype, "--case", way, size, str(path)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

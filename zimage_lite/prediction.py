@@ -202,8 +202,8 @@ def _encode(model: Model, prompt_tokens: Sequence[int], device: str, machine: Ma
         parts = of_layers[name]
         n_bytes, weights = arena_bytes(parts), _linear_weights(parts)
         traffic = n_bytes + 4 * weights if _is_lossy(parts) else n_bytes
-        flops = 2 * weights * tokens + (cpu_unpacking_flops(parts) if device == "cpu" else 0)
-        blocks.append(Block(name, n_bytes, Work(flops, attention, traffic)))
+        other = cpu_unpacking_flops(parts) if device == "cpu" else 0
+        blocks.append(Block(name, n_bytes, Work(2 * weights * tokens, attention, traffic, other_flops=other)))
     q_dim, kv_dim = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
     activations = activation_bytes(
         tokens, c.hidden_size, c.intermediate_size, c.num_attention_heads, item, stream, q_dim, kv_dim, False
@@ -271,9 +271,9 @@ def _transformer_work(
 ) -> Work:
     flops, int8 = 2 * _linear_weights(parts) * tokens, any(part.format.name == "int8" for part in parts)
     if device == "cpu":
-        attention += ELEMENTWISE_FLOPS * tokens * dim  # at the rate of float32, whatever the weights are
-        flops += 0 if int8 and machine.cpu_int8 else cpu_unpacking_flops(parts)
-        return Work(charge * flops, charge * attention, int8=int8)
+        unpacking = 0 if int8 and machine.cpu_int8 else cpu_unpacking_flops(parts)
+        other = ELEMENTWISE_FLOPS * tokens * dim + unpacking
+        return Work(charge * flops, charge * attention, int8=int8, other_flops=charge * other)
     traffic = _TRAFFIC * tokens * dim * 2 + _reencoded(parts)
     traffic += sum(part.n_bytes for part in parts if is_reencoded(part.format))
     if machine.gpu and machine.gpu.unfused8:

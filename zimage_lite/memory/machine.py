@@ -33,7 +33,8 @@ COPY_OVERHEAD_MS = 0.02
 class Work:
     """What one block computes in one pass. traffic_bytes: what it reads and writes beside its products: activations,
     and weights that are unpacked first. int8: on 8-bit matrix units, its attention, too. host_bytes: what goes between
-    the device and pageable memory, and nothing hides. launches: of kernels; about 20 for a transformer block."""
+    the device and pageable memory, and nothing hides. launches: of kernels; about 20 for a transformer block.
+    other_flops: on the CPU, what is no product takes as long as so many operations of one."""
 
     linear_flops: float
     attention_flops: float = 0.0
@@ -41,6 +42,7 @@ class Work:
     int8: bool = False
     host_bytes: float = 0.0
     launches: int = 20
+    other_flops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,10 @@ class Processor:
     def milliseconds(self, work: Work) -> float:
         linear = work.linear_flops / (self.linear8 if work.int8 else self.linear16)
         attention = work.attention_flops / (self.attention8 if work.int8 else self.attention16)
-        return (linear + attention) / 1e9 + work.traffic_bytes / self.memory_gbps / 1e6 + work.launches * LAUNCH_MS
+        other = work.other_flops / self.linear16
+        return (
+            (linear + attention + other) / 1e9 + work.traffic_bytes / self.memory_gbps / 1e6 + work.launches * LAUNCH_MS
+        )
 
 
 CPU = Processor(CPU_TFLOPS, CPU_TFLOPS, CPU_TFLOPS, CPU_TFLOPS, CPU_MEMORY_GBPS)
