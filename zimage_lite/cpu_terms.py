@@ -11,7 +11,7 @@ from .catalog import Part
 
 # Beside what is alive: of activations, of what unpacking a piece takes, and of a decoder's maps, of which those above
 # 32 MB are mapped on their own. Peaks of the same run vary by 150 MB; meant never to be too low.
-_ACTIVATION_HOLES, _UNPACKING_HOLES, _MAP_HOLES, _MOST_MAP_HOLES = 0.6, 5, 0.3, 80_000_000
+_ACTIVATION_HOLES, _UNPACKING_HOLES, _MAP_HOLES, _MOST_MAP_HOLES = 1.0, 2, 0.4, 100_000_000
 # Unpacking a weight takes as long as so many operations of a float32 product: 0.8 ns in q8_0, 1.6 to 2.5 ns in q4_k_m.
 # Below 8 bits codes are picked out of bytes, and scales out of scales.
 _UNPACKING_FLOPS = {"16 bits": 40, "8 bits": 150, "fewer": 400}
