@@ -114,7 +114,7 @@ def _link_gbps(device: torch.device) -> float:
 
 @cache
 def _cpu() -> Processor:
-    """Its products, measured in about 15 ms; two threads of a laptop and eight differ by five times."""
+    """Its products, measured in about 30 ms; two threads of a laptop and eight differ by five times."""
     x, weight = torch.ones(256, 1024), torch.ones(1024, 1024)
     tflops = tops = _rate(lambda: F.linear(x, weight))
     if cpu_has_int8_units():
@@ -126,7 +126,7 @@ def _cpu() -> Processor:
 def _rate(multiply: Callable[[], Tensor]) -> float:
     """Tera-operations per second of a product of 256 x 1024 x 1024."""
     seconds = []
-    for _ in range(4):  # the first one starts the threads
+    for _ in range(8):  # the first one starts the threads; the best of 3 was at times half of what steps then reached
         start = time.perf_counter()
         multiply()
         seconds.append(time.perf_counter() - start)
