@@ -39,7 +39,8 @@ def load(
     """Open a model folder, one of the Hub, the built-in demo, or "synthetic:FORMAT". Raises UserError.
 
     Nothing is loaded before `Pipeline.generate`. vram, ram: ceilings such as "6GB"; cache: keep prompt embeddings on
-    the disk; tell: gets a line when memory ran out and less is used; the other paths replace parts of the model.
+    the disk; tell: gets a line when memory ran out and less is used, or torch runs in the place of kernels; the other
+    paths replace parts of the model.
     """
     replaced = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
     files = open_named(model, {name: Path(path) for name, path in replaced.items() if path is not None})

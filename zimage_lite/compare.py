@@ -8,8 +8,8 @@ runs for every model.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import chain, count
@@ -30,6 +30,7 @@ from .config import GenerateOptions, RuntimeOptions
 from .contact_sheet import Row, contact_sheet
 from .errors import UserError, WrongModelError
 from .likeness import NAMES, said
+from .memory.machine import CUDA_CONTEXT_BYTES
 from .pipeline import Pipeline, Progress
 from .report_compare import COMPARE
 from .similarity import Distance, large_enough_for_lpips, open_lpips, pixels, psnr_db, ssim
@@ -101,17 +102,20 @@ def compare(
     """Draw and compare. -> the result as plain data; pictures are in folder/LABEL/.
 
     requests: what they leave open, the reference says for all. save: writes a picture; tell: takes a line for the user;
-    watch: a progress display for one model.
+    watch: a progress display for one model. Raises UserError, BudgetError before anything is drawn.
     """
     distance, lpips = open_lpips()
     if distance is None:
         tell(f"note: LPIPS is left out: {lpips}")
     first = next(iter(pipelines.values()))
     requests = [first.complete(request) for request in requests]
+    for label, pipeline in pipelines.items():  # before an hour was spent on the first
+        with _named(label):
+            pipeline.require_fit(requests)
     rows = list[dict[str, Any]]()
     for label, pipeline in pipelines.items():
         (folder / label).mkdir(parents=True)
-        with watch() as progress:
+        with _named(label), watch() as progress:
             for index, image in pipeline.images(requests, progress):
                 save(picture_path(folder / label, index), image, requests[index], pipeline)
         row = {"label": label, **_facts(pipeline.model), **_measured(pipeline, len(requests))}
@@ -131,6 +135,15 @@ def compare(
     }
 
 
+@contextmanager
+def _named(label: str) -> Iterator[None]:
+    """Errors say which model they are about."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{label}: {error}") from error
+
+
 def _facts(files: ModelFiles) -> dict[str, Any]:
     return {
         "format": files.transformer.main_format,
@@ -141,19 +154,18 @@ def _facts(files: ModelFiles) -> dict[str, Any]:
 
 
 def _measured(pipeline: Pipeline, images: int) -> dict[str, Any]:
-    """What drawing took, as the meter says: saving and comparing are not in it."""
+    """What drawing took, as the meter says: saving and comparing are not in it. GPU memory: what the allocator took, and
+    the CUDA context as it is planned."""
     phases, steps = pipeline.meter.phases, list(pipeline.meter.step_seconds)
     seconds = sum(phase["seconds"] for phase in phases.values())
+    reserved = max(phase.get("peak_reserved_bytes", 0) for phase in phases.values())
     return {
-        "device": str(pipeline.hardware.device),
-        "dtype": pipeline.hardware.dtype_name,
-        "backend": pipeline.choice.compute.backend,
-        "compute": pipeline.choice.bits,
+        **pipeline.computes_with(),
         "seconds": round(seconds, 3),
         "seconds_per_image": round(seconds / images, 4),
         "step_seconds": median(steps[1:] or steps),  # the first one loads
         "peak_rss_bytes": max(phase["peak_rss_bytes"] for phase in phases.values()),
-        "peak_vram_bytes": max(phase.get("peak_reserved_bytes", 0) for phase in phases.values()) or None,
+        "peak_vram_bytes": reserved + CUDA_CONTEXT_BYTES if reserved else None,
         "planned_rss_bytes": max(plan.peak_ram_bytes for plan in pipeline.plans.values()),
     }
 

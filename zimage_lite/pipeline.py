@@ -25,7 +25,7 @@ from .denoising import Batch, NotFiniteError, Schedule, schedule, texts
 from .failures import Clearing
 from .finite import overflow, raise_at_first_non_finite, raise_if_damaged, require_finite
 from .footprint import by_block
-from .grouping import grouped, rounds
+from .grouping import Group, grouped, rounds
 from .job import Job, batched, padded
 from .loading import Component, Weights, opened, read_into
 from .memory.hardware import Hardware, probe
@@ -55,7 +55,7 @@ def silent(*_: object) -> None:
 class Pipeline:
     """Holds no weights between calls, only open headers. `meter` and `plans` tell what the last call used.
 
-    tell: takes a line for the user, when memory ran out and less is used.
+    tell: takes a line for the user: what else runs than they might expect, or that memory ran out and less is used.
     """
 
     model: ModelFiles
@@ -89,17 +89,10 @@ class Pipeline:
         if not requests:
             return
         requests = [self.complete(request) for request in requests]
-        told = [texts(request) for request in requests]
-        prompts = list(dict.fromkeys(text for of in told for text in of))
-        tokens = {text: len(self.model.tokenizer.encode(text)) for text in prompts}
-        groups, kept = grouped(requests, told, tokens), self._kept(prompts)
-        unknown = [text for text in prompts if text not in kept]
-        encode = [self._encoding([tokens[text] for text in unknown])] if unknown else []
-        drawing = [way for group in groups for way in (self._denoising(group.job), self._decoding(group.job))]
-        planned = self.planning.planned([*encode, *drawing])
-        others = planned[len(encode) :]
+        groups, kept, unknown, planned = self._planned(requests)
+        encode, others = planned[: bool(unknown)], planned[bool(unknown) :]
         self._begin()
-        embeddings = {**kept, **self._embeddings(unknown, planned[: len(encode)], progress)}
+        embeddings = {**kept, **self._embeddings(unknown, encode, progress)}
         steps, images = (
             _Count(progress, "denoise", sum(r.steps for r in requests)),
             _Count(progress, "decode", len(requests)),
@@ -113,6 +106,29 @@ class Pipeline:
                     for place, image in zip(places, decoded, strict=True):
                         images.add()
                         yield group.indices[place], image
+
+    def _planned(
+        self, requests: Sequence[GenerateOptions]
+    ) -> tuple[list[Group], dict[str, Tensor], list[str], list[Ways]]:
+        """-> images that are alike, the embeddings that are kept, the prompts that are to be encoded, and the plans: of
+        those, if there are any, then of each group two. Raises BudgetError."""
+        told = [texts(request) for request in requests]
+        prompts = list(dict.fromkeys(text for of in told for text in of))
+        tokens = {text: len(self.model.tokenizer.encode(text)) for text in prompts}
+        groups, kept = grouped(requests, told, tokens), self._kept(prompts)
+        unknown = [text for text in prompts if text not in kept]
+        encode = [self._encoding([tokens[text] for text in unknown])] if unknown else []
+        drawing = [way for group in groups for way in (self._denoising(group.job), self._decoding(group.job))]
+        return groups, kept, unknown, self.planning.planned([*encode, *drawing])
+
+    def require_fit(self, requests: Sequence[GenerateOptions]) -> None:
+        """Raises BudgetError for what `images` could not draw now. Loads no weights."""
+        self._planned([self.complete(request) for request in requests])
+
+    def computes_with(self) -> dict[str, str]:
+        """As plain data, by the names of the options."""
+        device, dtype = str(self.hardware.device), self.hardware.dtype_name
+        return {"device": device, "dtype": dtype, "backend": self.choice.backend, "compute": self.choice.bits}
 
     def complete(self, request: GenerateOptions) -> GenerateOptions:
         """What was left open is what the model says of itself."""

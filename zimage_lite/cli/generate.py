@@ -88,8 +88,8 @@ _MAX_IMAGES = 10_000
     type=click.Choice(BACKENDS),
     default="auto",
     show_default=True,
-    help="What the transformer computes with. triton needs CUDA and compute capability 7.5, where torch multiplies and "
-    "attends between the kernels; 8.0 and newer need no torch. auto takes it there, the torch references elsewhere.",
+    help="What the transformer computes with. triton, our kernels, needs CUDA and compute capability 7.5 or newer; on "
+    "7.5 itself torch multiplies and attends between them. auto takes it where it can run, plain torch elsewhere.",
 )
 @click.option(
     "--compute",
@@ -268,10 +268,7 @@ def _recipe(request: GenerateOptions, pipeline: Pipeline) -> dict[str, Any]:
 def _measured(pipeline: Pipeline, requests: Sequence[GenerateOptions]) -> dict[str, Any]:
     meter, steps = pipeline.meter, sum(request.steps for request in requests)
     return {
-        "device": str(pipeline.hardware.device),
-        "dtype": pipeline.hardware.dtype_name,
-        "backend": pipeline.choice.backend,
-        "compute": pipeline.choice.bits,
+        **pipeline.computes_with(),
         "format": pipeline.model.transformer.main_format,
         "synthetic": pipeline.model.synthetic,
         "seconds_per_step": round(meter.phases["denoise"]["seconds"] / steps, 3),
