@@ -64,10 +64,19 @@ def test_these_formats_can_be_written() -> None:
     assert set(targets()) == set(GGUF) | others
 
 
+def test_what_is_computed_in_8_bits() -> None:
+    """By hand: kernels re-encode all integers and nf4, CPUs know int8 alone, and nothing multiplies 8-bit floats."""
+    said = {name: catalog.computed(target(name)) for name in targets()}
+    assert {name for name in said if "VNNI" in said[name]} == {"int8"}
+    reencoded = {"int4", "nf4", "bnb-int8", "qint8", "qint4", *GGUF} - {"bf16", "f16"}
+    assert {name for name in said if "re-encoded" in said[name]} == reencoded
+    assert {name for name in said if said[name].startswith("unpacked")} == {"fp8", "qfloat8"}
+
+
 @pytest.mark.parametrize("name", targets())
 def test_recipe_names_what_there_is(name: str) -> None:
     found = target(name)
-    assert found.name == name and found.summary and found.hardware and found.read_by
+    assert found.name == name and found.summary and found.read_by
     assert found.container in ("gguf", "comfy", "bnb", "quanto")
     assert found.text_encoder_to in (*targets(), KEEP)
     for part in found.recipes.values():
@@ -82,7 +91,7 @@ def test_recipe_names_what_there_is(name: str) -> None:
                 assert not [rule for rule in unused if rule.layers is None], unused
         assert {rule.layers for rule in part.rules} <= {None, *recipes._LAYERS}
     raw = json.loads((Path(recipes.__file__).parent / "recipes" / f"{name}.json").read_text(encoding="utf-8"))
-    known = {"summary", "container", "file_type", "read_by", "text_encoder_to", "hardware", *CONFIGS}
+    known = {"summary", "container", "file_type", "read_by", "text_encoder_to", *CONFIGS}
     assert set(raw) <= known  # a misspelled key would be ignored
 
 

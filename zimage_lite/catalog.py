@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from torch import nn
+from zimage_kernels import KINDS
 
 from .checkpoint.checkpoint import Checkpoint, ModelConfig
 from .checkpoint.stored import StoredTensor
@@ -57,6 +58,16 @@ def all_targets() -> list[tuple[Target, Cost]]:
     """Every recipe and what its transformer takes: by container, the largest first."""
     found = [(target(name), costs(target(name))[-1]) for name in targets()]
     return sorted(found, key=lambda item: (_CONTAINERS.index(item[0].container), -item[1].bytes))
+
+
+def computed(chosen: Target) -> str:
+    """How this runtime multiplies the weights of its main format, in words."""
+    main = FORMATS[chosen.recipes["transformer"].format]
+    if main.name == "int8":
+        return "computed in 8 bits on CUDA from compute capability 7.5 and on CPUs with VNNI, else unpacked"
+    if main.name in KINDS:
+        return "computed in 8 bits on CUDA from compute capability 7.5, re-encoded, else unpacked"
+    return "unpacked to what is computed in" if main.lossy else "computed in 16 or 32 bits"
 
 
 @dataclass(frozen=True)

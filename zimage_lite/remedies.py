@@ -179,9 +179,9 @@ def _kernel_problems(found: Installation) -> Iterator[Problem]:
 
 
 _FAILED = {
-    "wrong": "torch computes it instead; please report this line",
-    "crashed": "torch computes it instead; please report this line",
-    "cannot compile": "torch computes it instead; please report this line",
+    "wrong": "torch computes instead; please report this line",
+    "crashed": "torch computes instead; please report this line",
+    "cannot compile": "torch computes instead; please report this line",
     "not tested": "close what else uses the GPU, and run this again",
 }
 

@@ -15,11 +15,11 @@ from . import print_json, say
 @click.argument("name", metavar="[FORMAT]", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 def command(name: str | None, as_json: bool) -> None:
-    """List what quantize can write: size, bits per weight, who else reads it, what runs it. With FORMAT: its recipe.
+    """List what quantize can write: size, bits per weight, who else reads it, how it is computed. With FORMAT: its recipe.
 
     Sizes are those of the true transformer, 6.15 billion weights.
     """
-    from ..catalog import all_targets
+    from ..catalog import all_targets, computed
     from ..quant.formats import FORMATS
     from ..quant.recipe import target
 
@@ -32,7 +32,7 @@ def command(name: str | None, as_json: bool) -> None:
         container = "GGUF" if row.container == "gguf" else "safetensors"
         readers = ", ".join(row.read_by)
         say(f"{row.name:<9} {cost.bits_per_weight:>5.2f} {format_gb(cost.bytes):>11}  {container:<12} {readers}")
-        say(f"{'':<9} {row.summary}; {row.hardware}")
+        say(f"{'':<9} {row.summary}; {computed(row)}")
     others = sorted(row.name for row in FORMATS.values() if not row.writable)
     say(f"read as well: {', '.join(others)}")
     if as_json:
@@ -41,10 +41,10 @@ def command(name: str | None, as_json: bool) -> None:
 
 
 def _recipe(chosen: Any, as_json: bool) -> None:
-    from ..catalog import costs, kept
+    from ..catalog import computed, costs, kept
 
     say(f"{chosen.name}: {chosen.summary}")
-    say(f"runs: {chosen.hardware}; also read by {', '.join(chosen.read_by)}")
+    say(f"{computed(chosen)}; also read by {', '.join(chosen.read_by)}")
     parts = {component: costs(chosen, component) for component in ("transformer", "text_encoder")}
     for component, found in parts.items():
         say(f"{component:<20} {'weights':>9} {'size':>10} {'bits':>6}  format")
@@ -63,6 +63,7 @@ def _recipe(chosen: Any, as_json: bool) -> None:
 
 
 def _facts(row: Any) -> dict[str, Any]:
-    return {
-        name: getattr(row, name) for name in ("name", "summary", "container", "read_by", "hardware", "text_encoder_to")
-    }
+    from ..catalog import computed
+
+    facts = {name: getattr(row, name) for name in ("name", "summary", "container", "read_by", "text_encoder_to")}
+    return {**facts, "hardware": computed(row)}

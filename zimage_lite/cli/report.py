@@ -16,7 +16,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("-o", "out", default=Path("report.html"), type=_PATH, show_default=True, help="One self-contained page.")
 @click.option("--markdown", type=_PATH, metavar="FILE.md", help="The same in Markdown, without the pictures.")
 def command(paths: tuple[Path, ...], out: Path, markdown: Path | None) -> None:
-    """Turn results of bench, and of the scripts in benchmarks/, into a page that needs no network.
+    """Turn results of bench, of compare and of the scripts in benchmarks/ into a page that needs no network.
 
     Tables of what was measured and what was predicted, plots, and how far predictions were off where both are known.
     """

@@ -112,7 +112,6 @@ class Target:
     container: str  # "gguf", "comfy", "bnb" or "quanto"
     summary: str
     read_by: tuple[str, ...]
-    hardware: str
     text_encoder_to: str  # target of the text encoder beside such a transformer, or "keep"
     file_type: int  # llama.cpp's general.file_type
     recipes: Mapping[str, Recipe]
@@ -200,7 +199,6 @@ def _load(name: str) -> Target:
         values["container"],
         values["summary"],
         tuple(values["read_by"]),
-        values["hardware"],
         values["text_encoder_to"],
         values.get("file_type", 0),
         recipes,
