@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from zimage_lite import nvidia
+from zimage_lite.memory.nvml import Nvml
 from zimage_lite.nvidia import Card, Driver
 
 
@@ -36,7 +37,8 @@ class FakeNvml:
         elif name == "nvmlDeviceGetName":
             arguments[1].value = b"RTX 3060"
         elif name == "nvmlDeviceGetMemoryInfo":
-            arguments[1]._obj.total, arguments[1]._obj.free = 6 * 2**30, 2**30
+            memory = arguments[1]._obj
+            memory.total, memory.free, memory.used = 6 * 2**30, 2**30, 5 * 2**30
         elif name == "nvmlDeviceGetCudaComputeCapability":
             arguments[1]._obj.value, arguments[2]._obj.value = 8, 6
         return 0
@@ -57,3 +59,18 @@ def test_a_driver_that_does_not_answer(fault: dict[str, str], monkeypatch: pytes
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
     assert nvidia.driver() is None
     assert library.open == 0
+
+
+@pytest.mark.parametrize("fault", ["", "nvmlInit_v2", "nvmlDeviceGetHandleByIndex_v2"])
+def test_what_is_used(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeNvml(broken=fault))
+    nvml = Nvml()
+    assert (nvml.works, nvml.used()) == ((False, 0) if fault else (True, 5 * 2**30))
+
+
+def test_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", absent)
+    assert nvidia.driver() is None and (Nvml().works, Nvml().used()) == (False, 0)

@@ -37,11 +37,19 @@ class Driver:
 
 def driver() -> Driver | None:
     """None where there is no NVIDIA driver, or none that answers."""
+    nvml = library()
+    with suppress(OSError):
+        return _ask(nvml) if nvml else None
+    return None
+
+
+def library() -> Any | None:
+    """NVML, loaded; None where there is no driver."""
     if sys.platform == "darwin":
         return None
     for name in _LIBRARIES.get(sys.platform, _LIBRARY):
         with suppress(OSError):
-            return _ask(ctypes.CDLL(name))
+            return ctypes.CDLL(name)
     return None
 
 
@@ -49,7 +57,7 @@ class _Refusal(OSError):
     """A call of NVML that returned another code than 0."""
 
 
-class _Memory(ctypes.Structure):
+class Memory(ctypes.Structure):
     """nvmlMemory_t"""
 
     _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
@@ -80,7 +88,7 @@ def _ask(library: Any) -> Driver:
 
 
 def _card(call: Callable[..., None], index: int) -> Card:
-    handle, name, memory = ctypes.c_void_p(), ctypes.create_string_buffer(96), _Memory()
+    handle, name, memory = ctypes.c_void_p(), ctypes.create_string_buffer(96), Memory()
     major, minor = ctypes.c_int(), ctypes.c_int()
     call("nvmlDeviceGetHandleByIndex_v2", ctypes.c_uint(index), ctypes.byref(handle))
     call("nvmlDeviceGetName", handle, name, len(name))

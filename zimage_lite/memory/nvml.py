@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 import threading
+
+from ..nvidia import Memory, library
 
 
 class Nvml:
     """What the driver says is used of GPU 0, by all processes."""
 
     def __init__(self) -> None:
-        self.works, self._device, self._memory = False, ctypes.c_void_p(), (ctypes.c_ulonglong * 3)()
-        try:
-            self._library = ctypes.CDLL("nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1")
-            self.works = not self._library.nvmlInit_v2()
-            self.works &= not self._library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(self._device))
-        except OSError:
-            return
+        self._nvml, self._device, self._memory = library(), ctypes.c_void_p(), Memory()
+        self.works = self._nvml is not None and not self._nvml.nvmlInit_v2()
+        if self._nvml and self.works:
+            self.works = not self._nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(self._device))
 
     def used(self) -> int:
-        if not self.works:
+        if not self._nvml or not self.works:
             return 0
-        self._library.nvmlDeviceGetMemoryInfo(self._device, self._memory)
-        return int(self._memory[2])
+        self._nvml.nvmlDeviceGetMemoryInfo(self._device, ctypes.byref(self._memory))
+        return int(self._memory.used)
 
 
 class Peak:
