@@ -2,7 +2,8 @@
 
 torch hands int8 products on the CPU to oneDNN. Where the CPU has VNNI (or AMX) they are exact and 4 times as fast as
 float32. Where it has not, oneDNN adds pairs of products in 16 bits, which saturate: with AVX2, codes of 127 gave a
-quarter of their sum. There float32 multiplies, in pieces whose sums it holds.
+quarter of their sum; and without oneDNN, or beside x86, sums are added up one by one. There float32 multiplies, in
+pieces whose sums it holds.
 
 On CUDA torch wants more than 16 rows, and outputs and columns that are multiples of 8; cuBLAS beyond that has no int8
 product on 7.5 for some numbers of rows between (97 to 127 failed on a GTX 1650 where 96 and 128 ran, ComfyUI #16431).
@@ -19,14 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _CUDA_STEP = 32
-_EXACT_COLUMNS = 1024  # 128 * 128 * 1024 = 2^24, below which float32 has all integers
+_EXACT_COLUMNS = 1024  # 128 * 128 * 1024 = 2^24, up to which float32 has all integers
+_TILE_ROWS, _TILE_OUTPUTS = 512, 2048  # 19 MB: the sums twice, and both operands in float32
 
 
 def integer_product(x: Tensor, w: Tensor) -> Tensor:
     """x: [M, K] int8, w: [N, K] int8 -> [M, N] int32, on CUDA perhaps a view. There K is a multiple of 8."""
     if x.device.type != "cpu":
         return torch._int_mm(_filled(x), _filled(w).T)[: len(x), : len(w)]
-    return torch._int_mm(x, w.T) if _is_exact() else _float_product(x, w)
+    return torch._int_mm(x, w.T) if cpu_has_int8_units() else _float_product(x, w)
 
 
 def _filled(codes: Tensor) -> Tensor:
@@ -35,20 +37,21 @@ def _filled(codes: Tensor) -> Tensor:
     return F.pad(codes, (0, 0, 0, missing)) if missing else codes  # without a check it would copy
 
 
-def cpu_has_int8_units() -> bool:
-    """Whether int8 products on this CPU are faster than those of float32. Beside x86, torch adds them up one by one."""
-    return platform.machine().lower() in ("x86_64", "amd64") and _is_exact()
-
-
 @cache
-def _is_exact() -> bool:
-    """Asked with the largest codes there are, for torch does not say on which instructions oneDNN runs."""
+def cpu_has_int8_units() -> bool:
+    """Whether int8 products on this CPU are exact, and faster than those of float32. Asked with the largest codes there
+    are, for torch does not say on which instructions oneDNN runs."""
+    if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
+        return False
     codes = torch.full((64, 256), 127, dtype=torch.int8)
     return bool((torch._int_mm(codes, codes.T) == 256 * 127**2).all())
 
 
 def _float_product(x: Tensor, w: Tensor) -> Tensor:
+    """In tiles, so that little is held beside the sums: at 1024x1024 whole products would take 350 MB more."""
     total = torch.zeros(len(x), len(w), dtype=torch.int32)
-    for piece, other in zip(x.split(_EXACT_COLUMNS, 1), w.split(_EXACT_COLUMNS, 1), strict=True):
-        total += (piece.float() @ other.float().T).int()
+    for rows, sums in zip(x.split(_TILE_ROWS), total.split(_TILE_ROWS), strict=True):
+        for outputs, tile in zip(w.split(_TILE_OUTPUTS), sums.split(_TILE_OUTPUTS, 1), strict=True):
+            for piece, other in zip(rows.split(_EXACT_COLUMNS, 1), outputs.split(_EXACT_COLUMNS, 1), strict=True):
+                tile += (piece.float() @ other.float().T).int()
     return total

@@ -18,7 +18,7 @@ from zimage_kernels import cpu_has_int8_units, integer_product
 def truth(x, w):
     return x.double() @ w.double().T
 
-x, w = (torch.randint(-128, 128, (rows, 2560), dtype=torch.int8) for rows in (33, 70))
+x, w = (torch.randint(-128, 128, (rows, 2560), dtype=torch.int8) for rows in (520, 2060))
 x[0], x[1], w[0], w[1] = 127, -128, 127, -128
 assert torch.equal(integer_product(x, w).double(), truth(x, w))
 print(cpu_has_int8_units(), torch.equal(torch._int_mm(x, w.T).double(), truth(x, w)))
