@@ -35,7 +35,7 @@ def assumptions() -> list[str]:
     return [
         f"16-bit products reach {EFFICIENCY_16:.0%}, 8-bit ones {EFFICIENCY_8:.0%}, attention "
         f"{EFFICIENCY_ATTENTION:.0%} and memory {EFFICIENCY_MEMORY:.0%} of the card's peak",
-        "int8 weights, and other integer formats once re-encoded, compute on 8-bit matrix units, as the kernels are meant to",
+        "int8, and other integer formats once re-encoded, compute on 8-bit matrix units, as the kernels are meant to",
         f"disk {DISK_GBPS:g} GB/s, pageable to pinned memory {HOST_COPY_GBPS:g} GB/s, CPU {CPU_TFLOPS:g} TFLOP/s",
         f"the CUDA context takes {CUDA_CONTEXT_BYTES / 1e9:.2f} GB, and {VRAM_MARGIN_BYTES / 1e9:.2f} GB stay free",
         "the range is from the highest to the lowest power limit that the maker allows",

@@ -154,8 +154,8 @@ def _facts(files: ModelFiles) -> dict[str, Any]:
 
 
 def _measured(pipeline: Pipeline, images: int) -> dict[str, Any]:
-    """What drawing took, as the meter says: saving and comparing are not in it. GPU memory: what the allocator took, and
-    the CUDA context as it is planned."""
+    """What drawing took, as the meter says: saving and comparing are not in it. GPU memory: what the allocator took,
+    and the CUDA context as it is planned."""
     phases, steps = pipeline.meter.phases, list(pipeline.meter.step_seconds)
     seconds = sum(phase["seconds"] for phase in phases.values())
     reserved = max(phase.get("peak_reserved_bytes", 0) for phase in phases.values())

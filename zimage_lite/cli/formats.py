@@ -15,7 +15,7 @@ from . import print_json, say
 @click.argument("name", metavar="[FORMAT]", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 def command(name: str | None, as_json: bool) -> None:
-    """List what quantize can write: size, bits per weight, who else reads it, how it is computed. With FORMAT: its recipe.
+    """List what quantize can write: size, bits per weight, who else reads it, how it computes. With FORMAT: its recipe.
 
     Sizes are those of the true transformer, 6.15 billion weights.
     """
