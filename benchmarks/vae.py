@@ -26,10 +26,10 @@ from full_size import commit, machine
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
+from live_bytes import LiveBytes  # noqa: E402
 from make_checkpoint import random_weights  # noqa: E402
 
 from zimage_lite.config import VaeConfig  # noqa: E402
-from zimage_lite.memory.live_bytes import LiveBytes  # noqa: E402
 from zimage_lite.memory.meter import Meter, rss_bytes  # noqa: E402
 from zimage_lite.memory.plan_vae import VaePlan, predict_decode  # noqa: E402
 from zimage_lite.model.linear import bind, shapes  # noqa: E402

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import relative_error
+from live_bytes import LiveBytes
 from make_checkpoint import SIZES, random_weights
 from test_against_diffusers import bound
 
@@ -20,7 +21,6 @@ from zimage_lite.checkpoint.model_files import open_model
 from zimage_lite.config import RuntimeOptions, VaeConfig
 from zimage_lite.errors import BudgetError
 from zimage_lite.memory import hardware
-from zimage_lite.memory.live_bytes import LiveBytes
 from zimage_lite.memory.plan_vae import VaePlan, decode_ways, predict_decode, predict_encode
 from zimage_lite.model import vae
 from zimage_lite.model.banded import Banded, Moments

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from zimage_lite.catalog import Part
 from zimage_lite.config import TextEncoderConfig, TransformerConfig, VaeConfig
 from zimage_lite.footprint import STREAM_BYTES, unpacking_bytes
-from zimage_lite.memory.live_bytes import LiveBytes
 from zimage_lite.memory.plan import activation_bytes
 from zimage_lite.memory.plan_vae import VaePlan, predict_decode
 from zimage_lite.model.linear import Linear

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import relative_error
+from live_bytes import LiveBytes, NoLaunch
 from torch import Tensor
 from zimage_kernels import KINDS, unpacks
 
@@ -16,7 +17,6 @@ from zimage_lite import load, quantize
 from zimage_lite.backends import Choice
 from zimage_lite.catalog import Part
 from zimage_lite.footprint import unpacking_bytes
-from zimage_lite.memory.live_bytes import LiveBytes
 from zimage_lite.model.compute import Compute
 from zimage_lite.model.linear import Linear
 from zimage_lite.quant import tensor as tensor_module
@@ -105,13 +105,6 @@ def test_what_only_a_codec_can_unpack(unpacked: list[str]) -> None:
     six_bits = QTensor(six_bits.format, six_bits.shape, six_bits.parts, {**six_bits.options, "bits": 6})
     assert torch.equal(six_bits.linear(x, "triton"), six_bits.linear(x))
     assert not unpacked
-
-
-class NoLaunch:
-    """In the place of a kernel, for tensors that have no memory."""
-
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **options: None
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import PROMPT, psnr, relative_error, transformer_inputs
 from evaluate_demo import reencode, requantize_by_codec
+from live_bytes import LiveBytes, NoLaunch
 from PIL import Image
 from torch import Tensor, nn
 from zimage_kernels import hadamard_rotate, quantize_rows_reference
@@ -32,7 +33,6 @@ from zimage_lite.errors import UserError
 from zimage_lite.footprint import is_reencoded, reencoded_bytes
 from zimage_lite.loading import Component
 from zimage_lite.memory.gpus import find_gpu
-from zimage_lite.memory.live_bytes import LiveBytes
 from zimage_lite.memory.machine import machine
 from zimage_lite.memory.plan import activation_bytes
 from zimage_lite.model.compute import Compute
@@ -450,13 +450,6 @@ def test_activations_of_the_references_in_8_bits(tokens: int) -> None:
             block(torch.empty(tokens, config.dim), rope, [tokens], None, INT8["reference"])
     promised = activation_bytes(tokens, config.dim, config.ffn_dim, config.n_heads, 4)
     assert promised / 2 <= live.peak_bytes <= promised - config.n_heads * 2**20
-
-
-class NoLaunch:
-    """In the place of a kernel, for tensors that have no memory."""
-
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **options: None
 
 
 @pytest.mark.parametrize("capability", [86, 75])

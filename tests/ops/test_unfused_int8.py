@@ -4,11 +4,11 @@ is a GPU of 7.5."""
 from __future__ import annotations
 
 import importlib
-from typing import Any
 
 import pytest
 import torch
 from activations import DEVICE, poisoned  # noqa: F401
+from live_bytes import LiveBytes, NoLaunch
 from torch import Tensor
 from zimage_kernels import (
     has_matrix_units,
@@ -18,8 +18,6 @@ from zimage_kernels import (
     swiglu_int8,
     swiglu_int8_reference,
 )
-
-from zimage_lite.memory.live_bytes import LiveBytes
 
 pytest.importorskip("triton")
 
@@ -80,13 +78,6 @@ def test_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = linear_int8(*x, *w1, backend="triton"), swiglu_int8(*given, backend="triton")
     assert seen == [128, 128, 44, 128, 128, 128, 128, 44, 44]
     assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
-
-
-class NoLaunch:
-    """In the place of a kernel, for tensors that have no memory."""
-
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **options: None
 
 
 def test_the_sums_take_no_more_than_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
