@@ -7,14 +7,16 @@ stable-diffusion.cpp, beside zimage-lite.
 MODEL is a folder in diffusers' layout with 16-bit weights, which diffusers loads; what --quantized names is drawn by
 zimage-lite, and GGUF folders by the others, too. On CUDA all are held to the tier: torch by a hard cap, the others by
 their own option, and the driver says what they took. Each case is a process of its own with a cold image first, and
-its peak memory is the operating system's. What is not installed, does not fit or fails stays as a row. The result is
-written after each case; its last line is the JSON that also goes to --out, and `zimage-lite report` shows it.
+its peak memory is the operating system's, which has to be Linux or macOS. What is not installed, does not fit or fails
+stays as a row. The result is written after each case; the last line is the JSON that also goes to --out, and
+`zimage-lite report` shows it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -39,7 +41,10 @@ _MACHINE = "import json; from zimage_lite.bench_machine import *; print(json.dum
 
 
 def main() -> None:
-    args = arguments().parse_args()
+    parser = arguments()
+    args = parser.parse_args()
+    if not hasattr(os, "wait4"):
+        parser.error("needs Linux or macOS, which tell the peak memory of a process that has ended")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the process of a case, too
     machine, commit = asked()
     gpu = machine.get("gpu")
