@@ -18,11 +18,14 @@ from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from zimage_lite import Pipeline, load
 from zimage_lite.checkpoint.model_card import DEMO, model_folder
 from zimage_lite.cli import run
-from zimage_lite.compare import SHEET_ROWS, picture_path, sheet
+from zimage_lite.compare import SHEET_ROWS, measured, picture_path, sheet
 from zimage_lite.contact_sheet import GAP, SIDE, TEXT_WIDTH, Layout, Row, contact_sheet, scaled
+from zimage_lite.errors import BudgetError
 from zimage_lite.likeness import said
+from zimage_lite.memory.machine import CUDA_CONTEXT_BYTES
 from zimage_lite.report import sections
 from zimage_lite.report_page import Table, as_markdown
 from zimage_lite.similarity import psnr_db, ssim
@@ -205,6 +208,38 @@ def test_a_failure_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     *_, drawn, error = capsys.readouterr().err.splitlines()
     assert drawn.startswith("demo ") and "layers.1.feed_forward.w1.weight holds NaN" in error
     assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_what_does_not_fit_is_refused_first(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the name of the model, and before another one has drawn."""
+    fits = Pipeline.require_fit
+
+    def require_fit(pipeline: Pipeline, requests: Any) -> None:
+        if pipeline.model.name == "q4_0":
+            raise BudgetError("denoise: it takes more")
+        fits(pipeline, requests)
+
+    monkeypatch.setattr(Pipeline, "require_fit", require_fit)
+    assert compare(DEMO, models / "q4_0", "--prompt", RED, "-o", tmp_path / "s.png") == 3
+    note, error = capsys.readouterr().err.splitlines()
+    assert note.startswith("note: LPIPS") and error == "error: q4_0: denoise: it takes more"
+    assert compare(DEMO, models / "q4_0", "--prompt", RED, "-o", tmp_path / "s.png", "--ram", "1MB") == 3
+    *_, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: demo: ") and "--ram" in error and list(tmp_path.iterdir()) == []
+
+
+def test_gpu_memory_is_that_of_the_process() -> None:
+    """What the allocator took, and the CUDA context, as in all other figures."""
+    pipeline = load(DEMO, device="cpu")
+    pipeline.meter.step_seconds.extend([2.0, 1.0, 1.0])
+    for name, reserved in (("encode", 10**9), ("denoise", 3 * 10**9)):
+        pipeline.meter.phases[name] = {"seconds": 1.5, "peak_rss_bytes": 7.0, "peak_reserved_bytes": reserved}
+    pipeline.plans["denoise"] = SimpleNamespace(peak_ram_bytes=8)  # type: ignore[assignment]
+    found = measured(pipeline, 2)
+    assert found["peak_vram_bytes"] == 3 * 10**9 + CUDA_CONTEXT_BYTES
+    assert (found["seconds"], found["seconds_per_image"], found["step_seconds"]) == (3.0, 1.5, 1.0)
 
 
 # --- LPIPS

@@ -310,7 +310,8 @@ def test_the_pipeline_on_compute_capability_7_5(small: Path, turing: None) -> No
     """What it is about to do, and `--json` will say; a block shows above that it does."""
     told: list[str] = []
     pipeline = load(small, device="cpu", backend="triton", tell=told.append)
-    assert (pipeline.choice.backend, pipeline.choice.bits) == ("triton+torch", "int8")
+    found = pipeline.computes_with()
+    assert (found["backend"], found["compute"]) == ("triton+torch", "int8")
     assert pipeline.transformer.reencoded
     (note,) = told
     assert note.startswith("Triton has no matrix units on this GPU: torch multiplies and attends")

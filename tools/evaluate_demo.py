@@ -87,11 +87,11 @@ def reencode(pipeline) -> None:
 
 
 def own_sampler(folder: Path, steps: int, reencoded: bool = False) -> Sampler:
-    """zimage-lite on a model folder, at the size its card names."""
+    """zimage-lite on a model folder, at the size its card names, the same on every CPU: weights are unpacked."""
     from zimage_lite import GenerateOptions, load
     from zimage_lite.checkpoint.model_card import default_size
 
-    pipeline = load(folder, device="cpu")
+    pipeline = load(folder, device="cpu", compute="16bit")
     if reencoded:
         reencode(pipeline)
     width, height = default_size(folder)

@@ -118,7 +118,7 @@ def compare(
         with _named(label), watch() as progress:
             for index, image in pipeline.images(requests, progress):
                 save(picture_path(folder / label, index), image, requests[index], pipeline)
-        row = {"label": label, **_facts(pipeline.model), **_measured(pipeline, len(requests))}
+        row = {"label": label, **_facts(pipeline.model), **measured(pipeline, len(requests))}
         if rows:
             row["alike"] = _alike(folder / rows[0]["label"], folder / label, len(requests), distance)
         rows.append(row)
@@ -153,7 +153,7 @@ def _facts(files: ModelFiles) -> dict[str, Any]:
     }
 
 
-def _measured(pipeline: Pipeline, images: int) -> dict[str, Any]:
+def measured(pipeline: Pipeline, images: int) -> dict[str, Any]:
     """What drawing took, as the meter says: saving and comparing are not in it. GPU memory: what the allocator took,
     and the CUDA context as it is planned."""
     phases, steps = pipeline.meter.phases, list(pipeline.meter.step_seconds)
