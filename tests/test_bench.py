@@ -24,12 +24,14 @@ from zimage_lite.bench_case import PROMPT, Case, measured
 from zimage_lite.ceilings import Ceilings, PhaseWork, measure
 from zimage_lite.cli import run
 from zimage_lite.config import GenerateOptions, RuntimeOptions
+from zimage_lite.job import Job
 from zimage_lite.memory.gpus import find_gpu
 from zimage_lite.memory.hardware import machine_here, probe
 from zimage_lite.memory.machine import CUDA_CONTEXT_BYTES, VRAM_MARGIN_BYTES, Work, machine
 from zimage_lite.memory.plan import Block, Phase
+from zimage_lite.model_sizes import true_model
 from zimage_lite.pipeline import Pipeline
-from zimage_lite.prediction import Job, phases, true_model
+from zimage_lite.prediction import phases
 from zimage_lite.tiers import DONE, FAILED, NO_FIT, NOT_RUN, OOM, SIZES, TIERS
 
 ROOT = Path(__file__).parents[1]

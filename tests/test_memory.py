@@ -37,8 +37,9 @@ from zimage_lite.memory.placement import GRANULE_BYTES
 from zimage_lite.memory.plan import FILE, Plan
 from zimage_lite.memory.planner import budgets_in_force, plan_phases
 from zimage_lite.model.linear import Linear
+from zimage_lite.model_sizes import model_of
 from zimage_lite.pipeline import Pipeline
-from zimage_lite.prediction import model_of, phases
+from zimage_lite.prediction import phases
 from zimage_lite.units import format_gb, parse_bytes
 
 CPU = Hardware(torch.device("cpu"), torch.float32)

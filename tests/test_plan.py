@@ -24,7 +24,8 @@ from zimage_lite.memory.placement import GRANULE_BYTES, nested_order
 from zimage_lite.memory.plan import DEVICE, FILE, PAGEABLE, PINNED, Block, Budgets, Phase, Plan
 from zimage_lite.memory.planner import budgets_in_force, plan_phases
 from zimage_lite.memory.simulate import Passage, simulate
-from zimage_lite.prediction import phases, true_model
+from zimage_lite.model_sizes import true_model
+from zimage_lite.prediction import phases
 from zimage_lite.timeline import as_svg, as_text
 from zimage_lite.units import parse_bytes
 

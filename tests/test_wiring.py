@@ -31,6 +31,7 @@ from zimage_lite.cli import run
 from zimage_lite.config import RuntimeOptions, TransformerConfig
 from zimage_lite.errors import UserError
 from zimage_lite.footprint import is_reencoded, reencoded_bytes
+from zimage_lite.job import Job
 from zimage_lite.loading import Component
 from zimage_lite.memory.gpus import find_gpu
 from zimage_lite.memory.machine import machine
@@ -39,7 +40,8 @@ from zimage_lite.model.compute import Compute
 from zimage_lite.model.linear import Linear, RMSNorm, bind, shapes
 from zimage_lite.model.rope import grid_positions, rope_angles
 from zimage_lite.model.transformer import Block, Transformer, is_time_weight
-from zimage_lite.prediction import Job, phases, true_model
+from zimage_lite.model_sizes import true_model
+from zimage_lite.prediction import phases
 from zimage_lite.quant.bnb import read_state
 from zimage_lite.quant.formats import FORMATS
 from zimage_lite.quant.tensor import GPU_PIECE_WEIGHTS, QTensor

@@ -109,7 +109,7 @@ def predict(result: dict[str, Any], request: Request, tier: Tier, tell: Tell) ->
     """Every case on the tier's card, one size on the others of that memory, and budgets below it."""
     from .api import open_named
     from .bench_predict import assumptions, cell, sweep, told
-    from .prediction import model_of, true_model
+    from .model_sizes import model_of, true_model
 
     result |= {"assumptions": assumptions(), "sweeps": []}
     gpus = tier.gpus

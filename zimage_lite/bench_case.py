@@ -23,12 +23,13 @@ from .ceilings import Ceilings, PhaseWork, measure
 from .config import GenerateOptions, RuntimeOptions
 from .errors import BudgetError
 from .failures import is_out_of_memory
+from .job import Job
 from .memory.hardware import machine_here
 from .memory.machine import CUDA_CONTEXT_BYTES, VRAM_MARGIN_BYTES
 from .memory.meter import peak_rss_bytes
 from .memory.nvml import Nvml, Peak
 from .pipeline import Pipeline
-from .prediction import Job, phases
+from .prediction import phases
 from .tiers import DONE, NO_FIT, OOM
 
 PROMPT = "a red circle on a blue background"

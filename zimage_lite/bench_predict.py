@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from .errors import BudgetError
+from .job import Job
 from .memory.gpus import Gpu
 from .memory.machine import (
     CPU_TFLOPS,
@@ -22,7 +23,8 @@ from .memory.machine import (
 )
 from .memory.plan import Plan
 from .memory.planner import budgets_in_force, plan_phases
-from .prediction import Job, Model, phases
+from .model_sizes import Model
+from .prediction import phases
 from .tiers import DONE, NO_FIT, STEPS, Tier
 
 _GIB = 2**30

@@ -39,8 +39,9 @@ from .model.linear import release
 from .model.text_encoder import TextEncoder
 from .model.transformer import Caption, Transformer, is_time_weight
 from .model.vae import Decoder, to_pixels
+from .model_sizes import Model, model_of
 from .planning import Planning, Tell, Ways
-from .prediction import Model, model_of, ways_to_decode, ways_to_denoise, ways_to_encode
+from .prediction import ways_to_decode, ways_to_denoise, ways_to_encode
 from .prompt_cache import PromptCache, cache_folder, embedding_key
 
 Progress = Callable[[str, int, int], None]  # phase, done, total

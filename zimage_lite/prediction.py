@@ -1,5 +1,5 @@
 """What the planner is told about Z-Image: the three phases as blocks with sizes, products and traffic, and what each
-phase holds beside them. From the true model's shapes in any format, or from a model folder; no weight is read.
+phase holds beside them. From sizes alone; no weight is read.
 
 Assumed of the computation, as it is designed: adaLN vectors are computed once on the CPU and their weights never sent;
 blocks in another format than int8 are re-encoded to int8 on the device, one at a time, before they compute; blocks that
@@ -15,16 +15,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
-from .catalog import Part, stored_parts, true_parts
-from .checkpoint.model_files import ModelFiles
-from .config import (
-    TOKENS_PER_PASS,
-    TextEncoderConfig,
-    TransformerConfig,
-    VaeConfig,
-)
+from .catalog import Part
+from .config import TOKENS_PER_PASS
 from .cpu_terms import ELEMENTWISE_FLOPS, cpu_unpacking_flops, holes, holes_of_maps
 from .footprint import (
     ITEM_BYTES,
@@ -40,10 +33,8 @@ from .job import Job, batched, padded
 from .memory.machine import Machine, Work
 from .memory.plan import Block, Phase, activation_bytes
 from .memory.plan_vae import decode_ways
-from .model.linear import shapes
 from .model.transformer import is_time_weight
-from .model.vae import Decoder
-from .quant.recipe import KEEP, as_it_is, target
+from .model_sizes import Model
 
 _SUM_TRAFFIC = 8  # bytes for each output of an 8-bit product that torch makes
 _TRAFFIC = 30  # of a block's fused element-wise work, in tokens x width x 2 bytes
@@ -53,49 +44,6 @@ _BATCHES = (1, 2, 4, 8)  # images at once
 # saves more than what this prediction may be wrong by. As part of the time it keeps "the fastest" well ordered.
 _BATCH_CHARGE = 1.05
 _LAUNCHES_PER_CONVOLUTION = 10  # with its norm, activation and what joins them
-
-
-@dataclass(frozen=True)
-class Model:
-    """Sizes of the three parts. name: for people."""
-
-    name: str
-    transformer: tuple[Part, ...]
-    text_encoder: tuple[Part, ...]
-    vae_weights: int
-    transformer_config: TransformerConfig
-    text_encoder_config: TextEncoderConfig
-    vae_config: VaeConfig
-
-
-def true_model(format_name: str) -> Model:
-    """Z-Image-Turbo as `quantize --to` would write it. Raises UserError for a format that cannot be written."""
-    chosen = target(format_name, "--format")
-    encoder = as_it_is() if chosen.text_encoder_to == KEEP else target(chosen.text_encoder_to)
-    vae = VaeConfig()
-    return Model(
-        name=f"Z-Image-Turbo in {chosen.name}",
-        transformer=tuple(true_parts("transformer", chosen)),
-        text_encoder=tuple(true_parts("text_encoder", encoder)),
-        vae_weights=sum(math.prod(shape) for shape in shapes(Decoder(vae)).values()),
-        transformer_config=TransformerConfig(),
-        text_encoder_config=TextEncoderConfig(),
-        vae_config=vae,
-    )
-
-
-def model_of(files: ModelFiles) -> Model:
-    """A model that is there. Its headers have been read."""
-    decoder = [tensor for name, tensor in files.vae.tensors.items() if name.startswith("decoder.")]
-    return Model(
-        name=f"{files.name} ({files.transformer.main_format})",
-        transformer=tuple(stored_parts(files.transformer)),
-        text_encoder=tuple(stored_parts(files.text_encoder)),
-        vae_weights=sum(tensor.rows * tensor.columns for tensor in decoder),
-        transformer_config=files.transformer.config,
-        text_encoder_config=files.text_encoder.config,
-        vae_config=files.vae.config,
-    )
 
 
 def phases(model: Model, job: Job, machine: Machine) -> list[list[Phase]]:

@@ -144,7 +144,7 @@ def _timeline(tier: Mapping[str, Any] | None) -> Iterator[Figure]:
     if not tier or tier["name"] not in TIERS:
         return
     from .bench_predict import plans
-    from .prediction import true_model
+    from .model_sizes import true_model
     from .timeline import as_svg
 
     ours = TIERS[tier["name"]]

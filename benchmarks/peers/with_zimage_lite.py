@@ -70,7 +70,7 @@ def planned(model: str, tier_name: str, work: Work) -> dict[str, Any]:
     """For the card that stands for the tier, from its highest to its lowest power limit."""
     from zimage_lite.api import open_named
     from zimage_lite.bench_predict import cell
-    from zimage_lite.prediction import model_of, true_model
+    from zimage_lite.model_sizes import model_of, true_model
     from zimage_lite.tiers import DONE, find_tier
 
     tier = find_tier(tier_name)

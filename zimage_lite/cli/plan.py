@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..memory.gpus import Gpu
     from ..memory.machine import Machine
     from ..memory.plan import Budgets, Plan
-    from ..prediction import Model
+    from ..model_sizes import Model
 
 _IMAGE = GenerateOptions()
 _RAM = "16GB"
@@ -87,7 +87,7 @@ def command(
 
 
 def _sizes(model: str | None, format_name: str) -> Model:
-    from ..prediction import model_of, true_model
+    from ..model_sizes import model_of, true_model
 
     if model is None:
         return true_model(format_name)
