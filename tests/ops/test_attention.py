@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from activations import DEVICE, poisoned  # noqa: F401
 from torch import Tensor
 from zimage_kernels import attention, attention_int8, attention_int8_reference, flash_attention
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there Triton's interpreter runs the kernels
 # Around the tiles of 128 queries and 64 keys; several sequences, one of them empty.
 LENGTHS = [[1], [17], [64, 65], [129], [37, 1, 0, 130]]
 
 pytest.importorskip("triton")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    """torch.empty gives NaN, so that an element that no kernel writes is seen."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(1, device=DEVICE).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def fused_qkv(lengths: list[int], heads: int = 2) -> list[Tensor]:

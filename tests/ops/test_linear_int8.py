@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from activations import DEVICE, poisoned  # noqa: F401
 from torch import Tensor
 from zimage_kernels import linear_int8, linear_int8_reference, swiglu_int8, swiglu_int8_reference
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there Triton's interpreter runs the kernels
 BACKENDS = ["triton", "reference"]
 EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}  # half a step, relative
 # M around each bucket of the tuning files; N that no tile divides; K that no step divides, and the model's smallest.
 SHAPES = [(1, 40, 16), (17, 72, 48), (129, 130, 336), (16, 256, 2560), (1152, 136, 64)]
 
 pytest.importorskip("triton")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    """torch.empty gives NaN, so that an element that no kernel writes is seen."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(1, device=DEVICE).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def operand(rows: int, columns: int) -> tuple[Tensor, Tensor]:
