@@ -12,6 +12,7 @@ from conftest import relative_error
 from live_bytes import LiveBytes, NoLaunch
 from torch import Tensor
 from zimage_kernels import KINDS, unpacks
+from zimage_kernels._triton import interpreted
 
 from zimage_lite import load, quantize
 from zimage_lite.backends import Choice
@@ -25,6 +26,7 @@ from zimage_lite.quant.formats import FORMATS
 from zimage_lite.quant.tensor import GPU_PIECE_WEIGHTS, TORCH_DTYPES, QTensor
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(not interpreted(), reason="kernels on CPU tensors: needs TRITON_INTERPRET=1")
 
 WRITABLE = [kind for kind in KINDS if FORMATS[kind].writable]
 

@@ -24,6 +24,7 @@ from live_bytes import LiveBytes, NoLaunch
 from PIL import Image
 from torch import Tensor, nn
 from zimage_kernels import hadamard_rotate, quantize_rows_reference
+from zimage_kernels._triton import interpreted
 
 from zimage_lite import GenerateOptions, load, quantize
 from zimage_lite.backends import choose
@@ -50,6 +51,7 @@ from zimage_lite.selftest.process import Verdict
 from zimage_lite.synthetic import open_synthetic
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(not interpreted(), reason="kernels on CPU tensors: needs TRITON_INTERPRET=1")
 
 CONFIG = TransformerConfig(dim=256, n_heads=2, n_layers=1, n_refiner_layers=1, cap_feat_dim=128)
 LENGTHS = [33, 31]  # several sequences, neither a multiple of a tile
