@@ -3,7 +3,6 @@ at the lowest power limit of a card. Pure arithmetic over sizes; nothing is meas
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from .errors import BudgetError
@@ -19,7 +18,7 @@ from .memory.machine import (
     EFFICIENCY_MEMORY,
     HOST_COPY_GBPS,
     VRAM_MARGIN_BYTES,
-    machine,
+    at_both_limits,
 )
 from .memory.plan import Plan
 from .memory.planner import budgets_in_force, plan_phases
@@ -46,9 +45,7 @@ def assumptions() -> list[str]:
 
 def plans(model: Model, gpu: Gpu, size: int, ram_bytes: int, vram_bytes: int | None = None) -> list[list[Plan]]:
     """Of encode, denoise and decode: at the highest power limit, and at the lowest. Raises BudgetError."""
-    machines = [machine(gpu, ram_bytes, high_power) for high_power in (True, False)]
-    if vram_bytes is not None:
-        machines = [replace(there, vram_free_bytes=vram_bytes + VRAM_MARGIN_BYTES) for there in machines]
+    machines = at_both_limits(gpu, ram_bytes, vram_bytes)
     todo = phases(model, Job(size, size, steps=STEPS), machines[0])
     return [plan_phases(todo, there, budgets_in_force(there, None, ram_bytes)) for there in machines]
 

@@ -114,7 +114,7 @@ def _machines(name: str | None, vram: int | None, ram: int | None) -> tuple[Gpu,
     """At the highest and at the lowest power limit: with the GPU named, else the one that is here with what is free,
     else the slowest with so much memory."""
     from ..memory.gpus import find_gpu, gpu_with
-    from ..memory.machine import VRAM_MARGIN_BYTES, machine, processor
+    from ..memory.machine import at_both_limits, processor
 
     here = None if name else _here()
     if here is not None:
@@ -124,9 +124,7 @@ def _machines(name: str | None, vram: int | None, ram: int | None) -> tuple[Gpu,
         raise UserError("this machine has no NVIDIA GPU that torch sees", fix='name one: --gpu "RTX 3060 Laptop"')
     gpu = find_gpu(name) if name else gpu_with(vram or 0)
     ram = parse_bytes(_RAM) if ram is None else ram
-    machines = [machine(gpu, ram, high_power) for high_power in (True, False)]
-    if not name:
-        machines = [replace(one, vram_free_bytes=(vram or 0) + VRAM_MARGIN_BYTES) for one in machines]
+    machines = at_both_limits(gpu, ram, None if name else vram)
     if sys.platform == "win32":
         machines = [replace(one, pinned_limit_bytes=ram // 2) for one in machines]
     return gpu, machines

@@ -129,3 +129,12 @@ def machine(gpu: Gpu, ram_bytes: int, high_power: bool = True, ideal: bool = Fal
         link_gbps=gpu.link_gbps,
         gpu_dtype="bf16" if gpu.capability >= (8, 0) else "fp16",
     )
+
+
+def at_both_limits(gpu: Gpu, ram_bytes: int, vram_bytes: int | None = None) -> list[Machine]:
+    """The same at the highest and at the lowest power limit. vram_bytes: what of the GPU may be used, if that is not
+    what the desktop leaves."""
+    machines = [machine(gpu, ram_bytes, high_power) for high_power in (True, False)]
+    if vram_bytes is None:
+        return machines
+    return [replace(one, vram_free_bytes=vram_bytes + VRAM_MARGIN_BYTES) for one in machines]
