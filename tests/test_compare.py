@@ -28,6 +28,7 @@ from zimage_lite.likeness import said
 from zimage_lite.memory.machine import CUDA_CONTEXT_BYTES
 from zimage_lite.report import sections
 from zimage_lite.report_page import Table, as_markdown
+from zimage_lite.report_ratios import compared
 from zimage_lite.similarity import psnr_db, ssim
 
 Refused = Callable[..., str]
@@ -359,5 +360,6 @@ def test_report(models: Path, tmp_path: Path) -> None:
     text = as_markdown("t", sections({"c.json": result}))
     assert "LPIPS is left out: its package is not installed" in text
     assert "noise" not in text
+    assert [(one.what, one.middle >= 1) for one in compared({"c.json": result})] == [("demo", True), ("q8_0", True)]
     result["models"][1]["synthetic"] = True
     assert "noise" in as_markdown("t", sections({"c.json": result}))

@@ -86,6 +86,8 @@ def ratios(source: str, result: Mapping[str, Any]) -> Iterator[Ratio]:
         if "simulated_ms" in row:  # benchmarks/streaming.py
             what = f"workers, {row['device']} {row['home']}"
             yield Ratio(source, what, f"{TIME} of a step", row["simulated_ms"], row["step_ms"])
+    for model in result.get("models", []):  # zimage-lite compare
+        yield Ratio(source, str(model["label"]), MEMORY, model["planned_rss_bytes"], model["peak_rss_bytes"])
     for row in result.get("counted", []):  # benchmarks/vae.py
         what = f"VAE {row['size']}, {row['way']}"
         yield Ratio(source, what, MEMORY, row["predicted_bytes"], row["peak_bytes"])
