@@ -34,7 +34,7 @@ WORST = 5  # tensors that --verify names
 )
 @click.option(
     "--component",
-    type=click.Choice(["all", "transformer", "text_encoder", "vae"]),
+    type=click.Choice(["all", "transformer", "text_encoder"]),
     default="all",
     show_default=True,
     help="Write only this part, as a file.",
