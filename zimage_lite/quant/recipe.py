@@ -164,7 +164,7 @@ def overridden(chosen: Target, keep: Iterable[str] = (), tensors: Iterable[str] 
 def as_it_is() -> Target:
     """Writes what is there under canonical names: for a component that leaves an all-in-one file unconverted."""
     recipes = {component: Recipe(KEEP) for component in ("transformer", "text_encoder", "vae")}
-    return Target(KEEP, "comfy", "as it is", (), "", KEEP, 0, recipes)
+    return Target(KEEP, "comfy", "as it is", (), KEEP, 0, recipes)
 
 
 def _holds(chosen: Target, row: Format) -> bool:
