@@ -33,10 +33,28 @@ def sections_of(name: str, result: Result) -> Iterator[Section]:
         yield _ops(name, result)
     elif "cases" in result:
         yield _streaming(name, result)
+    elif any("faster_than_diffusers" in row for row in rows):
+        yield _cpu_step(result)
     elif any("kept" in run for run in runs):
         yield _budgets(name, result)
     elif (runs and "ram" in result) or ("images" in result and "phases" in result):
         yield Section(f"One model at full size ({name})", ["Its predictions and measurements stand below."])
+
+
+def _cpu_step(result: Result) -> Section:
+    header = ("", "way", "seconds", "times as fast as diffusers", "relative error")
+    rows = [
+        [
+            row["what"],
+            way,
+            f"{seconds:.3f}",
+            f"{row['faster_than_diffusers'][way]:.2f}",
+            f"{row['relative_error'][way]:.1e}",
+        ]
+        for row in result["rows"]
+        for way, seconds in row["median"].items()
+    ]
+    return Section(f"A step on the CPU, {result['tokens']} tokens", [Table(header, rows)])
 
 
 def _ops(name: str, result: Result) -> Section:
