@@ -326,14 +326,16 @@ esac
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs bash and timeout")
 def test_gpu_check_keeps_what_it_has_when_time_is_up(tmp_path: Path) -> None:
-    """With a pretended Python whose 6 GB tier writes a result and then hangs, and one second for everything."""
+    """With a pretended Python whose 6 GB tier writes a result and then hangs, and two seconds for everything."""
     python = tmp_path / "python"
     python.write_text(PRETENDED)
     python.chmod(0o755)
     out = tmp_path / "out"
     command = ["bash", str(ROOT / "tools" / "gpu_check.sh"), str(out)]
-    environment = {**os.environ, "PYTHON": str(python), "GPU_CHECK_SECONDS": "1"}
+    environment = {**os.environ, "PYTHON": str(python), "GPU_CHECK_SECONDS": "2"}
     assert subprocess.run(command, env=environment, capture_output=True, timeout=60).returncode == 1
     parts = {part["name"]: part["code"] for part in json.loads((out / "parts.json").read_text())["parts"]}
-    assert (parts["tests"], parts["tier_6gb"], parts["tier_8gb"]) == (0, 124, None)
+    assert (parts["tests"], parts["linear_int8"], parts["tier_6gb"], parts["tier_8gb"]) == (0, 3, 124, None)
+    single = ["laptop_ptx", "linear_int8", "attention", "elementwise", "block", "step"]
+    assert list(parts)[:9] == ["tests", "kernel_tests", *single, "tier_6gb"]
     assert json.loads((out / "tier_6gb.json").read_text()) == {"cells": []}

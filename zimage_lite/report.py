@@ -109,7 +109,8 @@ def _fact(key: str, value: Any) -> str:
 def _machines(results: Results) -> Section:
     rows = []
     for name, result in results.items():
-        facts = {**dict(result.get("machine") or {}), "commit": result.get("commit"), "version": result.get("version")}
+        own = {key: result[key] for key in ("commit", "version") if key in result}
+        facts = {**dict(result.get("machine") or {}), **dict(result.get("card") or {}), **own}
         told = ", ".join(_fact(key, value) for key, value in facts.items() if value is not None)
         rows.append([name, told])
     return Section("Machines and versions", [Table(("file", "machine"), rows, texts=2)])

@@ -58,13 +58,22 @@ def _cpu_step(result: Result) -> Section:
 
 
 def _ops(name: str, result: Result) -> Section:
-    """Of benchmarks/ops: whatever a script measures has a name and a number."""
+    """Of benchmarks/ops: whatever a script measures has a name and a number. Bars that were missed are pointed out, and
+    results that were wrong."""
     header = list(dict.fromkeys(key for row in result["rows"] for key in row))
-    rows = [[_figure(row.get(key, NOTHING)) for key in header] for row in result["rows"]]
-    return Section(f"Single ops ({name})", [Table(header, rows)])
+    rows, bad = list[list[str]](), set[tuple[int, int]]()
+    for row in result["rows"]:
+        bad |= {(len(rows), header.index(key)) for key in ("kept", "check", "error") if row.get(key, True) not in _GOOD}
+        rows.append([_figure(row.get(key, NOTHING)) for key in header])
+    return Section(f"Single ops ({name})", [Table(header, rows, bad=frozenset(bad))])
+
+
+_GOOD = (True, "ok")
 
 
 def _figure(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

@@ -3,23 +3,26 @@
     python benchmarks/ops/bench_linear_int8.py [--tokens 1152 4224] [--out benchmarks/results/NAME.json]
 
 Ceilings: torch._int_mm and a bf16 matmul of 8192 x 8192 x 8192. Beside each product: the same in bf16 by cuBLAS, and
-torch._int_mm with the scales applied after it.
+torch._int_mm with the scales applied after it. `kept`: whether a product of at least FEWEST rows, the tokens of
+512x512, reaches OF_CEILING of the int8 ceiling and is TIMES_BF16 times as fast as bf16.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import milliseconds, report
+from timing import Times, milliseconds, need_cuda, report, spread
 from torch import Tensor
 from zimage_kernels import linear_int8, linear_int8_reference, swiglu_int8
 
 SHAPES = {"qkv": (11520, 3840), "out": (3840, 3840), "w2": (3840, 10240)}  # [N, K]
 HIDDEN, DIM = 10240, 3840
+OF_CEILING, TIMES_BF16, FEWEST = 0.75, 1.6, 1152
 
 
 def codes(rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -40,30 +43,40 @@ def ceilings() -> dict[str, Any]:
     return {"op": "ceilings", "int8_tops": int8, "bf16_tflops": bf16}
 
 
+def judged(name: str, rows: int, ops: float, times: Times, bf16_ms: float, ceiling: float) -> dict[str, Any]:
+    """ops: multiplications and additions; ceiling: tera-operations per second."""
+    tops = ops / times[1] / 1e9
+    row: dict[str, Any] = {"op": name, "M": rows, **spread(times), "tops": tops, "of_ceiling": tops / ceiling}
+    row["times_bf16"] = bf16_ms / times[1]
+    kept = row["of_ceiling"] >= OF_CEILING and row["times_bf16"] >= TIMES_BF16
+    return row | ({"kept": kept} if rows >= FEWEST else {})
+
+
 def linear(name: str, rows: int, ceiling: float) -> dict[str, Any]:
     outputs, columns = SHAPES[name]
     x, w = codes(rows, columns), codes(outputs, columns)
     x16, w16 = x[0].bfloat16(), w[0].bfloat16()
-    low, time_ms, high = milliseconds(lambda: linear_int8(*x, *w, backend="triton"))
-    tops = teraops(rows, outputs, columns, time_ms)
-    return {
-        "op": f"linear_int8 {name}", "M": rows, "ms_p20": low, "ms": time_ms, "ms_p80": high,
-        "tops": tops, "of_ceiling": tops / ceiling,
-        "times_bf16": milliseconds(lambda: x16 @ w16.T)[1] / time_ms,
-        "times_int_mm": milliseconds(lambda: linear_int8_reference(*x, *w))[1] / time_ms,
-    }  # fmt: skip
+    times = milliseconds(lambda: linear_int8(*x, *w, backend="triton"))
+    bf16_ms = milliseconds(lambda: x16 @ w16.T)[1]
+    row = judged(f"linear_int8 {name}", rows, 2 * rows * outputs * columns, times, bf16_ms, ceiling)
+    return row | {"times_int_mm": milliseconds(lambda: linear_int8_reference(*x, *w))[1] / times[1]}
 
 
 def swiglu(rows: int, ceiling: float) -> dict[str, Any]:
     x, w1, w3 = codes(rows, DIM), codes(HIDDEN, DIM), codes(HIDDEN, DIM)
     x16, w16 = x[0].bfloat16(), [w[0].bfloat16() for w in (w1, w3)]
-    low, time_ms, high = milliseconds(lambda: swiglu_int8(*x, *w1, *w3, backend="triton"))
-    tops = teraops(rows, 2 * HIDDEN, DIM, time_ms)
-    return {
-        "op": "swiglu_int8", "M": rows, "ms_p20": low, "ms": time_ms, "ms_p80": high,
-        "tops": tops, "of_ceiling": tops / ceiling,
-        "times_bf16": milliseconds(lambda: F.silu(x16 @ w16[0].T) * (x16 @ w16[1].T))[1] / time_ms,
-    }  # fmt: skip
+    times = milliseconds(lambda: swiglu_int8(*x, *w1, *w3, backend="triton"))
+    bf16_ms = milliseconds(lambda: F.silu(x16 @ w16[0].T) * (x16 @ w16[1].T))[1]
+    return judged("swiglu_int8", rows, 4 * rows * HIDDEN * DIM, times, bf16_ms, ceiling)
+
+
+def measured(all_tokens: list[int]) -> Iterator[dict[str, Any]]:
+    found = ceilings()
+    yield found
+    for tokens in all_tokens:
+        for name in SHAPES:
+            yield linear(name, tokens, found["int8_tops"])
+        yield swiglu(tokens, found["int8_tops"])
 
 
 def main() -> None:
@@ -71,12 +84,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", default=[128, 1152, 4224, 16512])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    rows = [ceilings()]
-    ceiling = rows[0]["int8_tops"]
-    for tokens in options.tokens:
-        rows += [linear(name, tokens, ceiling) for name in SHAPES]
-        rows.append(swiglu(tokens, ceiling))
-    report(rows, options.out)
+    need_cuda()
+    report(measured(options.tokens), options.out)
 
 
 if __name__ == "__main__":
