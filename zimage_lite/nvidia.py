@@ -6,14 +6,12 @@ Asked through NVML, the library behind nvidia-smi, which comes with every driver
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-_LIBRARIES = {"win32": ("nvml.dll", r"C:\Program Files\NVIDIA Corporation\NVSMI\nvml.dll")}  # the second: until 2019
-_LIBRARY = ("libnvidia-ml.so.1",)
+from .memory.nvml import Memory, library
 
 
 @dataclass(frozen=True)
@@ -43,24 +41,8 @@ def driver() -> Driver | None:
     return None
 
 
-def library() -> Any | None:
-    """NVML, loaded; None where there is no driver."""
-    if sys.platform == "darwin":
-        return None
-    for name in _LIBRARIES.get(sys.platform, _LIBRARY):
-        with suppress(OSError):
-            return ctypes.CDLL(name)
-    return None
-
-
 class _Refusal(OSError):
     """A call of NVML that returned another code than 0."""
-
-
-class Memory(ctypes.Structure):
-    """nvmlMemory_t"""
-
-    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
 
 
 def _ask(library: Any) -> Driver:

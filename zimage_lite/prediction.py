@@ -102,14 +102,7 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     main = blocks("noise_refiner", n_refiners, sequences * image, sequences * attention(image)) + blocks(
         "layers", c.n_layers, sequences * whole, sequences * attention(whole)
     )
-    unpacking = max(
-        0 if machine.cpu_int8 and device == "cpu" and part.format.name == "int8" and part.rows > 1
-        else unpacking_bytes(part, device, dtype)
-        for parts in of_blocks.values() for part in parts
-    )  # fmt: skip
-    if device == "gpu":
-        beside = (unpacking_bytes(part, device, dtype) for parts in of_blocks.values() for part in _unpacked(parts))
-        unpacking = max(unpacking, max(map(_reencoded, of_blocks.values())) + max(beside, default=0))
+    unpacking = _most_unpacking(list(of_blocks.values()), device, machine)
     tokens = max(sequences * whole, together)
     activations = activation_bytes(tokens, c.dim, c.ffn_dim, c.n_heads, item, stream)
     latent = 4 * c.in_channels * job.latents
@@ -138,6 +131,20 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
         ram_fixed={**host, "time weights": time_bytes(time_weights)} if device == "gpu" else {},
         way=batch,
     )
+
+
+def _most_unpacking(blocks: Sequence[Sequence[Part]], device: str, machine: Machine) -> int:
+    """Bytes for a moment. An int8 matrix that the CPU multiplies as it is takes none."""
+    dtype = machine.dtype(device)
+
+    def most(parts: Iterable[Part]) -> int:
+        return max((unpacking_bytes(part, device, dtype) for part in parts), default=0)
+
+    if device == "cpu":
+        as_it_is = machine.cpu_int8
+        return most(p for parts in blocks for p in parts if not (as_it_is and p.format.name == "int8" and p.rows > 1))
+    beside = most(part for parts in blocks for part in _unpacked(parts))
+    return max(most(part for parts in blocks for part in parts), max(map(_reencoded, blocks)) + beside)
 
 
 def _encode(model: Model, prompt_tokens: Sequence[int], device: str, machine: Machine) -> Phase:

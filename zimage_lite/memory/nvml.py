@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
+from contextlib import suppress
+from typing import Any
 
-from ..nvidia import Memory, library
+_LIBRARIES = {"win32": ("nvml.dll", r"C:\Program Files\NVIDIA Corporation\NVSMI\nvml.dll")}  # the second: until 2019
+_LIBRARY = ("libnvidia-ml.so.1",)
+
+
+def library() -> Any | None:
+    """NVML, loaded; None where there is no driver."""
+    if sys.platform == "darwin":
+        return None
+    for name in _LIBRARIES.get(sys.platform, _LIBRARY):
+        with suppress(OSError):
+            return ctypes.CDLL(name)
+    return None
+
+
+class Memory(ctypes.Structure):
+    """nvmlMemory_t"""
+
+    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
 
 
 class Nvml:
