@@ -64,10 +64,10 @@ def computed(chosen: Target) -> str:
     """How this runtime multiplies the weights of its main format, in words."""
     main = FORMATS[chosen.recipes["transformer"].format]
     if main.name == "int8":
-        return "computed in 8 bits on CUDA from compute capability 7.5 and on CPUs with VNNI, else unpacked"
+        return "multiplied as it is, on CUDA and on CPUs with VNNI"
     if main.name in KINDS:
-        return "computed in 8 bits on CUDA from compute capability 7.5, re-encoded, else unpacked"
-    return "unpacked to what is computed in" if main.lossy else "computed in 16 or 32 bits"
+        return "on CUDA multiplied as int8"
+    return "unpacked first" if main.lossy else "computed in 16 or 32 bits"
 
 
 @dataclass(frozen=True)
