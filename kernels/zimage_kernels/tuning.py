@@ -3,7 +3,8 @@
 Nothing is tuned at run time: one compilation per op and bucket, the same on every machine. A file maps each op to a
 list of buckets, ascending in `up_to` (rows of the problem; the last has none). The rest of a bucket goes to the kernel
 as it is: its constexprs by name, and num_warps and num_stages.
-`tools/compile_kernels.py` compiles every tile and refuses those that spill or exceed the shared memory.
+`tools/compile_kernels.py` compiles every tile and refuses those that spill or exceed the shared memory;
+`tools/tune_kernels.py` times what is left on a GPU and writes the file.
 """
 
 from __future__ import annotations
