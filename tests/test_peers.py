@@ -354,7 +354,7 @@ def test_the_whole_command(q8_0: Path, tmp_path: Path) -> None:
     assert (row["outcome"], row["setting"], row["version"]) == (DONE, "q8_0, flash attention", HELP.splitlines()[0])
     assert row["seconds"]["cold"] == row["seconds"]["warm"]["median"] == 9.1
     for image in row["runs"]:
-        assert len(image["step_seconds"]) == 4 and min(image["step_seconds"]) >= 0.05
+        assert len(image["step_seconds"]) == 4 and min(image["step_seconds"]) >= 0.04  # 0.05 slept; clocks round
     assert 150_000_000 < row["peak_rss_bytes"] < 200_000_000
     assert "--diffusion-fa" in row["command"] and "--offload-to-cpu" not in row["command"]
     assert "stable-diffusion.cpp" in as_html("t", sections({"peers.json": result}))

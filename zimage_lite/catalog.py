@@ -66,7 +66,7 @@ def computed(chosen: Target) -> str:
     if main.name == "int8":
         return "multiplied as it is, on CUDA and on CPUs with VNNI"
     if main.name in KINDS:
-        return "on CUDA multiplied as int8"
+        return "on CUDA re-encoded to int8"
     return "unpacked first" if main.lossy else "computed in 16 or 32 bits"
 
 
