@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import relative_error
 from live_bytes import LiveBytes, NoLaunch
+from packing import packed_as
 from torch import Tensor
 from zimage_kernels import KINDS, unpacks
 from zimage_kernels._triton import interpreted
@@ -21,7 +22,6 @@ from zimage_lite.footprint import unpacking_bytes
 from zimage_lite.model.compute import Compute
 from zimage_lite.model.linear import Linear
 from zimage_lite.quant import tensor as tensor_module
-from zimage_lite.quant.bnb import read_state
 from zimage_lite.quant.formats import FORMATS
 from zimage_lite.quant.tensor import GPU_PIECE_WEIGHTS, TORCH_DTYPES, QTensor
 
@@ -29,17 +29,6 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not interpreted(), reason="kernels on CPU tensors: needs TRITON_INTERPRET=1")
 
 WRITABLE = [kind for kind in KINDS if FORMATS[kind].writable]
-
-
-def packed(name: str, weight: Tensor) -> QTensor:
-    chosen = FORMATS[name]
-    options = dict(chosen.codec.options(weight.shape[1]))
-    if chosen.container == "quanto":  # the interpreter truncates to bfloat16
-        options["dtype"] = "F16"
-    parts = chosen.codec.quantize(weight, options)
-    if name == "nf4":
-        options |= read_state(bytes(parts[chosen.codec.state_part].tolist()), name)  # type: ignore[attr-defined]
-    return QTensor(chosen, tuple(weight.shape), parts, options)
 
 
 @pytest.fixture
@@ -60,7 +49,7 @@ def unpacked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_products_are_those_of_the_codec(name: str, unpacked: list[str]) -> None:
     """Weights are the same to the bit, but for rotated ones: in another order, 8 additions deep, which each may move
     them by half a step of float32; and float16 rounds what that moves."""
-    weight, x = packed(name, torch.randn(4, 256)), torch.randn(5, 256)
+    weight, x = packed_as(name, torch.randn(4, 256)), torch.randn(5, 256)
     allowed = {torch.float32: 8 * 2.0**-24, torch.float16: 2.0**-11} if name == "int4" else {}
     for dtype in (torch.float32, torch.float16):
         theirs = weight.linear(x.to(dtype))
@@ -74,7 +63,7 @@ def test_products_are_those_of_the_codec(name: str, unpacked: list[str]) -> None
 @pytest.mark.parametrize(("name", "count"), [("q4_0", 3), ("nf4", 3), ("qint4", 1)])
 def test_pieces(name: str, count: int, unpacked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of as many rows as a kernel compiled for aligned addresses takes, where the format can be cut."""
-    weight, x = packed(name, torch.randn(36, 64)), torch.randn(5, 64)
+    weight, x = packed_as(name, torch.randn(36, 64)), torch.randn(5, 64)
     whole = weight.linear(x)
     monkeypatch.setattr(tensor_module, "CPU_PIECE_WEIGHTS", 20 * 64)
     pieces = weight.linear(x, "triton")
@@ -84,7 +73,7 @@ def test_pieces(name: str, count: int, unpacked: list[str], monkeypatch: pytest.
 
 def test_a_part_of_a_fused_weight(unpacked: list[str]) -> None:
     """k of a qkv that cannot be cut by rows."""
-    whole, x = packed("qint4", torch.randn(12, 256)), torch.randn(5, 256)
+    whole, x = packed_as("qint4", torch.randn(12, 256)), torch.randn(5, 256)
     k = QTensor(whole.format, (4, 256), whole.parts, whole.options, first_row=4)
     assert torch.equal(k.linear(x, "triton"), k.linear(x)) and len(unpacked) == 1
     torch.testing.assert_close(k.linear(x), whole.linear(x)[:, 4:8])
@@ -94,13 +83,13 @@ def test_what_only_a_codec_can_unpack(unpacked: list[str]) -> None:
     """Formats without a kernel, and odd files of formats that have one."""
     x = torch.randn(5, 256)
     for name in ("fp8", "qfloat8", "int8", "bf16"):
-        weight = packed(name, torch.randn(12, 256))
+        weight = packed_as(name, torch.randn(12, 256))
         assert torch.equal(weight.linear(x, "triton"), weight.linear(x))
-    six_bits = packed("int4", torch.randn(12, 256))
+    six_bits = packed_as("int4", torch.randn(12, 256))
     six_bits.parts[""] = torch.randint(-128, 128, (12, 192), dtype=torch.int8)
-    wide_scales = packed("int4", torch.randn(12, 256))
+    wide_scales = packed_as("int4", torch.randn(12, 256))
     wide_scales.parts["_s_rel"] = wide_scales.parts["_s_rel"].float()
-    across_rows = packed("nf4", torch.randn(12, 64))
+    across_rows = packed_as("nf4", torch.randn(12, 64))
     weights = (six_bits, wide_scales, across_rows)
     for weight, columns in zip(weights, (256, 256, 96), strict=True):
         assert not unpacks(weight.format.name, weight.parts, weight.options, columns)

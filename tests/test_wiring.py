@@ -21,6 +21,7 @@ import torch
 from conftest import PROMPT, psnr, relative_error, transformer_inputs
 from evaluate_demo import reencode, requantize_by_codec
 from live_bytes import LiveBytes, NoLaunch
+from packing import packed_as
 from PIL import Image
 from torch import Tensor, nn
 from zimage_kernels import hadamard_rotate, quantize_rows_reference
@@ -43,7 +44,6 @@ from zimage_lite.model.rope import grid_positions, rope_angles
 from zimage_lite.model.transformer import Block, Transformer, is_time_weight
 from zimage_lite.model_sizes import true_model
 from zimage_lite.prediction import phases
-from zimage_lite.quant.bnb import read_state
 from zimage_lite.quant.formats import FORMATS
 from zimage_lite.quant.tensor import GPU_PIECE_WEIGHTS, QTensor
 from zimage_lite.reencoding import Scratch, reencoded
@@ -62,14 +62,7 @@ PLAIN = {backend: Compute(backend) for backend in ("reference", "triton")}
 
 def packed(weight: Tensor, name: str) -> QTensor:
     """In that format, or plain where its rows do not fit: w2 has 682 columns here."""
-    chosen = FORMATS[name if weight.ndim == 2 and (name == "f32" or weight.shape[1] % 16 == 0) else "f32"]
-    options = dict(chosen.codec.options(weight.shape[1])) if weight.ndim == 2 else {}
-    if chosen.container == "quanto":  # the interpreter truncates to bfloat16
-        options["dtype"] = "F16"
-    parts = chosen.codec.quantize(weight, options)
-    if name == "nf4":
-        options |= read_state(bytes(parts[chosen.codec.state_part].tolist()), name)  # type: ignore[attr-defined]
-    return QTensor(chosen, tuple(weight.shape), parts, options)
+    return packed_as(name if weight.ndim == 2 and (name == "f32" or weight.shape[1] % 16 == 0) else "f32", weight)
 
 
 def dense(module: nn.Module) -> dict[str, Tensor]:
@@ -438,18 +431,25 @@ def test_the_scratch_is_what_is_planned(name: str) -> None:
         assert planned > 10 * (GPU_PIECE_WEIGHTS - 10240)  # what unpacking in pieces takes
 
 
+def block_in_int8(config: TransformerConfig, dtype: torch.dtype) -> Block:
+    """Without values, on the device that is the default."""
+    block = Block(config, modulated=False)
+    for owner in block.modules():
+        if isinstance(owner, Linear):
+            rows, columns = owner.weight.shape
+            parts = {"": torch.empty(rows, columns, dtype=torch.int8), "_scale": torch.empty(rows, 1)}
+            owner.packed, owner.dtype = QTensor(FORMATS["int8"], (rows, columns), parts, {"group": 256}), dtype
+        elif isinstance(owner, RMSNorm):
+            owner.weight = nn.Parameter(owner.weight.to(dtype), requires_grad=False)
+    return block
+
+
 @pytest.mark.parametrize("tokens", [1152, 4224])
 def test_activations_of_the_references_in_8_bits(tokens: int) -> None:
     """No more than is planned for unpacked weights, in float32 on the CPU, where --compute int8 may be asked for."""
     config = TransformerConfig()
     with torch.device("meta"), torch.inference_mode():
-        block = Block(config, modulated=False)
-        for owner in block.modules():
-            if isinstance(owner, Linear):
-                rows, columns = owner.weight.shape
-                codes = torch.empty(rows, columns, dtype=torch.int8)
-                parts = {"": codes, "_scale": torch.empty(rows, 1)}
-                owner.packed = QTensor(FORMATS["int8"], (rows, columns), parts, {"group": 256})
+        block = block_in_int8(config, FULL)
         with LiveBytes() as live:
             rope = torch.empty(2, tokens, config.head_dim // 2).unbind()
             block(torch.empty(tokens, config.dim), rope, [tokens], None, INT8["reference"])
@@ -470,15 +470,7 @@ def test_activations_of_the_kernels(tokens: int, capability: int, monkeypatch: p
             monkeypatch.setattr(module, name, NoLaunch())
     config = TransformerConfig()
     with torch.device("meta"), torch.inference_mode():
-        block = Block(config, modulated=False)
-        for owner in block.modules():
-            if isinstance(owner, Linear):
-                rows, columns = owner.weight.shape
-                parts = {"": torch.empty(rows, columns, dtype=torch.int8), "_scale": torch.empty(rows, 1)}
-                owner.packed = QTensor(FORMATS["int8"], (rows, columns), parts, {"group": 256})
-                owner.dtype = HALF
-            elif isinstance(owner, RMSNorm):
-                owner.weight = nn.Parameter(owner.weight.half(), requires_grad=False)
+        block = block_in_int8(config, HALF)
         with LiveBytes() as live:
             rope = torch.empty(2, tokens, config.head_dim // 2).unbind()
             block(torch.empty(tokens, config.dim), rope, [tokens], None, INT8["triton"])
