@@ -2,8 +2,8 @@
 
 torch hands int8 products on the CPU to oneDNN. Where the CPU has VNNI (or AMX) they are exact, and 4.2 to 4.6 times as
 fast as float32 (2 threads of a Zen 4). Where it has not, oneDNN adds pairs of products in 16 bits, which saturate: told
-to use AVX2 there, it was off by 6.55e7 where the sum was 6.61e7. Without oneDNN, or beside x86, sums are added up one by
-one. In both cases float32 multiplies instead, in pieces whose sums it holds.
+to use AVX2 there, it was off by 6.55e7 where the sum was 6.61e7. Without oneDNN, or beside x86, sums are added up one
+by one. In both cases float32 multiplies instead, in pieces whose sums it holds.
 
 On CUDA torch wants more than 16 rows, and outputs and columns that are multiples of 8; cuBLAS beyond that has no int8
 product on 7.5 for some numbers of rows between (97 to 127 failed on a GTX 1650 where 96 and 128 ran, ComfyUI #16431).
