@@ -2,8 +2,9 @@
 
 torch hands int8 products on the CPU to oneDNN. Where the CPU has VNNI (or AMX) they are exact, and 4.2 to 4.6 times as
 fast as float32 (2 threads of a Zen 4). Where it has not, oneDNN adds pairs of products in 16 bits, which saturate: told
-to use AVX2 there, it was off by 6.55e7 where the sum was 6.61e7. Without oneDNN, or beside x86, sums are added up one
-by one. In both cases float32 multiplies instead, in pieces whose sums it holds.
+to use AVX2 there, it was off by 6.55e7 where the sum was 6.61e7. Where the CPU itself has AVX2 alone (Zen 2 and 3, most
+Intel laptops), without oneDNN, or beside x86, sums are added up one by one, 14 to 40 times slower than float32. In all
+these cases float32 multiplies instead, in pieces whose sums it holds.
 
 On CUDA torch wants more than 16 rows, and outputs and columns that are multiples of 8; cuBLAS beyond that has no int8
 product on 7.5 for some numbers of rows between (97 to 127 failed on a GTX 1650 where 96 and 128 ran, ComfyUI #16431).
@@ -13,6 +14,8 @@ Rows and outputs are filled up to multiples of 32, which all sizes of Z-Image ar
 from __future__ import annotations
 
 import platform
+import time
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -21,6 +24,7 @@ from torch import Tensor
 
 _CUDA_STEP = 32
 _EXACT_COLUMNS = 1024  # 128 * 128 * 1024 = 2^24, up to which float32 has all integers
+_TRIAL_ROWS = 128
 _TILE_ROWS, _TILE_OUTPUTS = 512, 2048  # 19 MB: the sums twice, and both operands in float32
 
 
@@ -39,12 +43,25 @@ def _filled(codes: Tensor) -> Tensor:
 
 @cache
 def cpu_has_int8_units() -> bool:
-    """Whether int8 products on this CPU are exact, and faster than those of float32. Asked with the largest codes there
-    are, for torch does not say on which instructions oneDNN runs."""
+    """Whether int8 products on this CPU are exact, and faster than those of float32: measured, for torch does not say
+    on which instructions oneDNN runs. Exactness is asked with the largest codes there are; speed with a product of 256
+    columns, 0.1 ms where there are units and 2 ms where sums are added up one by one (a Zen 3)."""
     if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
         return False
-    codes = torch.full((64, 256), 127, dtype=torch.int8)
-    return bool((torch._int_mm(codes, codes.T) == 256 * 127**2).all())
+    codes = torch.full((_TRIAL_ROWS, 256), 127, dtype=torch.int8)
+    values = codes.float()
+    exact = bool((torch._int_mm(codes, codes.T) == 256 * 127**2).all())
+    return exact and _seconds(lambda: torch._int_mm(codes, codes.T)) < _seconds(lambda: values @ values.T)
+
+
+def _seconds(multiply: Callable[[], Tensor]) -> float:
+    """The best of a few: the first may start threads or unpack code."""
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        multiply()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def _float_product(x: Tensor, w: Tensor) -> Tensor:
