@@ -28,9 +28,9 @@ from full_size import commit, machine, run
 
 from zimage_lite import __version__
 from zimage_lite.checkpoint.checkpoint import open_checkpoint
+from zimage_lite.convert.output_file import OutTensor, output_tensors
+from zimage_lite.convert.recipe import target
 from zimage_lite.quant.formats import FORMATS, GGML_TYPES
-from zimage_lite.quant.output_file import OutTensor, output_tensors
-from zimage_lite.quant.recipe import target
 
 FORMATS_MEASURED = ("q8_0", "q4_0", "q4_k_m", "int8", "int4", "nf4")
 BUFFER_BYTES = 2**23

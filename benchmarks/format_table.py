@@ -38,14 +38,14 @@ from demo_scenes import held_out_captions
 from evaluate_demo import evaluate, own_sampler
 
 from zimage_lite import __version__
-from zimage_lite.catalog import all_targets
 from zimage_lite.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from zimage_lite.checkpoint.model_card import DEMO, model_folder
 from zimage_lite.checkpoint.stored import StoredTensor
-from zimage_lite.quant.fidelity import Sums, TensorError, report, sums
+from zimage_lite.compare.similarity import pixels, psnr_db, ssim
+from zimage_lite.convert.catalog import all_targets
+from zimage_lite.convert.fidelity import Sums, TensorError, report, sums
+from zimage_lite.convert.recipe import KEEP, Target, target
 from zimage_lite.quant.formats import EFFORTS, FORMATS, Format
-from zimage_lite.quant.recipe import KEEP, Target, target
-from zimage_lite.similarity import pixels, psnr_db, ssim
 
 SAMPLE_ROWS = 128
 STEPS = 8

@@ -35,12 +35,12 @@ from full_size import commit, machine
 from gpu_trace import overlap
 
 from zimage_lite.config import GenerateOptions, RuntimeOptions, TextEncoderConfig, TransformerConfig, VaeConfig
+from zimage_lite.convert.synthetic import open_synthetic
 from zimage_lite.errors import BudgetError
 from zimage_lite.memory.machine import CUDA_CONTEXT_BYTES
 from zimage_lite.memory.meter import peak_rss_bytes
 from zimage_lite.memory.nvml import Nvml, Peak
-from zimage_lite.pipeline import Pipeline
-from zimage_lite.synthetic import open_synthetic
+from zimage_lite.pipeline.drawing import Pipeline
 from zimage_lite.units import parse_bytes
 
 GIB = 2**30

@@ -22,11 +22,11 @@ from make_checkpoint import make_checkpoint
 
 from zimage_lite.checkpoint.checkpoint import open_checkpoint
 from zimage_lite.cli import run
-from zimage_lite.loading import read_into
 from zimage_lite.memory.hardware import Hardware
 from zimage_lite.model.float16 import stream_dtype
 from zimage_lite.model.linear import shapes
 from zimage_lite.model.transformer import Transformer
+from zimage_lite.pipeline.weights import read_into
 
 PROMPT = "a red circle on a blue background, 你好"
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from zimage_lite.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from zimage_lite.config import TextEncoderConfig, TransformerConfig
-from zimage_lite.loading import read_into
 from zimage_lite.memory.hardware import Hardware
 from zimage_lite.model.linear import shapes
 from zimage_lite.model.transformer import Transformer
+from zimage_lite.pipeline.weights import read_into
 
 Weights = dict[str, Tensor]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from zimage_lite.installation import Installation, Torch
-from zimage_lite.nvidia import Card, Driver
-from zimage_lite.selftest.checks import CHECKS
-from zimage_lite.selftest.process import Verdict
+from zimage_lite.doctor.installation import Installation, Torch
+from zimage_lite.doctor.nvidia import Card, Driver
+from zimage_lite.doctor.selftest.checks import CHECKS
+from zimage_lite.doctor.selftest.process import Verdict
 
 ALL_OK = dict.fromkeys(CHECKS, Verdict("ok"))
 

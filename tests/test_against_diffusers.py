@@ -14,7 +14,7 @@ from conftest import PROMPT, bound, psnr, relative_error, run_transformer, trans
 from zimage_lite.checkpoint.model_files import open_model
 from zimage_lite.config import GenerateOptions, RuntimeOptions
 from zimage_lite.model.vae import Decoder, Encoder
-from zimage_lite.pipeline import Pipeline
+from zimage_lite.pipeline.drawing import Pipeline
 
 LONG_PROMPT = "a very long description of a red circle, " * 40  # more than 512 tokens
 

@@ -26,7 +26,7 @@ from zimage_lite.model import vae
 from zimage_lite.model.banded import Banded, Moments
 from zimage_lite.model.linear import bind, shapes
 from zimage_lite.model.vae import Decoder, Encoder, to_pixels
-from zimage_lite.pipeline import Pipeline, decode_as_planned
+from zimage_lite.pipeline.drawing import Pipeline, decode_as_planned
 from zimage_lite.quant.formats import PLAIN_BY_DTYPE
 from zimage_lite.quant.tensor import QTensor
 from zimage_lite.units import parse_bytes

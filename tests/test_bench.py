@@ -17,22 +17,23 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from zimage_lite import bench, bench_case
 from zimage_lite.api import open_named
-from zimage_lite.bench import Request, in_process, rate, share, spread, summary
-from zimage_lite.bench_case import PROMPT, Case, measured
-from zimage_lite.ceilings import Ceilings, PhaseWork, measure
+from zimage_lite.bench import case as bench_case
+from zimage_lite.bench import harness as bench
+from zimage_lite.bench.case import PROMPT, Case, measured
+from zimage_lite.bench.ceilings import Ceilings, PhaseWork, measure
+from zimage_lite.bench.harness import Request, in_process, rate, share, spread, summary
+from zimage_lite.bench.tiers import DONE, FAILED, NO_FIT, NOT_RUN, OOM, SIZES, TIERS
 from zimage_lite.cli import run
 from zimage_lite.config import GenerateOptions, RuntimeOptions
-from zimage_lite.job import Job
 from zimage_lite.memory.gpus import find_gpu
 from zimage_lite.memory.hardware import machine_here, probe
 from zimage_lite.memory.machine import CUDA_CONTEXT_BYTES, VRAM_MARGIN_BYTES, Work, machine
 from zimage_lite.memory.plan import Block, Phase
-from zimage_lite.model_sizes import true_model
-from zimage_lite.pipeline import Pipeline
-from zimage_lite.prediction import phases
-from zimage_lite.tiers import DONE, FAILED, NO_FIT, NOT_RUN, OOM, SIZES, TIERS
+from zimage_lite.pipeline.drawing import Pipeline
+from zimage_lite.plan.job import Job
+from zimage_lite.plan.model_sizes import true_model
+from zimage_lite.plan.prediction import phases
 
 ROOT = Path(__file__).parents[1]
 
@@ -265,7 +266,7 @@ def test_measured_tier_keeps_every_case(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     properties = SimpleNamespace(total_memory=140 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setattr("zimage_lite.bench_machine.asked", lambda: {"gpu": "pretended"})
+    monkeypatch.setattr("zimage_lite.bench.machine.asked", lambda: {"gpu": "pretended"})
     monkeypatch.setattr(bench, "in_process", pretended)
     tier, said = TIERS["6gb"], []
     request = Request.of(tier, None, ["int8", "bf16"], [1024], 5)

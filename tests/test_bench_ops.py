@@ -30,10 +30,10 @@ from zimage_kernels.norm import Norm
 from zimage_kernels.rotation import hadamard_matrix
 
 from zimage_lite.config import TransformerConfig
+from zimage_lite.convert.recipe import target
+from zimage_lite.convert.synthetic import synthetic_checkpoint
 from zimage_lite.model import linear as linear_module
-from zimage_lite.quant.recipe import target
-from zimage_lite.report import sections
-from zimage_lite.synthetic import synthetic_checkpoint
+from zimage_lite.report.sections import sections
 
 ROOT = Path(__file__).parents[1]
 OPS = ROOT / "benchmarks" / "ops"

@@ -21,15 +21,15 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from zimage_lite import Pipeline, load
 from zimage_lite.checkpoint.model_card import DEMO, model_folder
 from zimage_lite.cli import run
-from zimage_lite.compare import SHEET_ROWS, measured, picture_path, sheet
-from zimage_lite.contact_sheet import GAP, SIDE, TEXT_WIDTH, Layout, Row, contact_sheet, scaled
+from zimage_lite.compare.contact_sheet import GAP, SIDE, TEXT_WIDTH, Layout, Row, contact_sheet, scaled
+from zimage_lite.compare.likeness import said
+from zimage_lite.compare.models import SHEET_ROWS, measured, picture_path, sheet
+from zimage_lite.compare.similarity import psnr_db, ssim
 from zimage_lite.errors import BudgetError
-from zimage_lite.likeness import said
 from zimage_lite.memory.machine import CUDA_CONTEXT_BYTES
-from zimage_lite.report import sections
-from zimage_lite.report_page import Table, as_markdown
-from zimage_lite.report_ratios import compared
-from zimage_lite.similarity import psnr_db, ssim
+from zimage_lite.page.html import Table, as_markdown
+from zimage_lite.report.ratios import compared
+from zimage_lite.report.sections import sections
 
 Refused = Callable[..., str]
 RED, BLUE = "a red circle on a blue background", "蓝色背景上的黄色星形"

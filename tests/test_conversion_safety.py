@@ -21,14 +21,14 @@ import torch
 from make_checkpoint import SIZES, write_diffusers, write_tokenizer
 from safetensors.torch import load_file, save_file
 
-from zimage_lite import conversion
 from zimage_lite.checkpoint import output, writer
 from zimage_lite.checkpoint.checkpoint import open_checkpoint
 from zimage_lite.checkpoint.model_files import open_model
 from zimage_lite.checkpoint.output import clear_leftovers
 from zimage_lite.cli import run
 from zimage_lite.config import TextEncoderConfig, TransformerConfig
-from zimage_lite.conversion import quantize
+from zimage_lite.convert import quantize as conversion
+from zimage_lite.convert.quantize import quantize
 from zimage_lite.errors import UserError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, to start a hundred runs in seconds")

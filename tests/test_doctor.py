@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from laptops import CPU_TORCH, LAPTOP, WINDOWS
 
-from zimage_lite import installation
 from zimage_lite.cli import run
-from zimage_lite.installation import Installation
-from zimage_lite.selftest.checks import CHECKS
+from zimage_lite.doctor import installation
+from zimage_lite.doctor.installation import Installation
+from zimage_lite.doctor.selftest.checks import CHECKS
 
 Report = Callable[..., tuple[list[str], dict[str, Any]]]
 

@@ -27,20 +27,24 @@ from PIL import Image
 from torch import Tensor
 
 import zimage_lite
-from zimage_lite import grouping, loading, pipeline, planning, prediction
 from zimage_lite.checkpoint.model_files import open_model
 from zimage_lite.checkpoint.stored import StoredTensor
 from zimage_lite.config import GenerateOptions, RuntimeOptions, TransformerConfig
-from zimage_lite.job import Job
 from zimage_lite.memory import hardware
 from zimage_lite.memory.meter import rss_bytes
 from zimage_lite.memory.placement import GRANULE_BYTES
 from zimage_lite.memory.plan import FILE
 from zimage_lite.model.text_encoder import Layer
 from zimage_lite.model.transformer import Block
-from zimage_lite.pipeline import Pipeline
-from zimage_lite.planning import Planning
-from zimage_lite.prediction import ways_to_denoise
+from zimage_lite.pipeline import drawing as pipeline
+from zimage_lite.pipeline import grouping
+from zimage_lite.pipeline import weights as loading
+from zimage_lite.pipeline.drawing import Pipeline
+from zimage_lite.plan import prediction
+from zimage_lite.plan import retry as planning
+from zimage_lite.plan.job import Job
+from zimage_lite.plan.prediction import ways_to_denoise
+from zimage_lite.plan.retry import Planning
 
 CAT = GenerateOptions("a cat", 64, 48, steps=2)
 OPENING = (

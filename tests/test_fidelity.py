@@ -25,12 +25,12 @@ from zimage_lite.checkpoint.stored import StoredTensor
 from zimage_lite.checkpoint.writer import TensorWriter
 from zimage_lite.cli import run
 from zimage_lite.config import TextEncoderConfig, TransformerConfig
-from zimage_lite.conversion import Written, quantize
-from zimage_lite.quant import convert
-from zimage_lite.quant.fidelity import Sums, TensorError, by_group, figures, sums
+from zimage_lite.convert import streaming as convert
+from zimage_lite.convert.fidelity import Sums, TensorError, by_group, figures, sums
+from zimage_lite.convert.output_file import output_tensors
+from zimage_lite.convert.quantize import Written, quantize
+from zimage_lite.convert.recipe import target, targets
 from zimage_lite.quant.formats import EFFORTS, FORMATS
-from zimage_lite.quant.output_file import output_tensors
-from zimage_lite.quant.recipe import target, targets
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from zimage_lite.model.float16 import FEED_FORWARD_SCALE, swiglu
 from zimage_lite.model.linear import bind, shapes
 from zimage_lite.model.text_encoder import TextEncoder
 from zimage_lite.model.transformer import Transformer
-from zimage_lite.pipeline import Pipeline
+from zimage_lite.pipeline.drawing import Pipeline
 from zimage_lite.quant.formats import FORMATS
 from zimage_lite.quant.tensor import QTensor
 

@@ -8,16 +8,16 @@ from live_bytes import LiveBytes
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from zimage_lite.catalog import Part
 from zimage_lite.config import TextEncoderConfig, TransformerConfig, VaeConfig
-from zimage_lite.footprint import STREAM_BYTES, unpacking_bytes
+from zimage_lite.convert.catalog import Part
 from zimage_lite.memory.plan import activation_bytes
 from zimage_lite.memory.plan_vae import VaePlan, predict_decode
 from zimage_lite.model.linear import Linear
 from zimage_lite.model.text_encoder import Layer
 from zimage_lite.model.transformer import Block
 from zimage_lite.model.vae import Decoder
-from zimage_lite.pipeline import decode_as_planned
+from zimage_lite.pipeline.drawing import decode_as_planned
+from zimage_lite.plan.footprint import STREAM_BYTES, unpacking_bytes
 from zimage_lite.quant.formats import FORMATS
 from zimage_lite.quant.tensor import TORCH_DTYPES, QTensor
 

@@ -25,9 +25,9 @@ from torch import Tensor
 from zimage_lite.checkpoint.checkpoint import open_checkpoint
 from zimage_lite.checkpoint.model_files import open_model
 from zimage_lite.config import GenerateOptions, RuntimeOptions
-from zimage_lite.conversion import quantize
+from zimage_lite.convert.quantize import quantize
 from zimage_lite.errors import UserError
-from zimage_lite.pipeline import Pipeline
+from zimage_lite.pipeline.drawing import Pipeline
 
 ROTATED = 3e-6  # of the largest weight: the order of a rotation's sums may differ
 

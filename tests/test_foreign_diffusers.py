@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from zimage_lite.checkpoint.checkpoint import open_checkpoint
-from zimage_lite.conversion import quantize
+from zimage_lite.convert.quantize import quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # that quanto is deprecated, that bitsandbytes casts
 

@@ -22,8 +22,8 @@ from transformers import AutoModel
 
 from zimage_lite.checkpoint.checkpoint import open_checkpoint
 from zimage_lite.cli import run
-from zimage_lite.conversion import quantize
-from zimage_lite.inspection import inspect
+from zimage_lite.convert.inspection import inspect
+from zimage_lite.convert.quantize import quantize
 from zimage_lite.quant.formats import GGML_TYPES
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # gguf-py multiplies infinities in passing

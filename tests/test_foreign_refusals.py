@@ -15,7 +15,7 @@ from test_foreign_comfy import CASES, comfy_file, only_layer_0
 from torch import Tensor
 
 from zimage_lite.checkpoint.checkpoint import open_checkpoint
-from zimage_lite.conversion import quantize
+from zimage_lite.convert.quantize import quantize
 from zimage_lite.errors import UserError
 
 FILE = "diffusion_pytorch_model.safetensors"

@@ -17,13 +17,13 @@ from zimage_kernels.rotation import hadamard_matrix
 
 from zimage_lite.checkpoint.container import open_tensor_file
 from zimage_lite.checkpoint.packed import stored_tensors
+from zimage_lite.convert.recipe import target, targets
 from zimage_lite.errors import FileFormatError, UserError
 from zimage_lite.quant import blocks as ggml_blocks
 from zimage_lite.quant import rows_cpu
 from zimage_lite.quant import tensor as tensor_module
 from zimage_lite.quant.comfy import from_marker
 from zimage_lite.quant.formats import DTYPE_BYTES, FORMATS, GGML_TYPES
-from zimage_lite.quant.recipe import target, targets
 from zimage_lite.quant.tensor import TORCH_DTYPES, QTensor
 
 OURS = ("q8_0", "q4_0", "q4_1")  # the simplest of ggml's types; the others have a test file of their own

@@ -19,10 +19,10 @@ from hub_server import COMMIT, PIECE_BYTES, HubServer, serving
 from huggingface_hub import constants, file_download, try_to_load_from_cache
 from safetensors.torch import load_file, save_file
 
-from zimage_lite import hub
+from zimage_lite.checkpoint import hub
+from zimage_lite.checkpoint.hub import hub_files, is_hub_id, snapshot
 from zimage_lite.cli import run
 from zimage_lite.errors import UserError
-from zimage_lite.hub import hub_files, is_hub_id, snapshot
 
 REPO = "someone/tiny"
 SLACK_BYTES = 300_000  # stubs and small files
@@ -102,7 +102,8 @@ def test_a_path_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_importing_costs_nothing() -> None:
-    code = "import sys, zimage_lite.hub; sys.exit(any(name in sys.modules for name in ('huggingface_hub', 'torch')))"
+    heavy = "('huggingface_hub', 'torch')"
+    code = f"import sys, zimage_lite.checkpoint.hub; sys.exit(any(name in sys.modules for name in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -18,7 +18,7 @@ from zimage_lite.checkpoint.model_files import open_model
 from zimage_lite.checkpoint.names import LLAMA_CPP_QWEN3, NATIVE_TRANSFORMER, NameMap, flux_vae
 from zimage_lite.checkpoint.tokenizer import tokenizer_from_folder, tokenizer_to_gguf
 from zimage_lite.config import GenerateOptions, RuntimeOptions
-from zimage_lite.pipeline import Pipeline
+from zimage_lite.pipeline.drawing import Pipeline
 
 Weights = dict[str, torch.Tensor]
 

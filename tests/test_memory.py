@@ -23,12 +23,10 @@ from make_checkpoint import SIZES, write_diffusers, write_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from zimage_lite import loading
 from zimage_lite.checkpoint.model_files import open_model
 from zimage_lite.cli import run
 from zimage_lite.config import GenerateOptions, RuntimeOptions, TransformerConfig
 from zimage_lite.errors import BudgetError, UserError
-from zimage_lite.job import Job
 from zimage_lite.memory import hardware
 from zimage_lite.memory.hardware import ALLOCATOR_SLACK_BYTES, RAM_MARGIN_BYTES, Hardware
 from zimage_lite.memory.machine import Machine
@@ -37,9 +35,11 @@ from zimage_lite.memory.placement import GRANULE_BYTES
 from zimage_lite.memory.plan import FILE, Plan
 from zimage_lite.memory.planner import budgets_in_force, plan_phases
 from zimage_lite.model.linear import Linear
-from zimage_lite.model_sizes import model_of
-from zimage_lite.pipeline import Pipeline
-from zimage_lite.prediction import phases
+from zimage_lite.pipeline import weights as loading
+from zimage_lite.pipeline.drawing import Pipeline
+from zimage_lite.plan.job import Job
+from zimage_lite.plan.model_sizes import model_of
+from zimage_lite.plan.prediction import phases
 from zimage_lite.units import format_gb, parse_bytes
 
 CPU = Hardware(torch.device("cpu"), torch.float32)
@@ -240,7 +240,7 @@ def test_only_what_will_run_is_planned(tiny: Path, monkeypatch: pytest.MonkeyPat
     def refuse(*_: object) -> None:
         raise AssertionError("planned")
 
-    monkeypatch.setattr("zimage_lite.pipeline.ways_to_denoise", refuse)
+    monkeypatch.setattr("zimage_lite.pipeline.drawing.ways_to_denoise", refuse)
     pipeline = Pipeline(open_model(tiny), RuntimeOptions("cpu"))
     assert pipeline.decode([torch.zeros(16, 4, 6)])[0].shape == (32, 48, 3)
     assert pipeline.encode(["cat"])[0].ndim == 2

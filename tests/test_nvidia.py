@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from zimage_lite import nvidia
+from zimage_lite.doctor import nvidia
+from zimage_lite.doctor.nvidia import Card, Driver
 from zimage_lite.memory.nvml import Nvml
-from zimage_lite.nvidia import Card, Driver
 
 
 class FakeNvml:

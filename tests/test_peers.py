@@ -23,11 +23,11 @@ import with_sd_cpp
 import with_zimage_lite
 from harness import Case, Clock, Work
 
-from zimage_lite import bench_case
-from zimage_lite.conversion import quantize
-from zimage_lite.report import sections
-from zimage_lite.report_page import Table, as_html, as_markdown
-from zimage_lite.tiers import DONE, FAILED, NOT_RUN, OOM, TIERS
+from zimage_lite.bench import case as bench_case
+from zimage_lite.bench.tiers import DONE, FAILED, NOT_RUN, OOM, TIERS
+from zimage_lite.convert.quantize import quantize
+from zimage_lite.page.html import Table, as_html, as_markdown
+from zimage_lite.report.sections import sections
 
 PEERS = Path(__file__).parents[1] / "benchmarks" / "peers"
 WORK = Work(size=64, steps=4, repeats=2, threads=2)

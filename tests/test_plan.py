@@ -17,16 +17,16 @@ import pytest
 from zimage_lite import load
 from zimage_lite.cli import run
 from zimage_lite.errors import BudgetError, UserError
-from zimage_lite.job import LONG_PROMPT_TOKENS, Job
 from zimage_lite.memory.gpus import GPUS, find_gpu, gpu_with
 from zimage_lite.memory.machine import CUDA_CONTEXT_BYTES, Machine, Processor, Work, machine
 from zimage_lite.memory.placement import GRANULE_BYTES, nested_order
 from zimage_lite.memory.plan import DEVICE, FILE, PAGEABLE, PINNED, Block, Budgets, Phase, Plan
 from zimage_lite.memory.planner import budgets_in_force, plan_phases
 from zimage_lite.memory.simulate import Passage, simulate
-from zimage_lite.model_sizes import true_model
-from zimage_lite.prediction import phases
-from zimage_lite.timeline import as_svg, as_text
+from zimage_lite.plan.job import LONG_PROMPT_TOKENS, Job
+from zimage_lite.plan.model_sizes import true_model
+from zimage_lite.plan.prediction import phases
+from zimage_lite.plan.timeline import as_svg, as_text
 from zimage_lite.units import parse_bytes
 
 GB, GIB = 10**9, 2**30
@@ -501,7 +501,7 @@ def test_the_verb_says_what_generate_plans(
     it does what was planned."""
     there = replace(machine(LAPTOP, 16 * GB), name="here", vram_free_bytes=4 * GB, process_bytes=GB // 2)
     monkeypatch.setattr("zimage_lite.cli.plan._here", lambda: (LAPTOP, there))
-    monkeypatch.setattr("zimage_lite.planning.machine_here", lambda _: there)
+    monkeypatch.setattr("zimage_lite.plan.retry.machine_here", lambda _: there)
     asked = ["--width", "96", "--height", "64", "--steps", "2", "--count", "3", "--ram", "3GB", "--json"]
     model = load(tiny, device="cpu").model
     prompt = next(text for n in range(999) if len(model.tokenizer.encode(text := "9" * n)) == LONG_PROMPT_TOKENS)

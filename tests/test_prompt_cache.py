@@ -21,10 +21,10 @@ from zimage_lite.checkpoint.checkpoint import open_checkpoint
 from zimage_lite.checkpoint.stored import StoredTensor
 from zimage_lite.cli import run
 from zimage_lite.config import GenerateOptions
+from zimage_lite.convert.recipe import target
+from zimage_lite.convert.synthetic import TRUE_CONFIGS, synthetic_checkpoint
 from zimage_lite.errors import UserError
-from zimage_lite.prompt_cache import PromptCache, cache_folder, embedding_key
-from zimage_lite.quant.recipe import target
-from zimage_lite.synthetic import TRUE_CONFIGS, synthetic_checkpoint
+from zimage_lite.pipeline.prompt_cache import PromptCache, cache_folder, embedding_key
 
 KEY, OTHER = "0" * 64, "1" * 64
 CAT = GenerateOptions("a cat", 64, 64, steps=2)
@@ -109,7 +109,7 @@ def test_the_encoder_is_not_planned_for(model: Path, folder: Path, monkeypatch: 
     def refuse(*args: object) -> None:
         raise AssertionError("planned")
 
-    monkeypatch.setattr("zimage_lite.pipeline.ways_to_encode", refuse)
+    monkeypatch.setattr("zimage_lite.pipeline.drawing.ways_to_encode", refuse)
     pipeline.generate([CAT])
     with pytest.raises(AssertionError, match="planned"):
         pipeline.generate([DOG])

@@ -23,23 +23,23 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_formats import rotated
 
-from zimage_lite import conversion
 from zimage_lite.checkpoint import output, writer
 from zimage_lite.checkpoint.checkpoint import open_checkpoint
 from zimage_lite.checkpoint.container import open_tensor_file
 from zimage_lite.checkpoint.model_files import open_model
 from zimage_lite.cli import run
 from zimage_lite.config import RuntimeOptions, TextEncoderConfig, TransformerConfig
-from zimage_lite.conversion import quantize
+from zimage_lite.convert import quantize as conversion
+from zimage_lite.convert import streaming as convert
+from zimage_lite.convert.quantize import quantize
+from zimage_lite.convert.recipe import target as recipe
+from zimage_lite.convert.recipe import targets
 from zimage_lite.errors import UserError
-from zimage_lite.loading import read_into
 from zimage_lite.memory.hardware import Hardware
 from zimage_lite.model.linear import shapes
 from zimage_lite.model.transformer import Transformer
-from zimage_lite.pipeline import Pipeline
-from zimage_lite.quant import convert
-from zimage_lite.quant.recipe import target as recipe
-from zimage_lite.quant.recipe import targets
+from zimage_lite.pipeline.drawing import Pipeline
+from zimage_lite.pipeline.weights import read_into
 
 Weights = dict[str, torch.Tensor]
 

@@ -15,18 +15,18 @@ import pytest
 from click.testing import CliRunner
 from make_checkpoint import component_shapes
 
-from zimage_lite import catalog
 from zimage_lite.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from zimage_lite.checkpoint.container import open_tensor_file
 from zimage_lite.checkpoint.stored import StoredTensor
 from zimage_lite.cli import cli, run
 from zimage_lite.config import TextEncoderConfig, TransformerConfig
-from zimage_lite.conversion import quantize
+from zimage_lite.convert import catalog
+from zimage_lite.convert import recipe as recipes
+from zimage_lite.convert.output_file import OutTensor, metadata, output_tensors
+from zimage_lite.convert.quantize import quantize
+from zimage_lite.convert.recipe import GROUPS, KEEP, overridden, target, targets
 from zimage_lite.errors import UserError
-from zimage_lite.quant import recipe as recipes
 from zimage_lite.quant.formats import FORMATS
-from zimage_lite.quant.output_file import OutTensor, metadata, output_tensors
-from zimage_lite.quant.recipe import GROUPS, KEEP, overridden, target, targets
 
 CONFIGS = {"transformer": TransformerConfig(), "text_encoder": TextEncoderConfig()}
 NAMES = {component: tuple(component_shapes(config)) for component, config in CONFIGS.items()}

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from laptops import ALL_OK, CPU_TORCH, LAPTOP, WINDOWS, driver
 
-from zimage_lite import remedies
-from zimage_lite.installation import Installation, Torch
-from zimage_lite.selftest.checks import CHECKS
-from zimage_lite.selftest.process import Verdict
+from zimage_lite.doctor import remedies
+from zimage_lite.doctor.installation import Installation, Torch
+from zimage_lite.doctor.selftest.checks import CHECKS
+from zimage_lite.doctor.selftest.process import Verdict
 
 
 def only_problem(found: Installation) -> str:

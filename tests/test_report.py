@@ -13,15 +13,15 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from zimage_lite import report_plots
-from zimage_lite.bench import Request, bench, summary
+from zimage_lite.bench.harness import Request, bench, summary
+from zimage_lite.bench.tiers import OOM, TIERS
 from zimage_lite.cli import run
 from zimage_lite.errors import UserError
-from zimage_lite.report import load, sections
-from zimage_lite.report_page import Figure, Section, Table, as_html, as_markdown
-from zimage_lite.report_plots import Plot, Point
-from zimage_lite.report_ratios import compared
-from zimage_lite.tiers import OOM, TIERS
+from zimage_lite.page import plots as report_plots
+from zimage_lite.page.html import Figure, Section, Table, as_html, as_markdown
+from zimage_lite.page.plots import Plot, Point
+from zimage_lite.report.ratios import compared
+from zimage_lite.report.sections import load, sections
 
 COMMITTED = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*.json"))
 HOSTILE = "</td><script>alert(1)</script><img src=http://x.example/a onerror='b'>\"|`[x](http://x.example)\n# y"

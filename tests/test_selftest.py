@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from zimage_lite import toolchain
-from zimage_lite.nvidia import Driver
-from zimage_lite.selftest import verdicts
-from zimage_lite.selftest.checks import CHECKS
-from zimage_lite.selftest.process import Verdict
+from zimage_lite.doctor import toolchain
+from zimage_lite.doctor.nvidia import Driver
+from zimage_lite.doctor.selftest import verdicts
+from zimage_lite.doctor.selftest.checks import CHECKS
+from zimage_lite.doctor.selftest.process import Verdict
 
 pytest.importorskip("triton")
 

@@ -11,9 +11,9 @@ import zimage_kernels as kernels
 from torch import Tensor
 from zimage_kernels import Int8Rows
 
-from zimage_lite.selftest import agreement, checks, process
-from zimage_lite.selftest.checks import CHECKS
-from zimage_lite.selftest.process import Verdict, run_checks
+from zimage_lite.doctor.selftest import agreement, checks, process
+from zimage_lite.doctor.selftest.checks import CHECKS
+from zimage_lite.doctor.selftest.process import Verdict, run_checks
 
 pytest.importorskip("triton")
 
@@ -137,7 +137,7 @@ def test_a_full_gpu_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("op", ["linear_int8", "swiglu_int8"])
 def test_products_of_compute_capability_7_5(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's, with a kernel behind them: both are judged."""
-    for module in ("zimage_kernels._triton", "zimage_lite.selftest.checks"):
+    for module in ("zimage_kernels._triton", "zimage_lite.doctor.selftest.checks"):
         monkeypatch.setattr(f"{module}.capability", lambda device: 75)
     monkeypatch.setattr(checks, "TORCH_PRODUCTS", ((32, 64, 32),))
     assert verdict_of(op) == Verdict("ok")

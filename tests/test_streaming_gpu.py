@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from zimage_lite.config import GenerateOptions, RuntimeOptions, TextEncoderConfig, TransformerConfig, VaeConfig
+from zimage_lite.convert.synthetic import open_synthetic
 from zimage_lite.memory.hardware import gpu_here
 from zimage_lite.memory.machine import CUDA_CONTEXT_BYTES
 from zimage_lite.memory.placement import GRANULE_BYTES
-from zimage_lite.pipeline import Pipeline
-from zimage_lite.synthetic import open_synthetic
+from zimage_lite.pipeline.drawing import Pipeline
 
 pytestmark = pytest.mark.gpu
 

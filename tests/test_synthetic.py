@@ -15,14 +15,14 @@ from make_checkpoint import SIZES, make_checkpoint
 from PIL import Image
 
 from zimage_lite import api
-from zimage_lite.catalog import stored_parts, true_parts
 from zimage_lite.checkpoint.checkpoint import Checkpoint, ModelConfig, open_checkpoint
 from zimage_lite.cli import run
 from zimage_lite.config import GenerateOptions, RuntimeOptions, TextEncoderConfig
-from zimage_lite.conversion import quantize
-from zimage_lite.pipeline import Pipeline
-from zimage_lite.quant.recipe import KEEP, Target, as_it_is, target, targets
-from zimage_lite.synthetic import open_synthetic, synthetic_checkpoint
+from zimage_lite.convert.catalog import stored_parts, true_parts
+from zimage_lite.convert.quantize import quantize
+from zimage_lite.convert.recipe import KEEP, Target, as_it_is, target, targets
+from zimage_lite.convert.synthetic import open_synthetic, synthetic_checkpoint
+from zimage_lite.pipeline.drawing import Pipeline
 
 ONE_OF_EACH = ("q8_0", "q4_k_m", "int8", "int4", "fp8", "nf4", "bnb-int8", "qint8", "qint4", "bf16")
 

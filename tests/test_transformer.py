@@ -16,11 +16,11 @@ from zimage_lite.checkpoint.checkpoint import open_checkpoint
 from zimage_lite.checkpoint.model_files import open_model
 from zimage_lite.config import GenerateOptions, RuntimeOptions
 from zimage_lite.errors import UserError
-from zimage_lite.loading import read_into
 from zimage_lite.memory.hardware import Hardware
 from zimage_lite.model.linear import release, shapes
 from zimage_lite.model.transformer import Modulation, Transformer, is_time_weight
-from zimage_lite.pipeline import Pipeline
+from zimage_lite.pipeline.drawing import Pipeline
+from zimage_lite.pipeline.weights import read_into
 
 TIMES = torch.tensor([0.0, 0.3, 0.9])
 CPU = Hardware(torch.device("cpu"), torch.float32)

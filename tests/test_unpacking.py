@@ -16,11 +16,11 @@ from zimage_kernels import KINDS, unpacks
 from zimage_kernels._triton import interpreted
 
 from zimage_lite import load, quantize
-from zimage_lite.backends import Choice
-from zimage_lite.catalog import Part
-from zimage_lite.footprint import unpacking_bytes
+from zimage_lite.convert.catalog import Part
 from zimage_lite.model.compute import Compute
 from zimage_lite.model.linear import Linear
+from zimage_lite.pipeline.backends import Choice
+from zimage_lite.plan.footprint import unpacking_bytes
 from zimage_lite.quant import tensor as tensor_module
 from zimage_lite.quant.formats import FORMATS
 from zimage_lite.quant.tensor import GPU_PIECE_WEIGHTS, TORCH_DTYPES, QTensor

@@ -28,13 +28,11 @@ from zimage_kernels import hadamard_rotate, quantize_rows_reference
 from zimage_kernels._triton import interpreted
 
 from zimage_lite import GenerateOptions, load, quantize
-from zimage_lite.backends import choose
 from zimage_lite.cli import run
 from zimage_lite.config import RuntimeOptions, TransformerConfig
+from zimage_lite.convert.synthetic import open_synthetic
+from zimage_lite.doctor.selftest.process import Verdict
 from zimage_lite.errors import UserError
-from zimage_lite.footprint import is_reencoded, reencoded_bytes
-from zimage_lite.job import Job
-from zimage_lite.loading import Component
 from zimage_lite.memory.gpus import find_gpu
 from zimage_lite.memory.machine import machine
 from zimage_lite.memory.plan import activation_bytes
@@ -42,13 +40,15 @@ from zimage_lite.model.compute import Compute
 from zimage_lite.model.linear import Linear, RMSNorm, bind, shapes
 from zimage_lite.model.rope import grid_positions, rope_angles
 from zimage_lite.model.transformer import Block, Transformer, is_time_weight
-from zimage_lite.model_sizes import true_model
-from zimage_lite.prediction import phases
+from zimage_lite.pipeline.backends import choose
+from zimage_lite.pipeline.reencoding import Scratch, reencoded
+from zimage_lite.pipeline.weights import Component
+from zimage_lite.plan.footprint import is_reencoded, reencoded_bytes
+from zimage_lite.plan.job import Job
+from zimage_lite.plan.model_sizes import true_model
+from zimage_lite.plan.prediction import phases
 from zimage_lite.quant.formats import FORMATS
 from zimage_lite.quant.tensor import GPU_PIECE_WEIGHTS, QTensor
-from zimage_lite.reencoding import Scratch, reencoded
-from zimage_lite.selftest.process import Verdict
-from zimage_lite.synthetic import open_synthetic
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not interpreted(), reason="kernels on CPU tensors: needs TRITON_INTERPRET=1")
@@ -286,9 +286,9 @@ def test_the_pipeline_reencodes(tiny: Path, tmp_path: Path, monkeypatch: pytest.
     quantize(tiny, tmp_path / to, to)
     request = GenerateOptions(PROMPT, 64, 64, steps=2, seed=3)
     plain, ours = (load(tmp_path / to, device="cpu") for _ in range(2))
-    monkeypatch.setattr("zimage_lite.reencoding.requantize", None)  # to be put back
+    monkeypatch.setattr("zimage_lite.pipeline.reencoding.requantize", None)  # to be put back
     reencode(ours)
-    monkeypatch.setattr("zimage_lite.reencoding.requantize", counted)
+    monkeypatch.setattr("zimage_lite.pipeline.reencoding.requantize", counted)
     pictures = [pipeline.generate([request])[0] for pipeline in (plain, ours)]
     assert len(given) == 2 * 3 * 6  # passes, layers, and of their 7 linears not w2, whose rows are 682 long
     assert 40 <= psnr(*pictures, 255) < float("inf")
@@ -329,9 +329,9 @@ def chosen(
     """state: what the self-test says of one of the kernels. units: whether the CPU has some for 8 bits."""
     tested = {"linear_int8": Verdict("ok", ""), "attention_int8": Verdict(state, "3.0 of 1.0")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("zimage_lite.backends.triton_obstacle", lambda device: obstacle)
-        patch.setattr("zimage_lite.selftest.verdicts.verdicts", lambda device, tell: tested)
-        patch.setattr("zimage_lite.backends.cpu_has_int8_units", lambda: units)
+        patch.setattr("zimage_lite.pipeline.backends.triton_obstacle", lambda device: obstacle)
+        patch.setattr("zimage_lite.doctor.selftest.verdicts.verdicts", lambda device, tell: tested)
+        patch.setattr("zimage_lite.pipeline.backends.cpu_has_int8_units", lambda: units)
         return choose(RuntimeOptions(**options), device, head_dim, [FORMATS[name] for name in formats])
 
 

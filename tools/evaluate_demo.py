@@ -76,9 +76,9 @@ def requantize_by_codec(kind: str, parts, weight_options, out, group: int, first
 
 def reencode(pipeline) -> None:
     """Make it compute in 8 bits whatever its weights are, as it would with the Triton kernels."""
-    from zimage_lite import reencoding
     from zimage_lite.model.compute import Compute
     from zimage_lite.model.transformer import Transformer
+    from zimage_lite.pipeline import reencoding
 
     reencoding.requantize = requantize_by_codec
     component = pipeline.transformer

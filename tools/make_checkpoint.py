@@ -20,13 +20,13 @@ import torch
 from qwen_vocabulary import SPECIAL_TOKENS, byte_vocabulary, qwen_vocabulary
 from torch import Tensor
 
-from zimage_lite.catalog import component_shapes
 from zimage_lite.checkpoint import safetensors
 from zimage_lite.checkpoint.diffusers_config import config_json, model_index
 from zimage_lite.checkpoint.names import NATIVE_TRANSFORMER, NameMap, flux_vae
 from zimage_lite.checkpoint.tokenizer import byte_level_bpe
 from zimage_lite.checkpoint.writer import open_writer
 from zimage_lite.config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VaeConfig
+from zimage_lite.convert.catalog import component_shapes
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 SHARD_BYTES = 9_973_693_184  # as the Hub's transformer is cut: three shards in float32

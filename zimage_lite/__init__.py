@@ -16,7 +16,7 @@ from .errors import BudgetError, UserError
 
 if TYPE_CHECKING:
     from .api import load, quantize
-    from .pipeline import Pipeline
+    from .pipeline.drawing import Pipeline
 
 try:
     __version__ = version("zimage-lite")
@@ -25,7 +25,7 @@ except PackageNotFoundError:  # run from a checkout that was never installed
 
 __all__ = ["BudgetError", "GenerateOptions", "Pipeline", "RuntimeOptions", "UserError", "load", "quantize"]
 
-_LAZY = {"load": "api", "quantize": "api", "Pipeline": "pipeline"}
+_LAZY = {"load": "api", "quantize": "api", "Pipeline": "pipeline.drawing"}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,14 +7,14 @@ from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
+from .checkpoint.hub import is_hub_id, snapshot
 from .checkpoint.model_card import DEMO, model_folder
 from .checkpoint.model_files import ModelFiles, open_model
 from .config import RuntimeOptions
-from .conversion import Written
-from .conversion import quantize as _quantize
-from .hub import is_hub_id, snapshot
-from .pipeline import Pipeline, silent
-from .synthetic import is_synthetic, open_synthetic
+from .convert.quantize import Written
+from .convert.quantize import quantize as _quantize
+from .convert.synthetic import is_synthetic, open_synthetic
+from .pipeline.drawing import Pipeline, silent
 from .units import parse_bytes
 
 StrPath = str | PathLike[str]

@@ -7,7 +7,7 @@ that goes in or comes out, once. The copy moves as many, half of them read and h
 with a cold L2 cache. `kept`: whether a pass reaches OF_COPY of its bandwidth, or OF_COPY_ROTATING where it rotates.
 
 What is timed is first compared with the torch reference, weights with their codec, as closely as the self-test does
-(`zimage_lite/selftest`). Exits with 1 if one is wrong.
+(`zimage_lite/doctor/selftest`). Exits with 1 if one is wrong.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from zimage_kernels import Backend, Branch, Int8Rows, Norm
 
 from zimage_lite.checkpoint.stored import StoredTensor
 from zimage_lite.config import TransformerConfig
+from zimage_lite.convert.recipe import target
+from zimage_lite.convert.synthetic import synthetic_checkpoint
+from zimage_lite.doctor.selftest.agreement import first, same_rows, worst
+from zimage_lite.doctor.selftest.checks import compute_dtype
 from zimage_lite.model.float16 import stream_dtype
 from zimage_lite.quant.int8 import rotation_group
-from zimage_lite.quant.recipe import target
-from zimage_lite.selftest.agreement import first, same_rows, worst
-from zimage_lite.selftest.checks import compute_dtype
-from zimage_lite.synthetic import synthetic_checkpoint
 
 DEVICE = "cuda"
 OF_COPY, OF_COPY_ROTATING = 0.85, 0.60

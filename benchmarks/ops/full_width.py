@@ -10,15 +10,15 @@ from eager import EagerInt8
 from timing import Times, milliseconds
 from torch import Tensor, nn
 
-from zimage_lite.ceilings import Ceilings
+from zimage_lite.bench.ceilings import Ceilings
 from zimage_lite.config import TransformerConfig
+from zimage_lite.convert.synthetic import distribution
 from zimage_lite.memory.machine import Work
 from zimage_lite.model.linear import Linear, shapes
 from zimage_lite.model.transformer import is_time_weight
 from zimage_lite.quant.formats import FORMATS
 from zimage_lite.quant.int8 import rotation_group
 from zimage_lite.quant.tensor import QTensor
-from zimage_lite.synthetic import distribution
 
 CONFIG = TransformerConfig()
 DEVICE, DTYPE = "cuda", torch.bfloat16

@@ -23,11 +23,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from zimage_lite.bench import spread
+from zimage_lite.bench.harness import spread
+from zimage_lite.bench.tiers import DONE, FAILED, NOT_RUN, OOM
 from zimage_lite.memory.nvml import Nvml, Peak
-from zimage_lite.tiers import DONE, FAILED, NOT_RUN, OOM
 
-PROMPT = "a red circle on a blue background"  # that of zimage_lite.bench_case
+PROMPT = "a red circle on a blue background"  # that of zimage_lite.bench.case
 HERE = Path(__file__).parent
 LEAST_VRAM_BYTES = 100_000_000  # of a process that computes on the GPU; a CUDA context alone takes more
 

@@ -31,13 +31,13 @@ import with_sd_cpp
 import with_zimage_lite
 from harness import Case, Work, measured, obstacle, row_of, summary
 
-from zimage_lite.bench import told_tier
+from zimage_lite.bench.harness import told_tier
+from zimage_lite.bench.tiers import DONE, STEPS, TIERS, Tier
 from zimage_lite.checkpoint.output import replacing
-from zimage_lite.report_others import PEERS
-from zimage_lite.tiers import DONE, STEPS, TIERS, Tier
+from zimage_lite.report.others import PEERS
 
 _ALONE = "nothing here to compare it with"
-_MACHINE = "import json; from zimage_lite.bench_machine import *; print(json.dumps([machine_facts(), commit()]))"
+_MACHINE = "import json; from zimage_lite.bench.machine import *; print(json.dumps([machine_facts(), commit()]))"
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 from harness import Case, Clock, Work, answer, class_of, drawn
 
+from zimage_lite.bench.tiers import DONE, OOM
 from zimage_lite.memory.machine import CUDA_CONTEXT_BYTES
 from zimage_lite.memory.nvml import Nvml
-from zimage_lite.tiers import DONE, OOM
 
 _PEER = "diffusers"
 _STREAM = {"use_stream": True, "non_blocking": True, "record_stream": True}
@@ -80,7 +80,7 @@ def measure(settings: dict[str, Any], work: Work) -> dict[str, Any]:
     os.environ["HF_HUB_OFFLINE"] = "1"  # all files are here
     import torch
 
-    from zimage_lite.failures import is_out_of_memory
+    from zimage_lite.memory.failures import is_out_of_memory
 
     runs: list[dict[str, Any]] = []
     found: dict[str, Any] = {"outcome": DONE, "runs": runs}
@@ -100,7 +100,7 @@ def measure(settings: dict[str, Any], work: Work) -> dict[str, Any]:
 
 
 def hold_to(vram_bytes: int) -> int:
-    """Make the CUDA context and set a hard cap, as zimage_lite.bench_case does. -> the context's bytes."""
+    """Make the CUDA context and set a hard cap, as zimage_lite.bench.case does. -> the context's bytes."""
     import torch
 
     nvml = Nvml()

@@ -23,7 +23,7 @@ from typing import Any
 
 from harness import Case, Clock, Work, answer, class_of, drawn, without_paths
 
-from zimage_lite.tiers import DONE, FAILED, NOT_RUN, OOM
+from zimage_lite.bench.tiers import DONE, FAILED, NOT_RUN, OOM
 
 _PROGRAM, _PACKAGE = "stable-diffusion.cpp", "stable-diffusion-cpp-python"
 _SCRIPT = "with_sd_cpp.py"

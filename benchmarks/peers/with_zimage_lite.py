@@ -43,7 +43,7 @@ def format_of(model: str) -> str:
 def measure(settings: dict[str, Any], work: Work) -> dict[str, Any]:
     if "predict" in settings:
         return planned(settings["model"], settings["predict"], work)
-    from zimage_lite import bench_case
+    from zimage_lite.bench import case as bench_case
 
     case = bench_case.Case(
         settings["model"], work.size, work.repeats, work.steps, work.vram_bytes, work.ram_bytes, settings["device"]
@@ -69,9 +69,9 @@ def measure(settings: dict[str, Any], work: Work) -> dict[str, Any]:
 def planned(model: str, tier_name: str, work: Work) -> dict[str, Any]:
     """For the card that stands for the tier, from its highest to its lowest power limit."""
     from zimage_lite.api import open_named
-    from zimage_lite.bench_predict import cell
-    from zimage_lite.model_sizes import model_of, true_model
-    from zimage_lite.tiers import DONE, find_tier
+    from zimage_lite.bench.predict import cell
+    from zimage_lite.bench.tiers import DONE, find_tier
+    from zimage_lite.plan.model_sizes import model_of, true_model
 
     tier = find_tier(tier_name)
     name = model.removeprefix(SYNTHETIC)

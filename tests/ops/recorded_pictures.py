@@ -17,15 +17,15 @@ from compile_kernels import variants
 from recording import Compilation, identity, record
 from torch import nn
 
-from zimage_lite.loading import Component
+from zimage_lite.convert.synthetic import open_synthetic
+from zimage_lite.doctor.selftest import checks
+from zimage_lite.doctor.selftest.agreement import prepared
 from zimage_lite.model.compute import Compute
 from zimage_lite.model.linear import bind
 from zimage_lite.model.text_encoder import TextEncoder
 from zimage_lite.model.transformer import Modulation, Transformer
-from zimage_lite.reencoding import Scratch
-from zimage_lite.selftest import checks
-from zimage_lite.selftest.agreement import prepared
-from zimage_lite.synthetic import open_synthetic
+from zimage_lite.pipeline.reencoding import Scratch
+from zimage_lite.pipeline.weights import Component
 
 META, PROMPT_TOKENS = torch.device("meta"), 50
 SIZES = ((1024, 1024), (832, 1216))

@@ -21,7 +21,7 @@ from compile_kernels import LIMITS, fault, matrix_instructions, occupancy
 from zimage_kernels import tuning
 from zimage_kernels.aot import Variant
 
-from zimage_lite.selftest.verdicts import COMPILATIONS
+from zimage_lite.doctor.selftest.verdicts import COMPILATIONS
 
 ROOT = Path(__file__).parents[2]
 GEMM = Variant("gemm", None, {}, {}, (), matrix=("s8",))

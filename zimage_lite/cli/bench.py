@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from ..bench import MIN_REPEATS, Request, bench
+from ..bench.harness import MIN_REPEATS, Request, bench
+from ..bench.tiers import SIZES, TIERS, find_tier
 from ..config import SIZE_MULTIPLE
 from ..errors import UserError
-from ..tiers import SIZES, TIERS, find_tier
 from . import leaving_at_once, print_json, say
 
 _SIZES = ",".join(map(str, SIZES))
@@ -44,7 +44,7 @@ def command(
     wanted = [_size(text) for text in sizes.split(",")] if sizes else []
     with leaving_at_once():
         from ..checkpoint.output import replacing, require_absent
-        from ..quant.recipe import target
+        from ..convert.recipe import target
     names = [target(name.strip(), "--formats").name for name in formats.split(",")] if formats else []
     if out:
         require_absent(out, overwrite=True)

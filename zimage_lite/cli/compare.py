@@ -60,7 +60,7 @@ def command(
     options = RuntimeOptions(device, dtype, backend, cache=False, compute=compute, **limits)
     _require_place(out)
     with leaving_at_once():
-        from ..compare import compare, opened, sheet
+        from ..compare.models import compare, opened, sheet
     from .progress import phase_progress
 
     pipelines = opened(reference, quantized, options, say)

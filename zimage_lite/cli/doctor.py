@@ -13,7 +13,7 @@ from ..units import format_gb
 from . import leaving_at_once, print_json, say
 
 if TYPE_CHECKING:
-    from ..installation import Installation
+    from ..doctor.installation import Installation
 
 
 @click.command(name="doctor")
@@ -24,7 +24,7 @@ def command(as_json: bool) -> None:
     Works without torch and without Triton. Leaves with 0 where images can be drawn, even slowly and whatever was found,
     and with 2 where torch cannot be imported, so that nothing can run.
     """
-    from .. import installation, remedies
+    from ..doctor import installation, remedies
 
     with leaving_at_once():
         found = installation.probe()

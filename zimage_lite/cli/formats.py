@@ -19,9 +19,9 @@ def command(name: str | None, as_json: bool) -> None:
 
     Sizes are those of the true transformer, 6.15 billion weights.
     """
-    from ..catalog import all_targets, computed
+    from ..convert.catalog import all_targets, computed
+    from ..convert.recipe import target
     from ..quant.formats import FORMATS
-    from ..quant.recipe import target
 
     if name is not None:
         _recipe(target(name, "FORMAT"), as_json)
@@ -41,7 +41,7 @@ def command(name: str | None, as_json: bool) -> None:
 
 
 def _recipe(chosen: Any, as_json: bool) -> None:
-    from ..catalog import computed, costs, kept
+    from ..convert.catalog import computed, costs, kept
 
     say(f"{chosen.name}: {chosen.summary}")
     say(f"{computed(chosen)}; also read by {', '.join(chosen.read_by)}")
@@ -63,7 +63,7 @@ def _recipe(chosen: Any, as_json: bool) -> None:
 
 
 def _facts(row: Any) -> dict[str, Any]:
-    from ..catalog import computed
+    from ..convert.catalog import computed
 
     facts = {name: getattr(row, name) for name in ("name", "summary", "container", "read_by", "text_encoder_to")}
     return {**facts, "hardware": computed(row)}

@@ -23,7 +23,7 @@ from . import leaving_at_once, print_json, say
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..pipeline import Pipeline
+    from ..pipeline.drawing import Pipeline
 
 _IMAGE = GenerateOptions()
 _PATH = click.Path(path_type=Path)
@@ -132,7 +132,7 @@ def command(
 
     with leaving_at_once():
         from ..api import open_named
-        from ..pipeline import Pipeline
+        from ..pipeline.drawing import Pipeline
     from .progress import phase_progress
 
     pipeline = Pipeline(open_named(model, parts), options, tell=lambda line: say(f"note: {line}"))

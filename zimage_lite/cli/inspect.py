@@ -20,7 +20,7 @@ def command(path: str, as_json: bool) -> None:
 
     Reads headers only.
     """
-    from ..inspection import inspect
+    from ..convert.inspection import inspect
 
     report = inspect(model_folder(path))
     for part in report:

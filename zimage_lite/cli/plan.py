@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..memory.gpus import Gpu
     from ..memory.machine import Machine
     from ..memory.plan import Budgets, Plan
-    from ..model_sizes import Model
+    from ..plan.model_sizes import Model
 
 _IMAGE = GenerateOptions()
 _RAM = "16GB"
@@ -76,7 +76,7 @@ def command(
     _describe(prediction, wanted)
     if plot:
         from ..checkpoint.output import replacing
-        from ..timeline import as_svg
+        from ..plan.timeline import as_svg
 
         title = f"Prediction: one step, {prediction.model} at {width}x{height} on {prediction.gpu.name}"
         with replacing(plot) as partial:
@@ -87,7 +87,7 @@ def command(
 
 
 def _sizes(model: str | None, format_name: str) -> Model:
-    from ..model_sizes import model_of, true_model
+    from ..plan.model_sizes import model_of, true_model
 
     if model is None:
         return true_model(format_name)
@@ -99,9 +99,9 @@ def _sizes(model: str | None, format_name: str) -> Model:
 def _predict(
     model: Model, gpu_name: str | None, limits: tuple[int | None, int | None], wanted: GenerateOptions, count: int
 ) -> _Prediction:
-    from ..job import Job
     from ..memory.planner import budgets_in_force, plan_phases
-    from ..prediction import phases
+    from ..plan.job import Job
+    from ..plan.prediction import phases
 
     gpu, machines = _machines(gpu_name, *limits)
     todo = phases(model, Job(*wanted.size, steps=wanted.steps, images=count), machines[0])
@@ -143,7 +143,7 @@ def _here() -> tuple[Gpu, Machine] | None:
 
 
 def _describe(prediction: _Prediction, wanted: GenerateOptions) -> None:
-    from ..timeline import as_text
+    from ..plan.timeline import as_text
 
     gpu, budgets = prediction.gpu, prediction.budgets
     width, height = wanted.size

@@ -9,10 +9,10 @@ from typing import Any
 
 import click
 
+from ..checkpoint.hub import is_hub_id
 from ..checkpoint.model_card import model_folder
-from ..hub import is_hub_id
+from ..convert.recipe import targets
 from ..quant.formats import EFFORTS
-from ..quant.recipe import targets
 from ..units import format_gb
 from . import print_json, say
 
@@ -89,7 +89,7 @@ def command(
     transformer or text encoder file; a model comes out as a folder, a file as a file. The output appears whole or not
     at all. `zimage-lite formats` explains FORMAT.
     """
-    from ..conversion import quantize
+    from ..convert.quantize import quantize
     from ..memory.meter import peak_rss_bytes
     from .progress import byte_progress
 
@@ -130,7 +130,7 @@ def command(
 
 
 def _reports(written: list[Any]) -> dict[str, Any]:
-    from ..quant.fidelity import report
+    from ..convert.fidelity import report
 
     return {part.component: report(part.errors) for part in written if part.errors}
 

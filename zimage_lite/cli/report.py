@@ -22,8 +22,8 @@ def command(paths: tuple[Path, ...], out: Path, markdown: Path | None) -> None:
     """
     with leaving_at_once():
         from ..checkpoint.output import replacing, require_absent
-        from ..report import TITLE, load, sections
-        from ..report_page import as_html, as_markdown
+        from ..page.html import as_html, as_markdown
+        from ..report.sections import TITLE, load, sections
     wanted = {out: as_html, **({markdown: as_markdown} if markdown else {})}
     for path in wanted:
         require_absent(path, overwrite=True)

@@ -1,1 +1,1 @@
-"""How weights are stored: the table of formats, a codec per family, recipes, and the streaming converter."""
+"""How weights are stored: the table of formats and a codec per family. Arithmetic alone: knows no files."""

@@ -1,0 +1,1 @@
+"""How fast, and in how much memory: tiers of GPUs, measured here or predicted."""

@@ -1,0 +1,1 @@
+"""What a format costs in pictures: the same prompts through several models."""

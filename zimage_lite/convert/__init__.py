@@ -1,0 +1,1 @@
+"""Checkpoints into smaller ones: recipes, the streaming converter, and what it wrote."""

@@ -1,0 +1,31 @@
+"""Checkpoints that have every tensor of their model, found out before anything is converted or drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ..model.linear import shapes
+from ..model.text_encoder import TextEncoder
+from ..model.transformer import Transformer
+from ..model.vae import Decoder
+
+
+def open_complete(path: Path, component: str | None = None, file_bytes: Mapping[Path, int] | None = None) -> Checkpoint:
+    """Open a checkpoint that has, in the right shape, every tensor `generate` would ask of it. Raises UserError.
+
+    file_bytes: as in `open_checkpoint`.
+    """
+    checkpoint = open_checkpoint(path, component, file_bytes)
+    checkpoint.restricted_to(shapes(skeleton(checkpoint)))
+    return checkpoint
+
+
+def skeleton(checkpoint: Checkpoint) -> nn.Module:
+    """The model that a checkpoint is for, without weights. Of a VAE only the decoder is ever needed to draw."""
+    if checkpoint.component == "vae":
+        return nn.ModuleDict({"decoder": Decoder(checkpoint.config)})
+    return (Transformer if checkpoint.component == "transformer" else TextEncoder)(checkpoint.config)

@@ -1,0 +1,1 @@
+"""What is here, what is wrong with it, and which kernels can be trusted."""

@@ -1,0 +1,1 @@
+"""The path of an image: prompt to pixels in three phases, each within the whole budget."""

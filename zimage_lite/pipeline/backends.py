@@ -1,0 +1,99 @@
+"""Which kernels run, and in how many bits: what was asked for, and what is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from zimage_kernels import Backend, cpu_has_int8_units, has_matrix_units, triton_obstacle
+
+from ..config import RuntimeOptions
+from ..errors import UserError
+from ..model.compute import HEAD_DIM, Compute
+from ..plan.footprint import is_reencoded
+from ..quant.formats import Format
+
+
+@dataclass(frozen=True)
+class Choice:
+    """note: for people, what they might not expect. torch_multiplies: and attends, beside kernels without products."""
+
+    compute: Compute
+    note: str | None = None
+    torch_multiplies: bool = False
+
+    @property
+    def bits(self) -> str:
+        """As --compute names them."""
+        return "int8" if self.compute.int8 else "16bit"
+
+    @property
+    def backend(self) -> str:
+        """What runs: as --backend names it, or both."""
+        return "triton+torch" if self.torch_multiplies else self.compute.backend
+
+    @property
+    def unpacking(self) -> Backend:
+        """What unpacks the text encoder, which the CPU may compute beside a GPU with kernels."""
+        return "auto" if self.compute.backend == "triton" else "reference"
+
+
+def choose(
+    options: RuntimeOptions,
+    device: torch.device,
+    head_dim: int,
+    formats: Iterable[Format],
+    tell: Callable[[str], None] = lambda line: None,
+) -> Choice:
+    """device: to compute on; formats: of the matrices in the transformer's blocks; tell: before a check that takes
+    long. Raises UserError for what was asked for and cannot be.
+
+    auto takes the kernels on a CUDA device that can run them and on which all that it can run have passed their
+    self-test, and 8 bits where they run and a weight is quantized to integers. On compute capability 7.5 those are the
+    kernels without products: torch multiplies, in as many bits, and attends in 16. auto never leaves the references on
+    the CPU, where kernels could only be interpreted; 8 bits it takes there for int8 weights, if the CPU has units for
+    them.
+    """
+    obstacle = triton_obstacle(device)
+    if obstacle is None and head_dim != HEAD_DIM:
+        obstacle = f"got heads of {head_dim}, expected {HEAD_DIM}"
+    if obstacle is None and options.backend == "auto" and device.type == "cuda":
+        obstacle = _distrust(device, tell)
+    if options.backend == "triton" and obstacle:
+        raise UserError(f"--backend triton: {obstacle}", fix="use auto or reference")
+    kernels = options.backend == "triton" or (options.backend == "auto" and device.type == "cuda" and obstacle is None)
+    compute = Compute("triton" if kernels else "reference", _in_int8(options, kernels, device, set(formats)))
+    if kernels and not has_matrix_units(device):
+        note = "Triton has no matrix units on this GPU: torch multiplies and attends, kernels do the rest"
+        return Choice(compute, note, torch_multiplies=True)
+    fell_back = options.backend == "auto" and device.type == "cuda" and not kernels
+    return Choice(compute, f"the Triton kernels cannot run: {obstacle}; torch computes" if fell_back else None)
+
+
+def _distrust(device: torch.device, tell: Callable[[str], None]) -> str | None:
+    """Why kernels that could run are not taken: the first that failed its self-test. One that does not run on such a
+    GPU is not missed."""
+    from ..doctor.selftest.verdicts import verdicts  # only where there is a GPU
+
+    for op, verdict in verdicts(device, tell=tell).items():
+        if not verdict.trusted and verdict.state != "not supported":
+            return f"{op}: {verdict.state} ({verdict.reason}); zimage-lite doctor tells more"
+    return None
+
+
+def _in_int8(options: RuntimeOptions, kernels: bool, device: torch.device, formats: set[Format]) -> bool:
+    there = {format for format in formats if format.name == "int8" or (kernels and is_reencoded(format))}
+    if options.compute == "auto":
+        return bool(there) and (kernels or (device.type == "cpu" and cpu_has_int8_units()))
+    if options.compute == "16bit":
+        return False
+    if not kernels and device.type != "cpu":
+        raise UserError(f"--compute int8 needs the Triton kernels on {device.type}", fix="use --compute 16bit")
+    if not there:
+        names = ", ".join(sorted(format.name for format in formats))
+        wanted = (
+            "weights quantized to integers" if kernels else "int8 weights, for only Triton kernels re-encode others"
+        )
+        raise UserError("--compute int8", got=names, expected=wanted, fix="use --compute 16bit")
+    return True

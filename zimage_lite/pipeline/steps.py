@@ -1,0 +1,92 @@
+"""The Euler loop of images that are drawn alike, several at once where that pays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import VAE_FACTOR, GenerateOptions
+from ..memory.hardware import Hardware
+from ..model.linear import Stream
+from ..model.scheduler import euler_step, guided, initial_noise, model_time, sigmas
+from ..model.transformer import Caption, Modulation, Transformer, Watch
+from .finite import all_finite
+from .weights import Component, time_weights
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """sigmas: [steps + 1] float32; modulations: what each step takes, on the device."""
+
+    sigmas: Tensor
+    modulations: Sequence[Modulation]
+
+    def __len__(self) -> int:
+        return len(self.modulations)
+
+
+def schedule(component: Component, steps: int, shift: float, hardware: Hardware) -> Schedule:
+    """Computed on the CPU, from weights that are read for it and are not needed afterwards."""
+    assert isinstance(component.model, Transformer)
+    noise = sigmas(steps, shift)
+    times = torch.cat([model_time(sigma) for sigma in noise[:-1]])
+    with time_weights(component, hardware) as stream:
+        found = component.model.modulations(times, hardware.dtype, stream)
+    return Schedule(noise, [modulation.to(hardware.device) for modulation in found])
+
+
+@dataclass
+class NotFiniteError(Exception):
+    """A step gave NaN or infinite values. latents: before it; step: counts from 0."""
+
+    latents: list[Tensor]
+    step: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images that take their steps together, and what they are told."""
+
+    requests: Sequence[GenerateOptions]
+    captions: Mapping[str, Caption]  # by text
+    schedule: Schedule
+
+    def noise(self, channels: int, device: torch.device) -> list[Tensor]:
+        """[channels, height/8, width/8] float32 each."""
+        sizes = [(request.size[1] // VAE_FACTOR, request.size[0] // VAE_FACTOR) for request in self.requests]
+        seeds = [request.seed for request in self.requests]
+        return [initial_noise(seed, channels, *size).to(device) for seed, size in zip(seeds, sizes, strict=True)]
+
+    def denoised(self, model: Transformer, hardware: Hardware, stream: Stream) -> Iterator[list[Tensor]]:
+        """The latents after each step, of each image. Raises NotFiniteError."""
+        latents = self.noise(model.config.in_channels, hardware.device)
+        for step in range(len(self.schedule)):
+            before, latents = latents, self.step(model, latents, step, hardware.dtype, stream)
+            if not all_finite(latents):
+                raise NotFiniteError(before, step)
+            yield latents
+
+    def step(
+        self, model: Transformer, latents: list[Tensor], step: int, dtype: torch.dtype, stream: Stream,
+        watch: Watch | None = None,
+    ) -> list[Tensor]:  # fmt: skip
+        """One Euler step of all images, and with guidance of both sides of each, over the same weights."""
+        told = [texts(request) for request in self.requests]
+        given = [latent.to(dtype) for latent, of in zip(latents, told, strict=True) for _ in of]
+        captions = [self.captions[text] for of in told for text in of]
+        outputs = iter(model(given, captions, self.schedule.modulations[step], stream, watch))
+        sigma, sigma_next = self.schedule.sigmas[step : step + 2]
+        results = []
+        for request, latent, of in zip(self.requests, latents, told, strict=True):
+            sides = [next(outputs).float() for _ in of]
+            direction = guided(sides[0], sides[1], request.guidance) if request.guidance else sides[0]
+            results.append(euler_step(latent, -direction, sigma, sigma_next))
+        return results
+
+
+def texts(request: GenerateOptions) -> list[str]:
+    """The prompt, and with guidance what to steer away from."""
+    return [request.prompt, request.negative] if request.guidance else [request.prompt]

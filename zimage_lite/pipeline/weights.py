@@ -1,0 +1,249 @@
+"""Joins a skeleton, a checkpoint and a plan: the one place that knows all three.
+
+A component owns its whole budget while it is open and gives everything back when it closes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.stored import StoredTensor
+from ..memory.cuda import PAGE_BYTES, CudaLink
+from ..memory.hardware import Hardware
+from ..memory.heap import give_back
+from ..memory.meter import rss_bytes
+from ..memory.placement import GRANULE_BYTES
+from ..memory.plan import DEVICE, FILE, PAGEABLE, PINNED, Plan
+from ..memory.streamer import Places, Route, Streamer
+from ..memory.workers import HostLink, Job, Moved, Threads
+from ..model.linear import Stream, bind, release, shapes
+from ..model.transformer import is_time_weight
+from ..units import round_up
+from .reencoding import Scratch
+
+_JOB_BYTES = 2**23  # smaller tensors are read by one thread, one after another
+
+
+@dataclass(frozen=True)
+class Component:
+    """A model's skeleton and its weights, taken apart: the blocks of the module lists named in `streamed` may come and
+    go, the rest stays; what only the time embedding needs is kept out of both. Raises UserError for missing tensors.
+    """
+
+    model: nn.Module
+    checkpoint: Checkpoint
+    streamed: tuple[str, ...]
+    reencoded: bool = False  # the blocks compute with weights in int8 whatever they are stored in
+
+    @cached_property
+    def wanted(self) -> Checkpoint:
+        return self.checkpoint.restricted_to(shapes(self.model))
+
+    @cached_property
+    def blocks(self) -> dict[str, nn.Module]:
+        lists = {group: self.model.get_submodule(group) for group in self.streamed}
+        return {f"{group}.{name}": block for group, blocks in lists.items() for name, block in blocks.named_children()}
+
+    @cached_property
+    def weights(self) -> dict[str, dict[str, StoredTensor]]:
+        """Those of each block, by their names in it."""
+        return {
+            name: {
+                own: tensor for own, tensor in self.wanted.under(name).items() if not is_time_weight(f"{name}.{own}")
+            }
+            for name in self.blocks
+        }
+
+    @cached_property
+    def rest(self) -> dict[str, StoredTensor]:
+        groups = tuple(f"{group}." for group in self.streamed)
+        tensors = self.wanted.tensors.items()
+        return {name: t for name, t in tensors if not name.startswith(groups) and not is_time_weight(name)}
+
+    @cached_property
+    def block_bytes(self) -> dict[str, int]:
+        """What each block takes where it is read to."""
+        return {name: sum(t.packed_bytes for t in tensors.values()) for name, tensors in self.weights.items()}
+
+
+class Weights:
+    """Brings the blocks of a component to its model as a plan says. Made by `opened`."""
+
+    def __init__(self, component: Component, plan: Plan, hardware: Hardware) -> None:
+        self.component, self.plan, self.hardware = component, plan, hardware
+        self.moved: list[Moved] = []
+        device, sizes = hardware.device, component.block_bytes
+        # Apple's GPU has no memory of its own, but the CPU cannot read files into what it works on.
+        self._staging = max(plan.staging, int(device.type == "mps"))
+        homes = sum(_rounded(sizes[name]) for name in plan.resident)
+        prelude = max((_rounded(sizes[name]) for name in plan.prelude), default=0)
+        self._arena = torch.empty(max(homes + plan.slots * plan.slot_bytes, prelude), dtype=torch.uint8, device=device)
+        held = sum(_paged(sizes[name]) for name, home in plan.homes.items() if home in (PINNED, PAGEABLE))
+        host = held + self._staging * _paged(plan.staging_bytes)
+        self._host = torch.empty(host + PAGE_BYTES * bool(host), dtype=torch.uint8)
+        self._scratch = Scratch(component.weights, device) if component.reencoded else None
+
+    @contextmanager
+    def prelude(self, passes: int = 1) -> Iterator[Stream]:
+        """What runs before the other blocks are there, one block at a time."""
+        homes = dict.fromkeys(self.plan.prelude, FILE)
+        slot = max((_rounded(self.component.block_bytes[name]) for name in homes), default=0)
+        with self._streaming(Route(homes, min(len(homes), 1), self._staging, passes), slot) as stream:
+            yield stream
+
+    @contextmanager
+    def passes(self, count: int) -> Iterator[Stream]:
+        """So many passes over the blocks, as planned."""
+        with self._streaming(
+            Route(self.plan.homes, self.plan.slots, self._staging, count), self.plan.slot_bytes
+        ) as stream:
+            yield stream
+
+    @contextmanager
+    def _streaming(self, route: Route, slot_bytes: int) -> Iterator[Stream]:
+        component, cuda = self.component, self.hardware.device.type == "cuda"
+        link = CudaLink(self.hardware.device) if cuda else HostLink()
+        workers = Threads(component.block_bytes, self._jobs, link)
+        names = {block: name for name, block in component.blocks.items()}
+        places = self._places(route, slot_bytes)
+        stream = Streamer(route, places, workers, names, self._bind, release)
+        pinned = [*places.staging, *(places.held[name] for name, home in route.homes.items() if home == PINNED)]
+        del places  # else a traceback of this frame would keep the memory
+        try:
+            workers.pin(pinned)
+            pinned.clear()
+            steps = self._scratch.through(stream) if self._scratch else stream
+            yield self._tidy(steps) if self.hardware.device.type == "cpu" else steps
+        finally:
+            self.moved.append(workers.close())
+            stream.end()
+
+    def _tidy(self, stream: Stream) -> Stream:
+        """What blocks leave in the heap goes back before more comes."""
+
+        def tidied(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
+            for block in stream(blocks):
+                yield block
+                give_back()
+
+        return tidied
+
+    def _places(self, route: Route, slot_bytes: int) -> Places[Tensor]:
+        """Cut from the two buffers: resident blocks, then slots; staging buffers, then what waits in RAM."""
+        sizes, homes = self.component.block_bytes, route.homes
+        arena, host = _cutter(self._arena), _cutter(self._host, -self._host.data_ptr() % PAGE_BYTES)
+        return Places(
+            home={name: arena(_rounded(sizes[name])) for name, home in homes.items() if home == DEVICE},
+            slots=[arena(slot_bytes) for _ in range(route.slots)],
+            staging=[host(_paged(self.plan.staging_bytes)) for _ in range(route.staging)],
+            held={name: host(_paged(sizes[name])) for name, home in homes.items() if home in (PINNED, PAGEABLE)},
+        )
+
+    def _jobs(self, name: str, buffer: Tensor) -> Iterator[Job]:
+        """Reading a block's tensors, each to its place in the buffer."""
+        cut, some, n_bytes = _cutter(buffer), list[tuple[StoredTensor, Tensor]](), 0
+        for tensor in self.component.weights[name].values():
+            some.append((tensor, cut(tensor.packed_bytes)))
+            n_bytes += tensor.packed_bytes
+            if n_bytes >= _JOB_BYTES:
+                yield self._reading(some, name)
+                some, n_bytes = [], 0
+        if some:
+            yield self._reading(some, name)
+
+    def _reading(self, some: list[tuple[StoredTensor, Tensor]], name: str) -> Job:
+        def read() -> None:
+            for tensor, place in some:
+                tensor.read_to(place)
+                if self._passes_by and self.plan.homes.get(name) == FILE:
+                    tensor.forget()
+
+        return read
+
+    @cached_property
+    def _passes_by(self) -> bool:
+        """Whether what comes from the file in every pass is more than the system could keep in its page cache: then
+        keeping some of it only pushes other programs out."""
+        spare = psutil.virtual_memory().available - max(self.plan.peak_ram_bytes - rss_bytes(), 0)
+        return self.plan.disk_bytes > spare
+
+    def _bind(self, name: str, block: nn.Module, place: Tensor) -> None:
+        cut = _cutter(place)
+        packed = {own: t.packed_in(cut(t.packed_bytes)) for own, t in self.component.weights[name].items()}
+        bind(block, packed, self.hardware.dtype)
+
+
+@contextmanager
+def opened(component: Component, plan: Plan, hardware: Hardware) -> Iterator[Weights]:
+    """Bind what stays; blocks come with `prelude` and `passes`. hardware: to compute on, as the plan says."""
+    weights = Weights(component, plan, hardware)
+    try:
+        read_into(component.model, component.rest, hardware)
+        yield weights
+    finally:
+        release(component.model)
+        del weights._arena, weights._host
+        if weights._scratch:
+            weights._scratch.end()
+        give_back(0)
+        if hardware.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def time_weights(component: Component, hardware: Hardware) -> Iterator[Stream]:
+    """For `Transformer.modulations`: its weights, on the CPU and in float32, one block's at a time."""
+    there, names = hardware.on_cpu(), {block: name for name, block in component.blocks.items()}
+    own = {name: tensor for name, tensor in component.wanted.tensors.items() if is_time_weight(name)}
+
+    def stream(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
+        for block in blocks:
+            prefix = f"{names[block]}."
+            read_into(
+                block, {name.removeprefix(prefix): t for name, t in own.items() if name.startswith(prefix)}, there
+            )
+            yield block
+            release(block)
+
+    groups = tuple(f"{group}." for group in component.streamed)
+    try:
+        read_into(component.model, {name: t for name, t in own.items() if not name.startswith(groups)}, there)
+        yield stream
+    finally:
+        release(component.model)
+
+
+def read_into(module: nn.Module, tensors: Mapping[str, StoredTensor], hardware: Hardware) -> None:
+    """Read the tensors from their files and bind them to the module on the device."""
+    for name, stored in tensors.items():  # one by one: of those that are unpacked, the packed bytes go at once
+        bind(module, {name: stored.read().to(hardware.device)}, hardware.dtype)
+
+
+def _rounded(n_bytes: int) -> int:
+    """As the planner counts places on the device."""
+    return round_up(n_bytes, GRANULE_BYTES)
+
+
+def _paged(n_bytes: int) -> int:
+    """Of host memory, which is pinned in whole pages."""
+    return round_up(n_bytes, PAGE_BYTES)
+
+
+def _cutter(buffer: Tensor, start: int = 0) -> Callable[[int], Tensor]:
+    """Gives the next so many bytes of the buffer."""
+
+    def cut(n_bytes: int) -> Tensor:
+        nonlocal start
+        first, start = start, start + n_bytes
+        assert start <= len(buffer), "more was taken than was planned"
+        return buffer[first:start]
+
+    return cut

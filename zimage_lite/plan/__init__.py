@@ -1,0 +1,1 @@
+"""What a job would take in bytes and seconds, before anything is loaded."""

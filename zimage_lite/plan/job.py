@@ -1,0 +1,68 @@
+"""What is to be drawn, in the numbers that memory and time depend on. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ..config import MOST_PER_ROUND, PATCH_SIZE, SEQUENCE_MULTIPLE, TOKENS_PER_PASS, VAE_FACTOR
+from ..units import round_up
+
+LONG_PROMPT_TOKENS = 128
+
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be drawn: `images` of one size. prompt_tokens: of each text that is encoded, what to steer away from
+    included; other_tokens: of prompts of other jobs, whose embeddings wait meanwhile."""
+
+    width: int
+    height: int
+    steps: int = 8
+    guided: bool = False
+    images: int = 1
+    prompt_tokens: tuple[int, ...] = (LONG_PROMPT_TOKENS,)
+    other_tokens: int = 0
+
+    @property
+    def pixels(self) -> int:
+        return self.width * self.height
+
+    @property
+    def latents(self) -> int:
+        """Pixels of the latent image."""
+        return self.pixels // VAE_FACTOR**2
+
+    @property
+    def image_tokens(self) -> int:
+        return padded(self.latents // PATCH_SIZE**2)
+
+    @property
+    def round_images(self) -> int:
+        """At most, in a round."""
+        return min(self.images, MOST_PER_ROUND)
+
+    @property
+    def round_tokens(self) -> tuple[int, ...]:
+        """Of the prompts of a round, at most."""
+        return tuple(sorted(self.prompt_tokens)[-self.round_images * (2 if self.guided else 1) :])
+
+
+def batched(items: Iterable[_Item], tokens: Callable[[_Item], int]) -> list[list[_Item]]:
+    """Prompts as they are encoded and refined, in order: together while they have at most TOKENS_PER_PASS."""
+    found, held = list[list[_Item]](), 0
+    for item in items:
+        held += tokens(item)
+        if not found or held > TOKENS_PER_PASS:
+            found.append([])
+            held = tokens(item)
+        found[-1].append(item)
+    return found
+
+
+def padded(tokens: int) -> int:
+    """Of a prompt or an image, as the transformer sees them."""
+    return round_up(tokens, SEQUENCE_MULTIPLE)

@@ -1,0 +1,56 @@
+"""The three parts of a model in sizes: Z-Image-Turbo in any format, or a model that is there. No weight is read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..checkpoint.model_files import ModelFiles
+from ..config import TextEncoderConfig, TransformerConfig, VaeConfig
+from ..convert.catalog import Part, stored_parts, true_parts
+from ..convert.recipe import KEEP, as_it_is, target
+from ..model.linear import shapes
+from ..model.vae import Decoder
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of the three parts. name: for people."""
+
+    name: str
+    transformer: tuple[Part, ...]
+    text_encoder: tuple[Part, ...]
+    vae_weights: int
+    transformer_config: TransformerConfig
+    text_encoder_config: TextEncoderConfig
+    vae_config: VaeConfig
+
+
+def true_model(format_name: str) -> Model:
+    """Z-Image-Turbo as `quantize --to` would write it. Raises UserError for a format that cannot be written."""
+    chosen = target(format_name, "--format")
+    encoder = as_it_is() if chosen.text_encoder_to == KEEP else target(chosen.text_encoder_to)
+    vae = VaeConfig()
+    return Model(
+        name=f"Z-Image-Turbo in {chosen.name}",
+        transformer=tuple(true_parts("transformer", chosen)),
+        text_encoder=tuple(true_parts("text_encoder", encoder)),
+        vae_weights=sum(math.prod(shape) for shape in shapes(Decoder(vae)).values()),
+        transformer_config=TransformerConfig(),
+        text_encoder_config=TextEncoderConfig(),
+        vae_config=vae,
+    )
+
+
+def model_of(files: ModelFiles) -> Model:
+    """A model that is there. Its headers have been read."""
+    decoder = [tensor for name, tensor in files.vae.tensors.items() if name.startswith("decoder.")]
+    return Model(
+        name=f"{files.name} ({files.transformer.main_format})",
+        transformer=tuple(stored_parts(files.transformer)),
+        text_encoder=tuple(stored_parts(files.text_encoder)),
+        vae_weights=sum(tensor.rows * tensor.columns for tensor in decoder),
+        transformer_config=files.transformer.config,
+        text_encoder_config=files.text_encoder.config,
+        vae_config=files.vae.config,
+    )

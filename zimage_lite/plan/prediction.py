@@ -1,0 +1,261 @@
+"""What the planner is told about Z-Image: the three phases as blocks with sizes, products and traffic, and what each
+phase holds beside them. From sizes alone; no weight is read.
+
+Assumed of the computation, as it is designed: adaLN vectors are computed once on the CPU and their weights never sent;
+blocks in another format than int8 are re-encoded to int8 on the device, one at a time, before they compute; blocks that
+are kept in 16 bits compute in 16 bits; norms, gates and quantization are fused (30 times the tokens x width x 2 bytes
+of traffic per block), and so is what follows an 8-bit product, except before compute capability 8.0, where its int32
+sums are written and read. The text encoder unpacks its weights to 16 bits.
+
+Bytes hold for that and for the reference alike, which unpacks a piece of a weight where the kernels re-encode a block:
+the larger of the two counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+from ..config import TOKENS_PER_PASS
+from ..convert.catalog import Part
+from ..memory.machine import Machine, Work
+from ..memory.plan import Block, Phase, activation_bytes
+from ..memory.plan_vae import decode_ways
+from ..model.transformer import is_time_weight
+from .cpu_terms import ELEMENTWISE_FLOPS, cpu_unpacking_flops, holes, holes_of_maps
+from .footprint import (
+    ITEM_BYTES,
+    STREAM_BYTES,
+    arena_bytes,
+    by_block,
+    is_reencoded,
+    reencoded_bytes,
+    time_bytes,
+    unpacking_bytes,
+)
+from .job import Job, batched, padded
+from .model_sizes import Model
+
+_SUM_TRAFFIC = 8  # bytes for each output of an 8-bit product that torch makes
+_TRAFFIC = 30  # of a block's fused element-wise work, in tokens x width x 2 bytes
+_LATENT_COPIES = 3  # the latent, the model's answer and their sum, in float32
+_BATCHES = (1, 2, 4, 8)  # images at once
+# What is computed for twice as many images is charged so much more, so that they are denoised together only where that
+# saves more than what this prediction may be wrong by. As part of the time it keeps "the fastest" well ordered.
+_BATCH_CHARGE = 1.05
+_LAUNCHES_PER_CONVOLUTION = 10  # with its norm, activation and what joins them
+
+
+def phases(model: Model, job: Job, machine: Machine) -> list[list[Phase]]:
+    """encode, denoise and decode: of each, the ways there are on this machine."""
+    return [
+        ways_to_encode(model, job.prompt_tokens, machine),
+        ways_to_denoise(model, job, machine),
+        ways_to_decode(model, job, machine),
+    ]
+
+
+def ways_to_encode(model: Model, prompt_tokens: Sequence[int], machine: Machine) -> list[Phase]:
+    return [_encode(model, prompt_tokens, device, machine) for device in _devices(machine)]
+
+
+def ways_to_denoise(model: Model, job: Job, machine: Machine) -> list[Phase]:
+    """So many images at once, always where computing is fastest."""
+    device, batches = _devices(machine)[0], [batch for batch in _BATCHES if batch <= job.images]
+    return [_denoise(model, job, batch, device, machine) for batch in batches]
+
+
+def ways_to_decode(model: Model, job: Job, machine: Machine) -> list[Phase]:
+    """Whole or in bands of rows."""
+    return [way for device in _devices(machine) for way in _decode(model, job, device, machine)]
+
+
+def _devices(machine: Machine) -> list[str]:
+    return ["gpu", "cpu"] if machine.gpu else ["cpu"]
+
+
+def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) -> Phase:
+    """So many images at once."""
+    c, caption = model.transformer_config, padded(max(job.prompt_tokens))
+    dtype = machine.dtype(device)
+    item, stream = ITEM_BYTES[dtype], STREAM_BYTES[dtype]
+    image, sequences = job.image_tokens, batch * (2 if job.guided else 1)
+    time_weights = [part for part in model.transformer if is_time_weight(part.name)]
+    of_blocks, rest = by_block([part for part in model.transformer if not is_time_weight(part.name)])
+    charge = _BATCH_CHARGE ** math.log2(batch)
+
+    def blocks(group: str, count: int, tokens: int, attention: float) -> list[Block]:
+        found = {name: of_blocks[name] for name in (f"{group}.{i}" for i in range(count))}
+        return [
+            Block(name, arena_bytes(parts), _transformer_work(parts, tokens, c.dim, attention, charge, device, machine))
+            for name, parts in found.items()
+        ]
+
+    def attention(tokens: int) -> float:
+        return 4.0 * c.dim * tokens**2
+
+    refined = batched([padded(tokens) for tokens in job.round_tokens], int)
+    pads = sum(map(sum, refined))
+    together = min(pads, max(TOKENS_PER_PASS, caption))  # in another order more may go into one pass
+    n_refiners, whole = c.n_refiner_layers, image + caption
+    prelude = blocks("context_refiner", n_refiners, together, max(sum(map(attention, batch)) for batch in refined))
+    main = blocks("noise_refiner", n_refiners, sequences * image, sequences * attention(image)) + blocks(
+        "layers", c.n_layers, sequences * whole, sequences * attention(whole)
+    )
+    unpacking = _most_unpacking(list(of_blocks.values()), device, machine)
+    tokens = max(sequences * whole, together)
+    activations = activation_bytes(tokens, c.dim, c.ffn_dim, c.n_heads, item, stream)
+    latent = 4 * c.in_channels * job.latents
+    host = {
+        "embeddings": _embedding_bytes(model, job, stream),
+        "done latents": latent * job.round_images,
+    }
+    return Phase(
+        name="denoise",
+        blocks=tuple(main),
+        passes=job.steps * -(-job.images // batch),
+        prelude=tuple(prelude),
+        prelude_passes=len(refined),
+        read_once_bytes=sum(part.n_bytes for part in time_weights),
+        device=device,
+        fixed={
+            "embedders": item * sum(part.rows * part.columns for part in rest),
+            "adaLN vectors": _vector_bytes(model, job, dtype),
+            "latents": latent * _LATENT_COPIES * sequences,
+            "captions": stream * pads * (c.dim + c.cap_feat_dim),
+            "activations": activations + (tokens + pads) * c.head_dim * 4,  # the angles of the parts stay, too
+            "unpacking": unpacking,
+            **({**host, **holes(activations, unpacking)} if device == "cpu" else {}),
+        },
+        # On the CPU the first block takes the place of the time weights.
+        ram_fixed={**host, "time weights": time_bytes(time_weights)} if device == "gpu" else {},
+        way=batch,
+    )
+
+
+def _most_unpacking(blocks: Sequence[Sequence[Part]], device: str, machine: Machine) -> int:
+    """Bytes for a moment. An int8 matrix that the CPU multiplies as it is takes none."""
+    dtype = machine.dtype(device)
+
+    def most(parts: Iterable[Part]) -> int:
+        return max((unpacking_bytes(part, device, dtype) for part in parts), default=0)
+
+    if device == "cpu":
+        as_it_is = machine.cpu_int8
+        return most(p for parts in blocks for p in parts if not (as_it_is and p.format.name == "int8" and p.rows > 1))
+    beside = most(part for parts in blocks for part in _unpacked(parts))
+    return max(most(part for parts in blocks for part in parts), max(map(_reencoded, blocks)) + beside)
+
+
+def _encode(model: Model, prompt_tokens: Sequence[int], device: str, machine: Machine) -> Phase:
+    c, batches, blocks = model.text_encoder_config, batched(prompt_tokens, int), []
+    dtype, tokens = machine.dtype(device), max(map(sum, batches))
+    item, stream = ITEM_BYTES[dtype], STREAM_BYTES[dtype]
+    attention = max(sum(4 * c.num_attention_heads * c.head_dim * n**2 for n in batch) for batch in batches)
+    of_layers, _ = by_block(model.text_encoder)
+    for name in (f"layers.{i}" for i in range(c.layers_used)):
+        parts = of_layers[name]
+        n_bytes, weights = arena_bytes(parts), _linear_weights(parts)
+        traffic = n_bytes + 4 * weights if _is_lossy(parts) else n_bytes
+        other = cpu_unpacking_flops(parts) if device == "cpu" else 0
+        blocks.append(Block(name, n_bytes, Work(2 * weights * tokens, attention, traffic, other_flops=other)))
+    q_dim, kv_dim = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
+    activations = activation_bytes(
+        tokens, c.hidden_size, c.intermediate_size, c.num_attention_heads, item, stream, q_dim, kv_dim, False
+    )
+    unpacking = max(unpacking_bytes(p, device, dtype) for block in blocks for p in of_layers[block.name])
+    return Phase(
+        name="encode",
+        blocks=tuple(blocks),
+        passes=len(batches),
+        device=device,
+        fixed={
+            "activations": activations,
+            "embeddings": c.hidden_size * (tokens * item + sum(prompt_tokens) * stream),  # of what goes in and out
+            "unpacking": unpacking,
+            **(holes(0, unpacking) if device == "cpu" else {}),  # there are a few tokens only
+        },
+    )
+
+
+def _decode(model: Model, job: Job, device: str, machine: Machine) -> Iterator[Phase]:
+    """One image after another, each whole or in bands of rows. The weights always stay."""
+    config, dtype = model.vae_config, machine.dtype(device)
+    item = ITEM_BYTES[dtype]
+    ways = decode_ways(config, job.height, job.width, item, device == "gpu")
+    vectors = _vector_bytes(model, job, machine.dtype(_devices(machine)[0]))
+    traffic = 8 * ways[0].device_bytes / ways[0].flops  # of what is done to each element between the products
+    images = {
+        "image": 3 * job.pixels,
+        "latents": 4 * config.latent_channels * job.latents * job.round_images,
+        "embeddings": _embedding_bytes(model, job, STREAM_BYTES[machine.dtype(_devices(machine)[0])]),
+    }
+    for way in ways[dtype == "fp16" :]:  # only bands scale their maps so that float16 holds them
+        work = Work(
+            way.flops,
+            way.attention_flops,
+            traffic * way.flops,
+            host_bytes=way.traffic_bytes,
+            launches=_LAUNCHES_PER_CONVOLUTION * way.reads,
+        )
+        fixed = {"pixels in work": way.device_bytes, "adaLN vectors": vectors}  # these for the next round
+        yield Phase(
+            name="decode",
+            blocks=(Block("decoder", item * model.vae_weights, work),),
+            passes=job.images,
+            device=device,
+            fixed=fixed if device == "gpu" else {**fixed, **images, **holes_of_maps(way.device_bytes)},
+            ram_fixed={**images, "maps": way.host_bytes} if device == "gpu" else {},
+            way=way,
+        )
+
+
+def _embedding_bytes(model: Model, job: Job, stream: int) -> int:
+    """Of all prompts, until the last image is done."""
+    return stream * (sum(job.prompt_tokens) + job.other_tokens) * model.transformer_config.cap_feat_dim
+
+
+def _vector_bytes(model: Model, job: Job, dtype: str) -> int:
+    """Of all steps, from before the first until the last image is done."""
+    c = model.transformer_config
+    return ITEM_BYTES[dtype] * job.steps * (4 * (c.n_refiner_layers + c.n_layers) + 1) * c.dim
+
+
+def _transformer_work(
+    parts: Sequence[Part], tokens: int, dim: int, attention: float, charge: float, device: str, machine: Machine
+) -> Work:
+    flops, int8 = 2 * _linear_weights(parts) * tokens, any(part.format.name == "int8" for part in parts)
+    if device == "cpu":
+        unpacking = 0 if int8 and machine.cpu_int8 else cpu_unpacking_flops(parts)
+        other = ELEMENTWISE_FLOPS * tokens * dim + unpacking
+        return Work(charge * flops, charge * attention, int8=int8, other_flops=charge * other)
+    traffic = _TRAFFIC * tokens * dim * 2 + _reencoded(parts)
+    traffic += sum(part.n_bytes for part in parts if is_reencoded(part.format))
+    if machine.gpu and machine.gpu.unfused8:
+        traffic += _SUM_TRAFFIC * tokens * sum(part.rows for part in parts if _in_int8(part))
+    return Work(charge * flops, charge * attention, charge * traffic, any(map(_in_int8, parts)))
+
+
+def _linear_weights(parts: Iterable[Part]) -> int:
+    return sum(part.rows * part.columns for part in parts if part.rows > 1)
+
+
+def _is_lossy(parts: Iterable[Part]) -> bool:
+    return any(part.format.lossy for part in parts)
+
+
+def _in_int8(part: Part) -> bool:
+    return part.format.name == "int8" or is_reencoded(part.format)
+
+
+def _unpacked(parts: Sequence[Part]) -> list[Part]:
+    """Of a block that computes in 8 bits: what is not in int8; and all of int8, too, where such a matrix may make what
+    shares its input follow it."""
+    others = [part for part in parts if not _in_int8(part)]
+    mixed = any(part.rows > 1 for part in others)
+    return others + [part for part in parts if mixed and part.format.name == "int8"]
+
+
+def _reencoded(parts: Iterable[Part]) -> int:
+    """Bytes of these weights once they are int8."""
+    return sum(reencoded_bytes(part.format, part.rows, part.columns) for part in parts)

@@ -1,0 +1,89 @@
+"""Plans what is about to run within what is free now, and once more if memory runs out all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from ..config import RuntimeOptions
+from ..errors import BudgetError
+from ..memory.failures import forget, is_out_of_memory
+from ..memory.hardware import Hardware, machine_here
+from ..memory.machine import Machine
+from ..memory.plan import Budgets, Phase, Plan
+from ..memory.planner import budgets_in_force, plan_phases
+from ..units import format_gb
+
+LESS_AFTER_OOM = 0.85  # of what did not fit is planned for the second time, or less if less is free
+
+Tell = Callable[[str], None]  # takes a line for the user
+_Item = TypeVar("_Item")
+
+
+@dataclass
+class Ways:
+    """How a phase could be done, and how it will be."""
+
+    phases: Sequence[Phase]
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Planning:
+    hardware: Hardware
+    options: RuntimeOptions
+    tell: Tell
+
+    def planned(self, todo: Sequence[Callable[[Machine], Sequence[Phase]]]) -> list[Ways]:
+        """todo: for each phase, what ways there are on a machine. All fit the budgets. Raises BudgetError."""
+        machine, budgets = self._now()
+        ways = [ways_on(machine) for ways_on in todo]
+        return [Ways(way, plan) for way, plan in zip(ways, plan_phases(ways, machine, budgets), strict=True)]
+
+    def within(self, ways: Ways, run: Callable[[int, Plan], Iterator[_Item]]) -> Generator[_Item, None, None]:
+        """What run(done, plan) yields from its item `done` on. If memory runs out in spite of the plan, because another
+        program took it, plans again with less, once, and goes on where it was. Raises BudgetError."""
+        done = 0
+        for again in (True, False):
+            try:
+                for item in run(done, ways.plan):
+                    done += 1
+                    yield item
+                return
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                forget(error)  # a reader's future may hold it
+            if again:  # out of the handler: the error itself is gone
+                ways.plan = self.planned_again(ways)
+        raise _ran_out(f"twice, although {_peaks(ways.plan)} were planned", ways.plan)
+
+    def planned_again(self, ways: Ways) -> Plan:
+        (machine, limits), old = self._now(), ways.plan
+        if old.device == "gpu":
+            limits = replace(limits, vram_bytes=min(limits.vram_bytes, int(LESS_AFTER_OOM * old.peak_vram_bytes)))
+        else:
+            limits = replace(limits, ram_bytes=min(limits.ram_bytes, int(LESS_AFTER_OOM * old.peak_ram_bytes)))
+        try:
+            (plan,) = plan_phases([ways.phases], machine, limits)
+        except BudgetError:
+            raise _ran_out(f"although {_peaks(old)} were planned, and it cannot be done with less", old) from None
+        self.tell(f"{old.phase}: memory ran out, another program must have taken it; going on with {_peaks(plan)}")
+        return plan
+
+    def _now(self) -> tuple[Machine, Budgets]:
+        machine = machine_here(self.hardware)
+        if self.options.compute == "16bit":
+            machine = machine.unpacking()
+        return machine, budgets_in_force(machine, self.options.vram_bytes, self.options.ram_bytes)
+
+
+def _ran_out(how: str, plan: Plan) -> BudgetError:
+    advice = "close other programs, or name a smaller --vram or --ram, a smaller image or a smaller format"
+    return BudgetError(f"{plan.phase}: memory ran out {how}", fix=advice)
+
+
+def _peaks(plan: Plan) -> str:
+    gpu = f"{format_gb(plan.peak_vram_bytes)} of GPU memory and " if plan.device == "gpu" else ""
+    return f"{gpu}{format_gb(plan.peak_ram_bytes)} of RAM"

@@ -1,0 +1,1 @@
+"""Results of bench, compare and others as one page."""
