@@ -52,7 +52,7 @@ bench() {
 }
 
 # Without conftest, which needs packages that a bare machine lacks.
-part tests 45 "$python" -m pytest --noconftest -p no:cacheprovider -m gpu tests/test_streaming_gpu.py \
+part tests 45 "$python" -m pytest --noconftest -p no:cacheprovider -m gpu tests/pipeline/test_streaming_gpu.py \
     --junitxml "$out/tests.xml"
 part kernel_tests 75 "$python" -m pytest --noconftest -p no:cacheprovider \
     tests/ops/test_{attention,dequantize,linear_int8,norm,qk,quantize_rows,unfused_int8}.py --junitxml "$out/kernel_tests.xml"

@@ -5,8 +5,8 @@
 In a process for each architecture and op, Triton and our launchers are told that the GPU is of that architecture. What
 Triton compiles is loaded as PTX, which the driver compiles for the GPU at hand (PTX of one architecture runs on every
 newer one), in place of the machine code, which no other GPU runs; then Triton's own launcher launches it, and the
-self-test (`zimage_lite/doctor/selftest`) compares it with the references. That covers everything up to the PTX, shared memory,
-warps and grids. What it does not: the machine code that ptxas makes of it for a laptop, and its speed there.
+self-test (`zimage_lite/doctor/selftest`) compares it with the references. That covers everything up to the PTX, shared
+memory, warps and grids. What it does not: the machine code that ptxas makes of it for a laptop, and its speed there.
 
 Exits with 1 unless every op is ok on every architecture.
 """

@@ -24,6 +24,7 @@ from zimage_kernels.aot import Variant
 from zimage_lite.doctor.selftest.verdicts import COMPILATIONS
 
 ROOT = Path(__file__).parents[2]
+HELPERS = ROOT / "tests" / "helpers"
 GEMM = Variant("gemm", None, {}, {}, (), matrix=("s8",))
 
 
@@ -67,7 +68,7 @@ def test_what_is_wrong_is_found() -> None:
 def test_what_is_launched_is_what_was_compiled() -> None:
     """Types, constants, alignment, warps and stages: else the table would be of kernels that nobody runs. The number of
     rows is no part of it, so that a new image size compiles nothing."""
-    code, printed, errors = run(str(Path(__file__).with_name("recorded_launches.py")))
+    code, printed, errors = run(str(HELPERS / "recorded_launches.py"))
     assert code == 0, errors
     assert printed == {"unknown": [], "not_launched": []}
 
@@ -76,7 +77,7 @@ def test_what_is_launched_is_what_was_compiled() -> None:
 def test_what_pictures_compile(arch: int, name: str) -> None:
     """Only what the self-test compiles, which says how many, and the compile tool, too; and a picture of another size
     nothing more."""
-    code, printed, errors = run(str(Path(__file__).with_name("recorded_pictures.py")), str(arch), name)
+    code, printed, errors = run(str(HELPERS / "recorded_pictures.py"), str(arch), name)
     assert code == 0, errors
     assert printed["unchecked"] == printed["added"] == printed["unknown"] == []
     assert printed["used"] < printed["checked"] <= COMPILATIONS

@@ -1,0 +1,520 @@
+"""Models from the Hub: headers first, then shard by shard; and whatever a network can do ends in one line."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import COMMIT, PIECE_BYTES, HubServer, serving
+from huggingface_hub import constants, file_download, try_to_load_from_cache
+from oracles import PROMPT
+from safetensors.torch import load_file, save_file
+
+from zimage_lite.checkpoint import hub
+from zimage_lite.checkpoint.hub import hub_files, is_hub_id, snapshot
+from zimage_lite.cli import run
+from zimage_lite.errors import UserError
+
+REPO = "someone/tiny"
+SLACK_BYTES = 300_000  # stubs and small files
+
+
+@pytest.fixture(scope="module")
+def folder(diffusers_pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model cut into several shards, as on the Hub, with files around it that nobody needs."""
+    folder = tmp_path_factory.mktemp("hub") / "tiny"
+    diffusers_pipeline.save_pretrained(folder, max_shard_size="4MB")
+    (folder / "README.md").write_text("# Tiny")
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.safetensors").write_bytes(bytes(1000))
+    return folder
+
+
+@pytest.fixture
+def server(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub of our own, and an empty cache."""
+    with serving(folder) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(hub, "FIRST_BYTES", 4096)  # of shards so small, 100 kB would be a good part
+        monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)  # between attempts
+        (tmp_path / "work").mkdir()
+        monkeypatch.chdir(tmp_path / "work")
+        yield server
+
+
+def nothing_left(tmp_path: Path) -> bool:
+    hidden = [*(tmp_path / "work").iterdir(), *(tmp_path / "cache").glob(".hub-*")]
+    return not hidden
+
+
+def size_of(path: Path) -> int:
+    """0 for a folder, and for a file that was renamed a moment ago."""
+    with suppress(FileNotFoundError):
+        return path.stat().st_size if path.is_file() else 0
+    return 0
+
+
+def cut_for_good(server: HubServer, name: str) -> None:
+    """The header comes through, then half of the file, and no attempt to go on gets a further byte."""
+
+    def die(piece_of: str) -> None:
+        if piece_of == name and server.served_bytes(name) > PIECE_BYTES:
+            raise ConnectionError
+
+    server.on_piece, server.cuts = die, {name: 1}
+
+
+def shard_paths(files: hub.HubFiles, folder: str = "") -> list[Path]:
+    return [path for path in files.file_bytes if path.suffix == ".safetensors" and folder in ("", path.parent.name)]
+
+
+@pytest.mark.parametrize("text", ["Tongyi-MAI/Z-Image-Turbo", "someone/tiny.model", "a/b", "o_o/v1.0"])
+def test_owner_and_name_are_a_hub_id(text: str) -> None:
+    assert is_hub_id(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["demo", "./a", "../a", "/a/b", "a/b/c", "a/", "~/model", "a\\b", "https://huggingface.co/a", "a/..", "",
+     "models/turbo.safetensors", "models/turbo.gguf", "a b/c", "模型/图"],
+)  # fmt: skip
+def test_anything_else_is_a_path(text: str) -> None:
+    assert not is_hub_id(text)
+
+
+def test_a_path_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_id("models/turbo")
+    (tmp_path / "models" / "turbo").mkdir(parents=True)
+    assert not is_hub_id("models/turbo")
+
+
+def test_importing_costs_nothing() -> None:
+    heavy = "('huggingface_hub', 'torch')"
+    code = f"import sys, zimage_lite.checkpoint.hub; sys.exit(any(name in sys.modules for name in {heavy}))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("honours_ranges", [True, False])
+def test_headers_come_before_any_weight(server: HubServer, tmp_path: Path, honours_ranges: bool) -> None:
+    server.honours_ranges = honours_ranges
+    with hub_files(REPO, beside=tmp_path / "work", discard=True) as files:
+        stubs = shard_paths(files)
+        assert [path.relative_to(files.path).as_posix() for path in stubs] == server.shards()[1:]  # not onnx/
+        for path in stubs:
+            original = server.folder / path.relative_to(files.path)
+            header = original.read_bytes()[: path.stat().st_size]
+            assert path.read_bytes() == header
+            assert header.endswith((b"}", b" ")) and len(header) == 8 + int.from_bytes(header[:8], "little")
+            assert files.file_bytes[path] == original.stat().st_size
+        if honours_ranges:
+            most = sum(4096 + path.stat().st_size for path in stubs)
+            assert server.served_bytes(*server.shards()) <= most < SLACK_BYTES
+        for name in server.names():
+            if not name.endswith((".safetensors", ".md")):
+                assert (files.path / name).read_bytes() == (server.folder / name).read_bytes()
+        assert files.path.name == "tiny"  # what outputs are called after
+    assert server.served_bytes("README.md", "onnx/model.safetensors") == 0
+    assert nothing_left(tmp_path)
+
+
+def test_only_the_wanted_components(server: HubServer, tmp_path: Path) -> None:
+    with hub_files(REPO, beside=tmp_path / "work", discard=True, components=["text_encoder"]) as files:
+        assert {path.parent.name for path in shard_paths(files)} == {"text_encoder"}
+        assert (files.path / "tokenizer" / "tokenizer.json").exists()
+
+
+def test_one_shard_at_a_time_with_discard(server: HubServer, tmp_path: Path) -> None:
+    """Looked at whenever the server is about to send something, and whenever a shard is there."""
+    sizes: list[int] = []
+
+    def look(name: str = "") -> None:
+        sizes.append(sum(size_of(path) for path in (tmp_path / "work").rglob("*")))
+
+    server.on_piece = look
+    done: list[int] = []
+    with hub_files(REPO, beside=tmp_path / "work", discard=True, on_bytes=done.append) as files:
+        small = sum(size for path, size in files.file_bytes.items() if path.suffix != ".safetensors")
+        assert sum(done) == small
+        paths = shard_paths(files)
+        files.expect(paths, tmp_path / "work", 0)
+        for path in paths:
+            stub = path.read_bytes()
+            files.fetch(path)
+            look()
+            assert path.read_bytes() == (server.folder / path.relative_to(files.path)).read_bytes()
+            load_file(path)
+            files.release(path)
+            assert path.read_bytes() == stub
+        total = sum(files.file_bytes[path] for path in paths)
+        largest = max(files.file_bytes[path] for path in paths)
+        assert largest < max(sizes) < largest + SLACK_BYTES
+        assert total > 6 * largest
+        assert sum(done) == small + total
+        files.fetch(paths[0])  # a second time
+        assert path.stat().st_size < files.file_bytes[paths[0]] == paths[0].stat().st_size
+    assert nothing_left(tmp_path)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_second_conversion_downloads_nothing(server: HubServer, tmp_path: Path) -> None:
+    for _ in range(2):
+        before = len(server.served)
+        done: list[int] = []
+        with hub_files(REPO, beside=tmp_path / "work", on_bytes=done.append) as files:
+            paths = shard_paths(files)
+            files.expect(paths, tmp_path / "work", 0)
+            for path in paths:
+                files.fetch(path)
+                assert path.read_bytes() == (server.folder / path.relative_to(files.path)).read_bytes()
+                files.release(path)
+                assert path.stat().st_size == files.file_bytes[path]  # nothing is gained by taking it away
+            expected = sum(files.file_bytes.values())
+        assert sum(done) == (0 if before else expected)
+        assert nothing_left(tmp_path)
+    assert len(server.served) == before  # by the second round
+    # What lies in the cache is not downloaded again, nor touched, with --discard-source either.
+    with hub_files(REPO, beside=tmp_path / "work", discard=True) as files:
+        for path in shard_paths(files):
+            files.fetch(path)
+            files.release(path)
+    assert len(server.served) == before
+    assert snapshot(REPO).joinpath("model_index.json").exists()
+    assert len(server.served) == before
+
+
+def test_the_next_shard_comes_meanwhile(server: HubServer, tmp_path: Path) -> None:
+    with hub_files(REPO, beside=tmp_path / "work") as files:
+        paths = shard_paths(files, "transformer")
+        files.expect(paths, tmp_path / "work", 0)
+        files.fetch(paths[0])
+        files._ahead.join(30)
+        names = [path.relative_to(files.path).as_posix() for path in paths]
+        assert server.served_bytes(names[1]) >= server.size(names[1])
+        assert server.served_bytes(names[2]) < server.size(names[2])
+        requests = len(server.requests)
+        files.fetch(paths[1])
+        files._ahead.join(30)
+        assert not any(names[1] in request for request in server.requests[requests:])
+
+
+def test_leaving_ends_the_download_ahead(server: HubServer, tmp_path: Path) -> None:
+    names = server.shards("transformer")
+    left = threading.Event()
+
+    def hold(name: str) -> None:
+        if name == names[1] and server.served_bytes(name):  # after its header
+            left.wait(30)
+
+    server.on_piece = hold
+    with hub_files(REPO, beside=tmp_path / "work") as files:
+        paths = shard_paths(files, "transformer")
+        files.expect(paths, tmp_path / "work", 0)
+        files.fetch(paths[0])
+    left.set()
+    files._ahead.join(30)
+    assert not files._ahead.is_alive()
+    if "tqdm_class" in inspect.signature(file_download.hf_hub_download).parameters:  # before 1.0, it goes on to the end
+        assert not isinstance(try_to_load_from_cache(REPO, names[1], revision=COMMIT), str)
+
+
+def test_whatever_is_done_with_a_progress_bar_works() -> None:
+    """As hf_xet's reporter does it, which no test of ours can reach."""
+    done: list[int] = []
+    made = hub._bar(done.append)
+    assert callable(made.update_transfer)  # by which huggingface_hub tells how to report
+    with made(total=100, unit="B", unit_scale=True, initial=0, desc="x", position=1, leave=True) as bar:
+        bar.total = max(bar.total or 0, 200)
+        for n_bytes in (10, 20.0, -5):
+            bar.update(n_bytes)
+            bar.update_transfer(n_bytes)
+            bar.set_postfix_str("1 MB/s", refresh=False)
+            bar.set_transfer_postfix_str("1 MB/s", refresh=False)
+        bar.refresh()
+    assert done == [10, 20, -5]
+    assert made.done_bytes == 25
+
+
+def test_hard_links_where_symbolic_ones_are_forbidden(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*args: object, **kwargs: object) -> None:
+        raise OSError(1314, "A required privilege is not held by the client")
+
+    with hub_files(REPO, beside=tmp_path / "work") as files:
+        monkeypatch.setattr(Path, "symlink_to", forbidden)
+        path = shard_paths(files)[0]
+        files.fetch(path)
+        assert not path.is_symlink()
+        assert path.stat().st_size == files.file_bytes[path]
+
+
+def test_snapshot_is_what_a_model_needs(server: HubServer, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = snapshot(REPO)
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    assert found == [name for name in server.names() if not name.startswith(("onnx", "README"))]
+    before = len(server.served)
+    assert snapshot(REPO, COMMIT) == snapshot(REPO, "main") == folder
+    assert len(server.served) == before
+    assert capfd.readouterr().err == ""  # no bars without a terminal
+
+
+def test_a_snapshot_outlives_the_connection(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = snapshot(REPO)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert snapshot(REPO) == folder
+
+
+def refusal(tmp_path: Path, repo: str = REPO, revision: str | None = None, **options: Any) -> str:
+    """The one line that opening, or else fetching everything, ends with. Nothing stays behind."""
+    with pytest.raises(UserError) as caught, hub_files(repo, revision, beside=tmp_path / "work", **options) as files:
+        for path in shard_paths(files):
+            files.fetch(path)
+            files.release(path)
+    assert nothing_left(tmp_path)
+    assert str(tmp_path) not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("discard", [True, False])
+@pytest.mark.parametrize("token", [None, "hf_wrong"])
+def test_gated(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, discard: bool, token: str) -> None:
+    server.token = "hf_right"
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    line = refusal(tmp_path, discard=discard)
+    assert line.startswith("someone/tiny: granted on request only")
+    assert f"accept its terms at {server.url}/someone/tiny" in line and "HF_TOKEN" in line
+    with pytest.raises(UserError, match="granted on request only"):
+        snapshot(REPO)
+
+
+def test_gated_with_a_token(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.token = "hf_right"
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    with hub_files(REPO, beside=tmp_path / "work", discard=True) as files:
+        path = shard_paths(files)[0]
+        files.fetch(path)
+        assert path.stat().st_size == files.file_bytes[path]
+
+
+@pytest.mark.parametrize("refusal_code", [None, "RepoNotFound"])
+def test_no_such_model(server: HubServer, tmp_path: Path, refusal_code: str | None) -> None:
+    server.refusal_code = refusal_code
+    assert refusal(tmp_path, "someone/else") == (
+        f"someone/else: no such path, nor model at {server.url}; check the name; if it is a private one, set HF_TOKEN "
+        "or run `hf auth login`"
+    )
+    with pytest.raises(UserError, match="someone/else: no such path, nor model"):
+        snapshot("someone/else")
+
+
+def test_a_token_that_is_no_longer_valid(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_old")
+    server.refusal_message = "Invalid credentials in Authorization header"
+    line = refusal(tmp_path, "someone/else")
+    assert line.startswith(f"someone/else: refused by {server.url}: got HTTP status 401; check the token")
+
+
+def test_no_such_revision(server: HubServer, tmp_path: Path) -> None:
+    assert refusal(tmp_path, revision="v2") == "someone/tiny: no revision v2; name a branch, a tag or a commit"
+    with pytest.raises(UserError, match="no revision v2"):
+        snapshot(REPO, "v2")
+
+
+def test_a_repository_without_a_model(server: HubServer, tmp_path: Path) -> None:
+    server.folder = server.folder / "tokenizer"
+    assert refusal(tmp_path).startswith("someone/tiny holds no such model: expected transformer/, text_encoder/, vae/")
+
+
+def test_names_that_lead_out_of_the_folder(server: HubServer, tmp_path: Path) -> None:
+    strange = ["vae/../../x.json", "../x.json", "/x.json", "vae/..\\x.json", "vae/C:x.json", "vae/.json", "vae/..json"]
+    server.listed = dict.fromkeys(strange, 10)
+    with hub_files(REPO, beside=tmp_path / "work", discard=True) as files:
+        assert all(path.relative_to(files.path).as_posix() in server.names() for path in files.file_bytes)
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "nonsense", "http://nowhere.invalid"])
+def test_no_connection(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    line = refusal(tmp_path)
+    assert line.startswith(f"someone/tiny: no connection to {endpoint} (")
+    assert line.endswith("check the network and HF_ENDPOINT, then start again")
+    with pytest.raises(UserError, match="someone/tiny: no connection to"):
+        snapshot(REPO)
+
+
+@pytest.mark.parametrize("discard", [True, False])
+def test_a_server_that_dies_midway(server: HubServer, tmp_path: Path, discard: bool) -> None:
+    name = server.shards("transformer")[2]
+    cut_for_good(server, name)
+    line = refusal(tmp_path, discard=discard)
+    assert line.startswith(f"someone/tiny/{name}: the download failed (")
+    assert line.endswith("start again")
+
+
+def test_a_cut_connection_is_taken_up_again(server: HubServer, tmp_path: Path) -> None:
+    name = server.shards("text_encoder")[0]
+    server.cuts = {name: 2}
+    with hub_files(REPO, beside=tmp_path / "work", discard=True) as files:
+        path = files.path / name
+        try:
+            files.fetch(path)
+        except UserError as error:  # huggingface_hub before 1.0 gives up
+            assert "the download failed" in str(error)
+        else:
+            assert path.read_bytes() == (server.folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("discard", [True, False])
+@pytest.mark.parametrize("where", ["listed", "headed", "both"])
+@pytest.mark.parametrize("by", [-4, 4])
+def test_a_size_that_is_not_true(server: HubServer, tmp_path: Path, discard: bool, where: str, by: int) -> None:
+    name = server.shards("transformer")[3]
+    size = server.size(name)
+    if where != "headed":
+        server.listed = {name: size + by}
+    if where != "listed":
+        server.headed = {name: size + by}
+    line = refusal(tmp_path, discard=discard)
+    assert line.startswith(f"someone/tiny/{name}: ")
+    assert str(size) in line and str(size + by) in line
+
+
+def test_a_file_that_changes_after_its_header(server: HubServer, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught, hub_files(REPO, beside=tmp_path / "work", discard=True) as files:
+        path = shard_paths(files)[0]
+        files._stubs[path] = files._stubs[path].replace(b"F32", b"F16", 1)
+        files.fetch(path)
+    assert "not the file announced: got another header" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"12345678", bytes(8) + b"{}", b"\xff" * 100, b"PK\x03\x04" + bytes(100)])
+def test_no_safetensors_file(server: HubServer, tmp_path: Path, content: bytes) -> None:
+    model = tmp_path / "model"
+    (model / "transformer").mkdir(parents=True)
+    (model / "transformer" / "model.safetensors").write_bytes(content)
+    server.folder = model
+    line = refusal(tmp_path)
+    assert line.startswith("someone/tiny/transformer/model.safetensors: ")
+
+
+def test_disk_space_is_asked_for_beforehand(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(hub, "require_space", lambda folder, n_bytes: asked.append(n_bytes))
+    for discard in (True, False):
+        with hub_files(REPO, beside=tmp_path / "work", discard=discard) as files:
+            files.expect(shard_paths(files), tmp_path / "work", 1000)
+            sizes = [files.file_bytes[path] for path in shard_paths(files)]
+    assert asked == [1000 + max(sizes), 1000 + sum(sizes)]
+
+
+def test_pieces_are_smaller_than_shards(server: HubServer) -> None:
+    """What the tests above rely on."""
+    assert all(server.size(name) > 4 * PIECE_BYTES for name in server.shards()[1:])
+    assert len(server.shards("transformer")) > 3
+
+
+# From here on as a user sees it.
+
+
+def zimage(work: Path, server: HubServer, *args: object) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: huggingface_hub reads its environment once."""
+    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(work.parent / "home")}
+    command = [sys.executable, "-m", "zimage_lite", *map(str, args)]
+    return subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("to", ["q8_0", "int8"])
+def test_quantize_from_the_hub_is_quantize(server: HubServer, tmp_path: Path, to: str) -> None:
+    work = tmp_path / "work"
+    assert run(["quantize", str(server.folder), "--to", to, "-o", str(tmp_path / "local")]) == 0
+    for options in ([], [], ["--discard-source"], ["--discard-source", "--revision", COMMIT]):
+        done = zimage(work, server, "quantize", REPO, "--to", to, "--overwrite", *options)
+        assert done.returncode == 0, done.stderr
+        assert os.listdir(work) == [f"tiny-{to}"]
+        expected = sorted(path.relative_to(tmp_path / "local") for path in (tmp_path / "local").rglob("*"))
+        assert sorted(path.relative_to(work / f"tiny-{to}") for path in (work / f"tiny-{to}").rglob("*")) == expected
+        for name in expected:
+            if (tmp_path / "local" / name).is_file():
+                assert (work / f"tiny-{to}" / name).read_bytes() == (tmp_path / "local" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("to", ["q8_0", "bf16"])  # bf16 keeps the text encoder as it is
+def test_quantize_with_discard_needs_one_shard_beside_the_output(server: HubServer, tmp_path: Path, to: str) -> None:
+    work, held = tmp_path / "work", []
+
+    def look(name: str) -> None:
+        held.append(sum(size_of(path) for path in work.rglob("*.safetensors") if ".hub-" in str(path)))
+
+    server.on_piece = look
+    assert zimage(work, server, "quantize", REPO, "--to", to, "--discard-source").returncode == 0
+    assert max(held) < SLACK_BYTES  # nothing but stubs is there when a shard begins, or goes on, to come
+    shards = server.shards()[1:]
+    fetched = [answer.name for answer in server.served if answer.n_bytes == server.size(answer.name)]
+    assert sorted(name for name in fetched if name in shards) == shards  # each of them once
+    assert os.listdir(work) == [f"tiny-{to}"]
+    assert not (tmp_path / "home" / "hub").exists()
+
+
+def test_one_component_from_the_hub(server: HubServer, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    done = zimage(work, server, "quantize", REPO, "--to", "q8_0", "--component", "transformer", "--discard-source")
+    assert done.returncode == 0, done.stderr
+    assert os.listdir(work) == ["tiny-transformer-q8_0.gguf"]
+    assert server.served_bytes(*server.shards("text_encoder"), *server.shards("vae")) == 0
+
+
+@pytest.mark.parametrize("trouble", ["gated", "missing", "dead", "cut", "lie", "nan"])
+@pytest.mark.parametrize("discard", [True, False])
+def test_trouble_is_one_line_and_leaves_nothing(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str], trouble: str,
+    discard: bool,
+) -> None:  # fmt: skip
+    repo = "someone/else" if trouble == "missing" else REPO
+    last = server.shards("transformer")[-1]
+    if trouble == "gated":
+        server.token = "hf_right"
+    elif trouble == "dead":
+        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    elif trouble == "lie":
+        server.listed = {last: server.size(last) + 1}
+    elif trouble == "cut":
+        cut_for_good(server, last)
+    elif trouble == "nan":
+        server.folder = shutil.copytree(server.folder, tmp_path / "damaged")
+        weights = load_file(server.folder / last)
+        next(iter(weights.values())).view(-1)[0] = float("nan")
+        save_file(weights, server.folder / last)
+    line = refused("quantize", repo, "--to", "q8_0", *(["--discard-source"] if discard else []))
+    assert line.startswith(f"error: {repo}{'' if trouble in ('gated', 'missing', 'dead') else '/' + last}: ")
+    assert nothing_left(tmp_path)
+
+
+def test_arguments_are_looked_at_before_the_network(server: HubServer, refused: Callable[..., str]) -> None:
+    assert "--to" in refused("quantize", REPO, "--to", "q9_9")
+    assert "--discard-source" in refused("quantize", "demo", "--to", "q8_0", "--discard-source")
+    assert server.requests == []
+
+
+def test_generate_from_the_hub(server: HubServer, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    for _ in range(2):
+        options = ("--width", 32, "--height", 32, "--steps", 1)
+        done = zimage(work, server, "generate", PROMPT, "--model", REPO, *options)
+        assert done.returncode == 0, done.stderr
+        assert (work / "image.png").exists()
+        (work / "image.png").unlink()
+        assert "Fetching" not in done.stderr

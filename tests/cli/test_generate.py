@@ -1,0 +1,396 @@
+"""The command line's contract: what it writes, what it prints, and how it refuses bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracles import psnr
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from zimage_lite.cli import run
+
+SMALL = ("--width", 64, "--height", 64, "--steps", 2, "--device", "cpu")
+Refused = Callable[..., str]
+
+
+def generate(*args: object) -> int:
+    return run([str(arg) for arg in ("generate", *SMALL, *args)])
+
+
+def only_file(folder: Path) -> Path:
+    (file,) = folder.glob("*.safetensors")
+    return file
+
+
+@pytest.fixture
+def model(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model that may be damaged."""
+    return Path(shutil.copytree(tiny, tmp_path / "model"))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out" / "image.png"
+
+
+def test_image_carries_its_recipe(tiny: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate("你好 cat", "--model", tiny, "-o", out, "--seed", 5, "--json") == 0
+    image = Image.open(out)
+    assert image.size == (64, 64)
+    assert image.mode == "RGB"
+    wanted = {"prompt": "你好 cat", "seed": "5", "steps": "2", "size": "64x64", "model": "tiny", "format": "bf16"}
+    assert {key: image.text[key] for key in wanted} == wanted
+    assert image.text["version"].startswith("zimage-lite ")
+    stdout = capsys.readouterr().out.splitlines()
+    assert len(stdout) == 1
+    result = json.loads(stdout[0])
+    assert result["images"] == [str(out)]
+    assert (result["backend"], result["compute"]) == ("reference", "16bit")
+    assert set(result["phases"]) == {"encode", "denoise", "decode"}
+    sampled = max(phase["measured"]["peak_rss_bytes"] for phase in result["phases"].values())
+    assert result["peak_rss_bytes"] >= 0.99 * sampled  # the kernel adds both up lazily, page by page
+
+
+def pixels(path: Path) -> list[int]:
+    return list(Image.open(path).tobytes())
+
+
+def test_several_images_count_up_in_name_and_seed(tiny: Path, out: Path) -> None:
+    assert generate("cat", "dog", "--model", tiny, "-o", out, "--seed", 7, "--count", 2) == 0
+    names = sorted(path.name for path in out.parent.iterdir())
+    assert names == ["image-1.png", "image-2.png", "image-3.png", "image-4.png"]
+    recipes = [Image.open(out.parent / name).text for name in names]
+    assert [(text["prompt"], text["seed"]) for text in recipes] == [
+        ("cat", "7"), ("cat", "8"), ("dog", "7"), ("dog", "8"),
+    ]  # fmt: skip
+    assert generate("dog", "--model", tiny, "-o", out, "--seed", 8) == 0
+    assert pixels(out) == pixels(out.parent / "image-4.png")
+
+
+def test_prompts_from_a_file(tiny: Path, out: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "cat", "seed": 3, "width": 96}\n\n{"prompt": "狗"}\n', encoding="utf-8")
+    assert generate("--prompts", prompts, "--model", tiny, "-o", out) == 0
+    assert [Image.open(out.with_name(f"image-{n}.png")).size for n in (1, 2)] == [(96, 64), (64, 64)]
+
+
+def test_empty_prompt(tiny: Path, out: Path) -> None:
+    assert generate("", "--model", tiny, "-o", out) == 0
+    assert out.exists()
+
+
+@pytest.mark.parametrize("to", ["q8_0", "q4_0", "int8", "f16", "bf16"])
+def test_output_of_quantize_is_a_model(tiny: Path, out: Path, to: str) -> None:
+    """Relative to 16 bits: 8-bit formats stay close, 4-bit ones recognisable, on weights that are pure noise."""
+    folder = out.parent / to
+    assert run(["quantize", str(tiny), "-o", str(folder), "--to", to]) == 0
+    assert generate("cat", "--model", folder, "-o", out) == 0
+    truth = out.with_name("truth.png")
+    assert generate("cat", "--model", tiny, "-o", truth) == 0
+    images = [torch.tensor(pixels(path)) for path in (out, truth)]
+    assert psnr(*images, 255) >= {"q4_0": 12, "q8_0": 30, "int8": 30}.get(to, 35)
+    assert Image.open(out).text["format"] == to
+
+
+def test_inspect(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", str(tiny), "--json"]) == 0
+    printed = capsys.readouterr()
+    parts = {part["name"]: part for part in json.loads(printed.out)["parts"]}
+    assert set(parts) == {"transformer", "text_encoder", "vae"}
+    stored = load_file(only_file(tiny / "transformer"))
+    assert parts["transformer"]["formats"]["bf16"]["tensors"] == len(stored)
+    assert parts["transformer"]["formats"]["bf16"]["bytes"] == sum(tensor.nbytes for tensor in stored.values())
+    assert "Z-Image transformer, diffusers safetensors" in printed.err
+
+
+def test_inspect_says_what_would_be_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2)}, tmp_path / "flux.safetensors")
+    assert run(["inspect", str(tmp_path / "flux.safetensors")]) == 2
+    assert "refused" in (said := capsys.readouterr().err)
+    assert "Flux" in said
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--width", 100), "--width: got 100, expected a multiple of 16, such as 96 or 112"),
+        (("--height", 0), "--height: got 0"),
+        (("--height", -16), "--height: got -16"),
+        (("--steps", 0), "--steps: got 0"),
+        (("--steps", "many"), "many"),
+        (("--seed", -1), "--seed: got -1"),
+        (("--count", 0), "--count: got 0"),
+        (("--guidance", -1), "--guidance"),
+        (("--guidance", "nan"), "--guidance: got nan"),
+        (("--shift", 0), "--shift"),
+        (("--shift", "inf"), "--shift: got inf"),
+        (("--ram", "lots"), "not a size: got 'lots'"),
+        (("--vram", "6 apples"), "not a size"),
+        (("--ram", "0GB"), "not a size"),
+        (("-o", "image.jpg"), "expected a name that ends in .png"),
+        (("-o", "/no/such/folder/image.png"), "no such folder"),
+        (("--compute", "4bit"), "4bit"),
+        (("--compute", "int8"), "--compute int8: got bf16, expected int8 weights"),
+        (("--device", "abacus"), "abacus"),
+        (("--model", "/no/such/model"), "/no/such/model: no such model"),
+        (("--transformer", "/no/such/file.gguf"), "/no/such/file.gguf: no such file"),
+        (("--tokenizer", "/no/such"), "/no/such: no tokenizer"),
+        (("--prompts", "/no/such.jsonl"), "cannot be read"),
+        (("--frobnicate",), "--frobnicate"),
+    ],
+)
+def test_bad_arguments(tiny: Path, out: Path, refused: Refused, args: tuple, says: str) -> None:
+    line = refused("generate", "cat", "--model", tiny, "-o", out, *SMALL, *args)
+    assert says in line
+    assert not out.exists()
+
+
+def test_kernels_that_cannot_run(tiny: Path, out: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zimage_kernels._triton.interpreted", lambda: False)
+    line = refused("generate", "cat", "--model", tiny, "-o", out, *SMALL, "--device", "cpu", "--backend", "triton")
+    assert "--backend triton: got tensors on cpu, expected cuda; use auto or reference" in line
+    assert not out.exists()
+
+
+def test_no_prompt(tiny: Path, out: Path, refused: Refused) -> None:
+    assert "no prompt" in refused("generate", "--model", tiny, "-o", out)
+
+
+@pytest.mark.parametrize("line", ["cat", "[1]", '{"seed": 1}', '{"prompt": 3}', '{"prompt": "a", "size": 3}', "\\xff"])
+def test_bad_prompt_file(tiny: Path, out: Path, tmp_path: Path, refused: Refused, line: str) -> None:
+    (tmp_path / "p.jsonl").write_bytes(line.encode().replace(b"\\xff", b"\xff"))
+    assert "p.jsonl" in refused("generate", "--prompts", tmp_path / "p.jsonl", "--model", tiny, "-o", out)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def header_beyond_the_file(file: Path) -> None:
+    file.write_bytes(struct.pack("<Q", 10**9) + file.read_bytes()[8:])
+
+
+def pickle(file: Path) -> None:
+    torch.save({"weight": torch.zeros(2)}, file)
+
+
+def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Changes the weights and saves them again."""
+
+    def damage(file: Path) -> None:
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file)
+
+    return damage
+
+
+def edit_header(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def damage(file: Path) -> None:
+        raw = file.read_bytes()
+        length = struct.unpack("<Q", raw[:8])[0]
+        header = json.loads(raw[8 : 8 + length])
+        change(header)
+        text = json.dumps(header).encode()
+        file.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+
+    return damage
+
+
+PROJECTION = "layers.1.feed_forward.w1.weight"
+
+
+def overlap(header: dict[str, Any]) -> None:
+    names = [name for name in header if name != "__metadata__"]
+    same = [name for name in names if header[name]["shape"] == header[names[0]]["shape"]]
+    header[same[1]] = header[same[0]]
+
+
+def set_nan(tensors: dict[str, Any], value: float = float("nan")) -> None:
+    tensors[PROJECTION][3, 5] = value
+
+
+DAMAGES = {
+    "truncated": (truncate, "truncated"),
+    "empty": (empty, "empty"),
+    "header beyond the file": (header_beyond_the_file, "truncated"),
+    "pickle": (pickle, "pickle"),
+    "overlap": (edit_header(overlap), "overlaps"),
+    "absurd shape": (edit_header(lambda header: header[PROJECTION].update(shape=[2**40, 2**40])), "needs"),
+    "missing tensor": (edit(lambda tensors: tensors.pop(PROJECTION)), f"tensor {PROJECTION} missing"),
+    "wrong shape": (edit(lambda t: t.update({PROJECTION: t[PROJECTION][:10].contiguous()})), PROJECTION),
+    "NaN": (edit(set_nan), f"{PROJECTION} holds NaN"),
+    "infinity": (edit(lambda tensors: set_nan(tensors, float("inf"))), f"{PROJECTION} holds NaN or infinite"),
+    "not UTF-8": (lambda file: file.write_bytes(struct.pack("<Q", 4) + b"\xff\xfe\xff\xfe"), "JSON in UTF-8"),
+    "broken JSON": (lambda file: file.write_bytes(struct.pack("<Q", 4) + b'{"a"'), "JSON in UTF-8"),
+    "Lumina2": (edit(lambda t: t.update({"layers.0.adaLN_modulation.1.weight": torch.zeros(2)})), "Lumina"),
+    "Flux": (lambda file: save_file({"double_blocks.0.x": torch.zeros(2)}, file), "Flux"),
+    "SDXL": (lambda file: save_file({"input_blocks.0.0.weight": torch.zeros(2)}, file), "SDXL"),
+}
+
+
+@pytest.mark.parametrize("verb", ["generate", "quantize"])
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_transformer(model: Path, out: Path, refused: Refused, name: str, verb: str) -> None:
+    damage, says = DAMAGES[name]
+    damage(only_file(model / "transformer"))
+    if verb == "generate":
+        line = refused("generate", "cat", "--model", model, "-o", out, *SMALL)
+    else:
+        line = refused("quantize", model, "-o", out.parent / "q8_0", "--to", "q8_0")
+    assert says in line
+    assert list(out.parent.iterdir()) == []
+
+
+def test_two_spellings_of_one_tensor(model: Path, out: Path, refused: Refused) -> None:
+    edit(lambda t: t.update({"x_embedder.weight": t["all_x_embedder.2-1.weight"].clone()}))(
+        only_file(model / "transformer")
+    )
+    assert "twice" in refused("generate", "cat", "--model", model, "-o", out, *SMALL)
+
+
+def test_no_terminal_escape_gets_into_a_message(tmp_path: Path, refused: Refused) -> None:
+    line = refused("inspect", tmp_path / "\x1b[2Jfile.gguf")
+    assert line.isprintable()
+
+
+def test_damaged_config(model: Path, out: Path, refused: Refused) -> None:
+    config = model / "transformer" / "config.json"
+    values = json.loads(config.read_text())
+    for text, says in (
+        (b"\xff\xfe", "not JSON in UTF-8"),
+        (b'{"dim":', "not JSON in UTF-8"),
+        (b"[]", "not a JSON object"),
+        (json.dumps({**values, "dim": 3840}).encode(), "dim is 3840, the tensors say 256"),
+        (json.dumps({**values, "rope_theta": "high"}).encode(), "rope_theta: got 'high'"),
+        (json.dumps({**values, "axes_dims": [1, 2, 3]}).encode(), "does not add up"),
+        (json.dumps({**values, "norm_eps": -1}).encode(), "norm_eps"),
+        (json.dumps({**values, "norm_eps": float("nan")}).encode(), "norm_eps: got nan"),
+        (json.dumps({**values, "rope_theta": 10**400}).encode(), "rope_theta: got 1000"),
+    ):
+        config.write_bytes(text)
+        assert says in refused("generate", "cat", "--model", model, "-o", out, *SMALL)
+
+
+def test_text_encoder_of_another_width(tiny: Path, tmp_path: Path, out: Path, refused: Refused) -> None:
+    """A Qwen3 of another size: every shape is consistent, but the transformer expects another width."""
+    narrow = {}
+    for name, tensor in load_file(only_file(tiny / "text_encoder")).items():
+        narrow[name] = tensor[tuple(slice(0, 64) if size == 128 else slice(None) for size in tensor.shape)].contiguous()
+    for name in [name for name in narrow if name.endswith((".q_proj.weight", ".k_proj.weight", ".v_proj.weight"))]:
+        narrow[name] = load_file(only_file(tiny / "text_encoder"))[name][:, :64].contiguous()
+    for name in [name for name in narrow if name.endswith(".o_proj.weight")]:
+        narrow[name] = load_file(only_file(tiny / "text_encoder"))[name][:64].contiguous()
+    save_file(narrow, tmp_path / "encoder.safetensors")
+    line = refused("generate", "cat", "--model", tiny, "--text-encoder", tmp_path / "encoder.safetensors", "-o", out)
+    assert "width of the text encoder: got 64, expected 128" in line
+
+
+def test_flipped_bytes_in_the_body_never_crash(model: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each flip gives an image or the name of a tensor that is not finite."""
+    generator = torch.Generator().manual_seed(0)
+    file = only_file(model / "transformer")
+    sound = file.read_bytes()
+    start = 8 + struct.unpack("<Q", sound[:8])[0]
+    codes = set()
+    for _ in range(20):
+        raw = bytearray(sound)
+        for at in torch.randint(start, len(raw), (2000,), generator=generator).tolist():
+            raw[at] ^= 0xFF
+        file.write_bytes(raw)
+        code = generate("cat", "--model", model, "-o", out, "--steps", 1)
+        said = capsys.readouterr().err
+        assert code == 0 or (code == 2 and "NaN or infinite values" in said and "tensor" in said)
+        codes.add(code)
+    assert codes
+
+
+def test_unknown_format_lists_the_known_ones(tiny: Path, out: Path, refused: Refused) -> None:
+    line = refused("quantize", tiny, "-o", out.parent / "x", "--to", "q17")
+    assert all(name in line for name in ("q8_0", "q4_0", "int8"))
+
+
+def test_crash_of_our_own_keeps_its_traceback(tiny: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("zimage_lite.pipeline.drawing.to_pixels", broken)
+    with pytest.raises(ZeroDivisionError):
+        generate("cat", "--model", tiny, "-o", out)
+    assert not out.exists()
+
+
+def test_folders_are_never_replaced_by_pictures(tiny: Path, out: Path, refused: Refused) -> None:
+    out.mkdir()
+    (out / "precious.txt").write_text("kept")
+    assert "is a folder" in refused("generate", "cat", "--model", tiny, "-o", out, *SMALL)
+    assert (out / "precious.txt").read_text() == "kept"
+
+
+def test_overwrite_replaces_models_only(tiny: Path, tmp_path: Path, refused: Refused) -> None:
+    models = tmp_path / "models"
+    assert run(["quantize", str(tiny), "--to", "q8_0", "-o", str(models)]) == 0
+    assert run(["quantize", str(tiny), "--to", "q4_0", "-o", str(models), "--overwrite"]) == 0
+    (models / "loras").mkdir()
+    command = ("quantize", tiny, "--to", "q8_0", "-o", models, "--overwrite")
+    assert "loras" in refused(*command)
+    assert (models / "loras").is_dir()
+
+
+def test_file_names_end_as_their_container_says(tiny: Path, tmp_path: Path, refused: Refused) -> None:
+    command = ("quantize", tiny, "--component", "transformer", "--to", "q8_0", "-o", tmp_path / "x.safetensors")
+    assert "expected .gguf" in refused(*command)
+
+
+@pytest.mark.parametrize("verb", ["inspect", "generate", "quantize"])
+def test_names_too_long_for_the_disk(refused: Refused, verb: str) -> None:
+    name = "x" * 300
+    more = {"inspect": [name], "generate": ["cat", "--model", name], "quantize": [name, "--to", "q8_0"]}[verb]
+    assert "too long" in refused(verb, *more)
+
+
+def test_prompt_files_as_windows_writes_them(tiny: Path, out: Path, tmp_path: Path, refused: Refused) -> None:
+    """A byte order mark in front, and a line separator inside a string."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a\u2028b"}\r\n', encoding="utf-8-sig")
+    assert generate("--prompts", tmp_path / "p.jsonl", "--model", tiny, "-o", out) == 0
+    assert Image.open(out).text["prompt"] == "a\u2028b"
+    (tmp_path / "p.jsonl").write_text("[" * 200_000)
+    assert "not JSON" in refused("generate", "--prompts", tmp_path / "p.jsonl", "--model", tiny, "-o", out)
+
+
+def test_inspect_shows_every_part_of_a_crowded_folder(tiny: Path, tmp_path: Path, capsys) -> None:
+    for name in ("diffusion_models/a.safetensors", "diffusion_models/b.safetensors", "vae/ae.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(only_file(tiny / ("vae" if "vae" in name else "transformer")), tmp_path / name)
+    assert run(["inspect", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "several files" in said
+    assert "vae: Flux VAE" in said
+
+
+def test_many_prompts_stay_inside_the_plan(tiny: Path) -> None:
+    """Captions are refined a few at a time, and what is kept of each is planned for."""
+    from zimage_lite import GenerateOptions, load
+
+    pipeline = load(tiny, device="cpu")
+    plans = []
+    for count in (1, 400):
+        requests = [GenerateOptions(f"{n} cats", 16, 16, steps=1) for n in range(count)]
+        assert len(pipeline.generate(requests)) == count
+        plans.append(pipeline.plans["denoise"].peak_ram_bytes)
+        assert pipeline.meter.phases["denoise"]["peak_rss_bytes"] <= plans[-1]
+    kept = 32 * 256 * 4 * 400  # the refined captions alone
+    assert plans[1] >= plans[0] + kept - 10**6

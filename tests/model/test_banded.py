@@ -1,0 +1,257 @@
+"""The autoencoder in bands: the same image as whole, to rounding, in the bytes that were predicted."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from live_bytes import LiveBytes
+from make_checkpoint import SIZES, random_weights
+from oracles import bound, relative_error
+
+from zimage_lite.checkpoint.model_files import open_model
+from zimage_lite.config import RuntimeOptions, VaeConfig
+from zimage_lite.errors import BudgetError
+from zimage_lite.memory import hardware
+from zimage_lite.memory.plan_vae import VaePlan, decode_ways, predict_decode, predict_encode
+from zimage_lite.model import vae
+from zimage_lite.model.banded import Banded, Moments
+from zimage_lite.model.linear import bind, shapes
+from zimage_lite.model.vae import Decoder, Encoder, to_pixels
+from zimage_lite.pipeline.drawing import Pipeline, decode_as_planned
+from zimage_lite.quant.formats import PLAIN_BY_DTYPE
+from zimage_lite.quant.tensor import QTensor
+from zimage_lite.units import parse_bytes
+
+TINY, TRUE = SIZES["tiny"][2], VaeConfig()
+WAYS = ((True, True), (False, True), (False, False))  # store_input, store_hidden
+LATENTS = ((2, 2), (2, 6), (6, 2), (4, 10), (10, 4), (14, 6), (6, 22), (18, 2), (16, 14), (12, 18))
+BANDS = (1, 2, 3, 7, 1000)
+LABELS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def model(part: type, config: VaeConfig, dtype: torch.dtype, device: str = "cpu", gain: float = 1.0) -> Any:
+    """An encoder or decoder with random weights. gain: of what each block adds to the stream."""
+    made = part(config)
+    for name, shape in shapes(made).items():
+        if device == "meta":
+            values = torch.empty(shape, device=device)
+        else:
+            values = torch.cat(list(random_weights("vae", name, shape, 0))).view(shape).to(device)
+        if gain != 1 and re.search(r"conv1|conv2|conv_in", name):
+            values = values * gain
+        bind(made, {name: QTensor(PLAIN_BY_DTYPE[LABELS[dtype]], shape, {"": values.to(dtype)})}, dtype)
+    return made
+
+
+@pytest.fixture(scope="module")
+def tiny_parts() -> tuple[Encoder, Decoder]:
+    return model(Encoder, TINY, torch.float32), model(Decoder, TINY, torch.float32)
+
+
+def image_of(height: int, width: int) -> torch.Tensor:
+    return torch.rand(3, 8 * height, 8 * width) * 2 - 1
+
+
+def assert_same(value: torch.Tensor, truth: torch.Tensor) -> None:
+    """To rounding: 30 layers of float32, 6e-8 each, measured at 1e-6 of the range. A seam would be 1e-2."""
+    assert value.shape == truth.shape and value.dtype == truth.dtype
+    assert (value - truth).abs().max() <= 5e-6 * (truth.max() - truth.min())
+
+
+@pytest.mark.parametrize("rows", BANDS)
+@pytest.mark.parametrize("size", range(len(LATENTS)))
+@torch.inference_mode()
+def test_bands_give_what_the_whole_image_gives(tiny_parts, size: int, rows: int) -> None:
+    encoder, decoder = tiny_parts
+    banded = Banded(rows, *WAYS[(size + BANDS.index(rows)) % len(WAYS)])
+    latent, image = torch.randn(16, *LATENTS[size]), image_of(*LATENTS[size])
+    assert_same(banded.decode(decoder, latent), decoder(latent))
+    assert_same(banded.encode(encoder, image), encoder(image))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@torch.inference_mode()
+def test_the_true_widths(way: tuple[bool, bool]) -> None:
+    encoder, decoder = model(Encoder, TRUE, torch.float32), model(Decoder, TRUE, torch.float32)
+    latent, image = torch.randn(16, 2, 4), image_of(2, 4)
+    assert_same(Banded(5, *way).decode(decoder, latent), decoder(latent))
+    assert_same(Banded(5, *way).encode(encoder, image), encoder(image))
+
+
+@torch.inference_mode()
+def test_bands_give_what_diffusers_gives(diffusers_pipeline, diffusers_folder) -> None:
+    parts: Any = torch.nn.ModuleDict({"encoder": Encoder(TINY), "decoder": Decoder(TINY)})
+    bound(parts, diffusers_folder / "vae")
+    latent, image, theirs = torch.randn(16, 10, 14), image_of(10, 14), diffusers_pipeline.vae
+    decoded = theirs.decode((latent / TINY.scaling_factor + TINY.shift_factor).unsqueeze(0)).sample[0]
+    encoded = (theirs.encode(image.unsqueeze(0)).latent_dist.mode()[0] - TINY.shift_factor) * TINY.scaling_factor
+    for way in WAYS:
+        assert relative_error(Banded(6, *way).decode(parts["decoder"], latent), decoded) <= 1e-5
+        assert relative_error(Banded(6, *way).encode(parts["encoder"], image), encoded) <= 1e-5
+
+
+@torch.inference_mode()
+def test_maps_may_lie_elsewhere(tiny_parts) -> None:
+    latent = torch.randn(16, 6, 4)
+    assert_same(Banded(9, store=torch.device("cpu")).decode(tiny_parts[1], latent), tiny_parts[1](latent))
+
+
+@torch.inference_mode()
+def test_bands_in_bf16_are_as_exact_as_the_whole() -> None:
+    latent = torch.randn(16, 6, 8)
+    truth = model(Decoder, TINY, torch.float32)(latent)
+    half = model(Decoder, TINY, torch.bfloat16)
+    assert relative_error(Banded(16).decode(half, latent), truth) <= 1.2 * relative_error(half(latent), truth)
+
+
+@torch.inference_mode()
+def test_fp16_stays_finite_where_its_range_is_too_small() -> None:
+    """Maps of 10^5 and more, as real weights are said to make."""
+    latent, image, gain = torch.randn(16, 2, 4), image_of(2, 4), 3e4
+    for part, given, run in ((Decoder, latent, "decode"), (Encoder, image.half(), "encode")):
+        truth = model(part, TINY, torch.float32, gain=gain)(given.float())
+        half = model(part, TINY, torch.float16, gain=gain)
+        assert not torch.isfinite(half(given)).all()
+        ours = getattr(Banded(16), run)(half, given)
+        assert torch.isfinite(ours).all()
+        assert relative_error(ours, truth) <= 0.01  # without the gain the whole has 0.003
+
+
+@torch.inference_mode()
+def test_attention_in_chunks(tiny_parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention, normed = tiny_parts[1].mid_block.attentions[0], torch.randn(64, 6, 7)
+    whole = attention.attended(normed)
+    monkeypatch.setattr(vae, "VAE_QUERIES", 5)
+    assert_same(attention.attended(normed), whole)
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(0.0, 1.0), (1000.0, 0.1), (-5e4, 30.0)])
+def test_statistics_of_pieces(mean: float, deviation: float) -> None:
+    x = torch.randn(8, 50, 11) * deviation + mean + torch.arange(8)[:, None, None] * deviation
+    moments = Moments()
+    for rows in x.split([1, 7, 20, 22], dim=1):
+        moments.add(rows)
+    means, variances = moments.of_groups(4)
+    truth = x.double().reshape(4, -1)
+    assert ((means[:, 0] - truth.mean(1)).abs() <= 1e-6 * abs(mean) + 1e-6 * deviation).all()
+    assert torch.allclose(variances[:, 0], truth.var(1, correction=0), rtol=1e-4)
+
+
+# The plan
+
+
+def count(run: Any, *args: Any) -> int:
+    with torch.inference_mode(), LiveBytes() as live:
+        run(*args)
+    return live.peak_bytes
+
+
+COUNTED = [(TINY, 128, 272, 9), (TINY, 208, 112, 16), (TRUE, 256, 512, 32), (TRUE, 1024, 1024, 64)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("config", "height", "width", "rows"), COUNTED)
+def test_what_is_predicted_is_used(config: VaeConfig, height: int, width: int, rows: int, dtype: torch.dtype) -> None:
+    """On the meta device, which counts tensors of any size; what a convolution takes inside is left out."""
+    encoder, decoder = model(Encoder, config, dtype, "meta"), model(Decoder, config, dtype, "meta")
+    latent = torch.empty(16, height // 8, width // 8, device="meta")
+    image = torch.empty(3, height, width, device="meta", dtype=dtype)
+    for way in WAYS:
+        plan = VaePlan(rows, *way)
+        used = count(Banded(rows, *way).decode, decoder, latent)
+        promised = predict_decode(config, height, width, dtype.itemsize, plan, workspace=0).device_bytes
+        assert used <= promised <= 1.1 * used
+        used = count(Banded(rows, *way).encode, encoder, image)
+        promised = predict_encode(config, height, width, dtype.itemsize, plan, workspace=0).device_bytes
+        assert used <= promised <= 1.1 * used
+
+
+def test_counting() -> None:
+    kept = torch.empty(1000)
+    with LiveBytes() as live:
+        a = torch.empty(100, dtype=torch.uint8)
+        kept.view(10, 100)[0].add_(1)  # was there before
+        b = a.view(10, 10)[3:]  # takes nothing
+        del a
+        torch.empty(50, dtype=torch.uint8)  # gone at once
+        c = torch.empty(20, dtype=torch.uint8)
+    assert live.peak_bytes == 150 and len(b) + len(c) == 27
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(("height", "width", "budget"), [(1024, 1024, 1.0 * GIB), (2048, 3072, 4.0 * GIB)])
+def test_16_bit_images_fit_where_they_should(height: int, width: int, budget: float) -> None:
+    """Without computing more than a third twice, and without the host's memory."""
+    weights = 2 * sum(torch.Size(shape).numel() for shape in shapes(Decoder(TRUE)).values())
+    ways = decode_ways(TRUE, height, width, 2, host=False)
+    fits = [way for way in ways if way.device_bytes + weights <= budget]
+    assert fits and fits[0].flops <= 1.33 * ways[0].flops
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (208, 336), (1024, 1024), (3072, 2048)])
+def test_ways(height: int, width: int) -> None:
+    """The whole image first; each kind of band in turn; what is stored less takes less and computes more."""
+    whole, *bands = decode_ways(TRUE, height, width, 2, host=True)
+    assert whole.rows_per_band == 0 and len(set(bands)) == len(bands)
+    for stored, again in pairwise([way for way in bands if way.rows_per_band == 16 and not way.spilled]):
+        assert again.flops > stored.flops and again.device_bytes <= stored.device_bytes
+    assert all(way.host_bytes > 0 and way.device_bytes < bands[0].device_bytes for way in bands if way.spilled)
+
+
+def test_planning_loads_no_torch() -> None:
+    code = "import sys, zimage_lite.memory.plan_vae; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# Whole runs
+
+
+@pytest.fixture
+def pipeline(diffusers_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
+    monkeypatch.setattr(hardware, "rss_bytes", lambda: 0)
+    return Pipeline(open_model(diffusers_folder), RuntimeOptions(device="cpu", dtype="fp32"))
+
+
+@torch.inference_mode()
+def test_the_image_does_not_depend_on_the_budget(pipeline: Pipeline) -> None:
+    """From the whole image at once to the smallest bands; less than that is refused, and names what would do."""
+    latent = torch.randn(16, 26, 34)
+    truth = pipeline.decode([latent])[0]
+    ways, budget = [pipeline.plans["decode"].way], 0
+    with pytest.raises(BudgetError) as caught:
+        while True:
+            budget = pipeline.plans["decode"].peak_ram_bytes - 1
+            pipeline.options = replace(pipeline.options, ram_bytes=budget)
+            image = pipeline.decode([latent])[0]
+            assert (image.int() - truth.int()).abs().max() <= 1
+            assert pipeline.plans["decode"].peak_ram_bytes <= budget
+            ways.append(pipeline.plans["decode"].way)
+    assert ways[0].rows_per_band == 0 and len(set(ways)) == len(ways) >= 3
+    assert ways[-1].rows_per_band <= 4 and not ways[-1].store_hidden
+    named = re.search(r"the smallest that works is --ram (\S+)", str(caught.value))
+    assert named and budget < parse_bytes(named[1]) <= budget + 10**8 + 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", [VaePlan(), VaePlan(32), VaePlan(32, False, False), VaePlan(32, spilled=True)])
+@torch.inference_mode()
+def test_on_a_gpu(plan: VaePlan) -> None:
+    decoder = model(Decoder, TRUE, torch.bfloat16, "cuda")
+    latent = torch.randn(16, 64, 96).cuda()
+    truth = to_pixels(decoder(latent))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    image = decode_as_planned(decoder, latent, plan)
+    used = torch.cuda.max_memory_allocated() - before
+    assert used <= predict_decode(TRUE, 512, 768, 2, plan).device_bytes
+    assert (to_pixels(image).int() - truth.int()).float().mean() < 2  # bf16, of 255
