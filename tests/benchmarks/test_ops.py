@@ -252,7 +252,7 @@ def test_the_driver_is_given_the_laptops_ptx() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     folders = ("", "kernels", "benchmarks/ops", "tests/ops")
     environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in folders)
-    script = ROOT / "tests" / "ops" / "pretended_laptop.py"
+    script = ROOT / "tests" / "helpers" / "pretended_laptop.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
