@@ -34,7 +34,7 @@ from zimage_lite.memory.meter import Meter, rss_bytes  # noqa: E402
 from zimage_lite.memory.plan_vae import VaePlan, predict_decode  # noqa: E402
 from zimage_lite.model.linear import bind, shapes  # noqa: E402
 from zimage_lite.model.vae import Decoder  # noqa: E402
-from zimage_lite.pipeline.drawing import decode_as_planned  # noqa: E402
+from zimage_lite.pipeline.decode import decode_as_planned  # noqa: E402
 from zimage_lite.quant.formats import PLAIN_BY_DTYPE  # noqa: E402
 from zimage_lite.quant.tensor import QTensor  # noqa: E402
 

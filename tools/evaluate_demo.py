@@ -81,9 +81,9 @@ def reencode(pipeline) -> None:
     from zimage_lite.pipeline import reencoding
 
     reencoding.requantize = requantize_by_codec
-    component = pipeline.transformer
+    component = pipeline.denoising.component
     model = Transformer(component.model.config, Compute(int8=True))
-    vars(pipeline)["transformer"] = replace(component, model=model, reencoded=True)
+    vars(pipeline.denoising)["component"] = replace(component, model=model, reencoded=True)
 
 
 def own_sampler(folder: Path, steps: int, reencoded: bool = False) -> Sampler:

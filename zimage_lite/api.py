@@ -14,7 +14,8 @@ from .config import RuntimeOptions
 from .convert.quantize import Written
 from .convert.quantize import quantize as _quantize
 from .convert.synthetic import is_synthetic, open_synthetic
-from .pipeline.drawing import Pipeline, silent
+from .pipeline.drawing import Pipeline
+from .pipeline.workspace import silent
 from .units import parse_bytes
 
 StrPath = str | PathLike[str]

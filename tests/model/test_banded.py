@@ -25,7 +25,8 @@ from zimage_lite.model import vae
 from zimage_lite.model.banded import Banded, Moments
 from zimage_lite.model.linear import bind, shapes
 from zimage_lite.model.vae import Decoder, Encoder, to_pixels
-from zimage_lite.pipeline.drawing import Pipeline, decode_as_planned
+from zimage_lite.pipeline.decode import decode_as_planned
+from zimage_lite.pipeline.drawing import Pipeline
 from zimage_lite.quant.formats import PLAIN_BY_DTYPE
 from zimage_lite.quant.tensor import QTensor
 from zimage_lite.units import parse_bytes
@@ -231,7 +232,7 @@ def test_the_image_does_not_depend_on_the_budget(pipeline: Pipeline) -> None:
     with pytest.raises(BudgetError) as caught:
         while True:
             budget = pipeline.plans["decode"].peak_ram_bytes - 1
-            pipeline.options = replace(pipeline.options, ram_bytes=budget)
+            pipeline.work.options = replace(pipeline.options, ram_bytes=budget)
             image = pipeline.decode([latent])[0]
             assert (image.int() - truth.int()).abs().max() <= 1
             assert pipeline.plans["decode"].peak_ram_bytes <= budget

@@ -309,7 +309,7 @@ def test_the_pipeline_on_compute_capability_7_5(small: Path, turing: None) -> No
     pipeline = load(small, device="cpu", backend="triton", tell=told.append)
     found = pipeline.computes_with()
     assert (found["backend"], found["compute"]) == ("triton+torch", "int8")
-    assert pipeline.transformer.reencoded
+    assert pipeline.denoising.component.reencoded
     (note,) = told
     assert note.startswith("Triton has no matrix units on this GPU: torch multiplies and attends")
 

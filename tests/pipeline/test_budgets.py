@@ -117,7 +117,7 @@ def test_what_is_free_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def made(model: Path, ram_bytes: int = 10**10) -> tuple[loading.Component, Plan]:
     """The transformer of a tiny model, and how it is denoised once with 16 x 16 pixels within so much."""
-    component, sizes = Pipeline(open_model(model)).transformer, model_of(open_model(model))
+    component, sizes = Pipeline(open_model(model)).denoising.component, model_of(open_model(model))
     there = Machine("test", 10**11, process_bytes=0)
     ways = phases(sizes, Job(16, 16, steps=1), there)[1]
     return component, plan_phases([ways], there, budgets_in_force(there, ram_bytes=ram_bytes))[0]
@@ -240,7 +240,7 @@ def test_only_what_will_run_is_planned(tiny: Path, monkeypatch: pytest.MonkeyPat
     def refuse(*_: object) -> None:
         raise AssertionError("planned")
 
-    monkeypatch.setattr("zimage_lite.pipeline.drawing.ways_to_denoise", refuse)
+    monkeypatch.setattr("zimage_lite.pipeline.denoise.ways_to_denoise", refuse)
     pipeline = Pipeline(open_model(tiny), RuntimeOptions("cpu"))
     assert pipeline.decode([torch.zeros(16, 4, 6)])[0].shape == (32, 48, 3)
     assert pipeline.encode(["cat"])[0].ndim == 2
@@ -265,7 +265,7 @@ def test_a_text_encoder_that_streams_gives_the_same_embedding(tiny: Path, exact_
     plan = pipeline.plans["encode"]
     streaming = replace(plan, homes=dict.fromkeys(plan.homes, FILE), slots=2, slot_bytes=GRANULE_BYTES)
     with torch.inference_mode():
-        again = list(pipeline._encode([PROMPT, "cat"], lambda *_: None, 0, streaming))
+        again = list(pipeline.encoding.run([PROMPT, "cat"], lambda *_: None, 0, streaming))
     assert all(map(torch.equal, again, truth))
 
 
@@ -288,7 +288,7 @@ def test_the_peak_stays_under_the_budget(tmp_path: Path) -> None:
     write_diffusers(model, (config, *SIZES["tiny"][1:]), torch.bfloat16, seed=0)
     write_tokenizer(model / "tokenizer", "tiny")
     code = """
-import sys, zimage_lite.pipeline
+import sys, zimage_lite.pipeline.drawing
 from zimage_lite.cli import main
 from zimage_lite.memory.meter import rss_bytes
 main(["generate", *sys.argv[1:], "--ram", f"{rss_bytes() + 360_000_000}b"])

@@ -36,8 +36,7 @@ from zimage_lite.memory.placement import GRANULE_BYTES
 from zimage_lite.memory.plan import FILE
 from zimage_lite.model.text_encoder import Layer
 from zimage_lite.model.transformer import Block
-from zimage_lite.pipeline import drawing as pipeline
-from zimage_lite.pipeline import grouping
+from zimage_lite.pipeline import decode, denoise, grouping
 from zimage_lite.pipeline import weights as loading
 from zimage_lite.pipeline.drawing import Pipeline
 from zimage_lite.plan import prediction
@@ -303,11 +302,11 @@ CPU_ERROR = RuntimeError(
 )
 PLACES: dict[str, tuple[Any, str]] = {  # the first call is the encoder's where it has one, too
     "a layer of the encoder": (Layer, "forward"),
-    "the time vectors": (pipeline, "schedule"),
+    "the time vectors": (denoise, "schedule"),
     "room for blocks": (loading.Weights, "__init__"),
     "bringing a block": (loading.Weights, "_bind"),
     "a block": (Block, "forward"),
-    "the decoder": (pipeline, "decode_as_planned"),
+    "the decoder": (decode, "decode_as_planned"),
     "a reader": (StoredTensor, "read_to"),
 }
 THREE = [GenerateOptions(text, 128, 128, steps=2, seed=seed) for seed, text in enumerate(("a cat", "a dog", "a cat"))]
@@ -536,13 +535,13 @@ def test_batches_draw_the_same_images(way: int, tiny: Path, exact, alone, monkey
     monkeypatch.setattr(prediction, "_BATCH_CHARGE", 0.01)  # as if they paid
     requests = WANTED * way  # so that each group can be cut into such batches, of different images
     own, ways = free(tiny), list[int]()
-    batch_of = pipeline.Batch
+    batch_of = denoise.Batch
 
     def batch(requests: Any, *rest: Any) -> Any:
         ways.append(len(requests))
         return batch_of(requests, *rest)
 
-    monkeypatch.setattr(pipeline, "Batch", batch)
+    monkeypatch.setattr(denoise, "Batch", batch)
     found = own.generate(requests)
     assert set(ways) == {way} and len(ways) == len(WANTED)
     assert all(difference(image, alone[place % len(WANTED)]) <= 1 for place, image in enumerate(found))

@@ -93,8 +93,8 @@ def test_a_kept_prompt_draws_the_same_without_the_encoder(
 def test_only_unknown_prompts_are_encoded(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw(model, CAT)
     pipeline, encoded = load(model, device="cpu"), []
-    encode = pipeline._encode
-    monkeypatch.setattr(pipeline, "_encode", lambda texts, *rest: encoded.extend(texts) or encode(texts, *rest))
+    encode = pipeline.encoding.run
+    monkeypatch.setattr(pipeline.encoding, "run", lambda texts, *rest: encoded.extend(texts) or encode(texts, *rest))
     both = pipeline.generate([CAT, DOG, CAT])
     assert encoded == ["a dog"]
     assert torch.equal(both[0], both[2])
@@ -109,7 +109,7 @@ def test_the_encoder_is_not_planned_for(model: Path, folder: Path, monkeypatch: 
     def refuse(*args: object) -> None:
         raise AssertionError("planned")
 
-    monkeypatch.setattr("zimage_lite.pipeline.drawing.ways_to_encode", refuse)
+    monkeypatch.setattr("zimage_lite.pipeline.encode.ways_to_encode", refuse)
     pipeline.generate([CAT])
     with pytest.raises(AssertionError, match="planned"):
         pipeline.generate([DOG])
@@ -167,14 +167,14 @@ def test_a_changed_encoder_is_asked_again(model: Path, folder: Path) -> None:
 
 def test_nothing_is_kept_of_an_encoder_that_changes(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = load(model, device="cpu")
-    encode = pipeline._encode
+    encode = pipeline.encoding.run
     (file,) = (model / "text_encoder").glob("*.safetensors")
 
     def change(*args):
         os.utime(file, ns=(0, 0))
         return encode(*args)
 
-    monkeypatch.setattr(pipeline, "_encode", change)
+    monkeypatch.setattr(pipeline.encoding, "run", change)
     with pytest.raises(UserError, match="changed while it was read"):
         pipeline.generate([CAT])
     assert not folder.exists()
@@ -312,7 +312,7 @@ def test_another_process_finds_it(model: Path, folder: Path) -> None:
     (file,) = folder.iterdir()
     script = (
         "import sys, torch\nfrom pathlib import Path\nfrom zimage_lite import load\n"
-        "p = load(sys.argv[1], device='cpu')\nprint(p._key('a cat'))"
+        "p = load(sys.argv[1], device='cpu')\nprint(p.encoding._key('a cat'))"
     )
     done = subprocess.run([sys.executable, "-c", script, str(model)], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [file.stem]

@@ -16,7 +16,7 @@ from zimage_lite.model.linear import Linear
 from zimage_lite.model.text_encoder import Layer
 from zimage_lite.model.transformer import Block
 from zimage_lite.model.vae import Decoder
-from zimage_lite.pipeline.drawing import decode_as_planned
+from zimage_lite.pipeline.decode import decode_as_planned
 from zimage_lite.plan.footprint import STREAM_BYTES, unpacking_bytes
 from zimage_lite.quant.formats import FORMATS
 from zimage_lite.quant.tensor import TORCH_DTYPES, QTensor

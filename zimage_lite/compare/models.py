@@ -29,7 +29,8 @@ from ..checkpoint.model_files import ModelFiles
 from ..config import GenerateOptions, RuntimeOptions
 from ..errors import UserError, WrongModelError
 from ..memory.machine import CUDA_CONTEXT_BYTES
-from ..pipeline.drawing import Pipeline, Progress
+from ..pipeline.drawing import Pipeline
+from ..pipeline.workspace import Progress
 from ..units import format_gb
 from .contact_sheet import Row, contact_sheet
 from .likeness import NAMES, said

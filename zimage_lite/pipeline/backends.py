@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import torch
 from zimage_kernels import Backend, cpu_has_int8_units, has_matrix_units, triton_obstacle
 
+from ..checkpoint.model_files import ModelFiles
 from ..config import RuntimeOptions
 from ..errors import UserError
 from ..model.compute import HEAD_DIM, Compute
-from ..plan.footprint import is_reencoded
+from ..model.transformer import is_time_weight
+from ..plan.footprint import by_block, is_reencoded
+from ..plan.model_sizes import Model
 from ..quant.formats import Format
 
 
@@ -37,6 +40,15 @@ class Choice:
     def unpacking(self) -> Backend:
         """What unpacks the text encoder, which the CPU may compute beside a GPU with kernels."""
         return "auto" if self.compute.backend == "triton" else "reference"
+
+
+def choose_for(
+    model: ModelFiles, sizes: Model, options: RuntimeOptions, device: torch.device, tell: Callable[[str], None]
+) -> Choice:
+    """For this model's transformer, as `choose`."""
+    of_blocks, _ = by_block(part for part in sizes.transformer if part.rows > 1 and not is_time_weight(part.name))
+    formats = {part.format for block in of_blocks.values() for part in block}
+    return choose(options, device, model.transformer.config.head_dim, formats, tell)
 
 
 def choose(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -54,36 +55,39 @@ class Batch:
     captions: Mapping[str, Caption]  # by text
     schedule: Schedule
 
-    def noise(self, channels: int, device: torch.device) -> list[Tensor]:
-        """[channels, height/8, width/8] float32 each."""
+    def start(self, channels: int, device: torch.device) -> list[Tensor]:
+        """What each image begins as: the noise of its seed, [channels, height/8, width/8] float32."""
         sizes = [(request.size[1] // VAE_FACTOR, request.size[0] // VAE_FACTOR) for request in self.requests]
         seeds = [request.seed for request in self.requests]
         return [initial_noise(seed, channels, *size).to(device) for seed, size in zip(seeds, sizes, strict=True)]
 
     def denoised(self, model: Transformer, hardware: Hardware, stream: Stream) -> Iterator[list[Tensor]]:
         """The latents after each step, of each image. Raises NotFiniteError."""
-        latents = self.noise(model.config.in_channels, hardware.device)
-        for step in range(len(self.schedule)):
-            before, latents = latents, self.step(model, latents, step, hardware.dtype, stream)
+        latents = self.start(model.config.in_channels, hardware.device)
+        for step, (sigma, sigma_next) in enumerate(pairwise(self.schedule.sigmas)):
+            velocities = self.velocities(model, latents, step, hardware.dtype, stream)
+            before, latents = latents, [
+                euler_step(latent, velocity, sigma, sigma_next)
+                for latent, velocity in zip(latents, velocities, strict=True)
+            ]  # fmt: skip
             if not all_finite(latents):
                 raise NotFiniteError(before, step)
             yield latents
 
-    def step(
+    def velocities(
         self, model: Transformer, latents: list[Tensor], step: int, dtype: torch.dtype, stream: Stream,
         watch: Watch | None = None,
     ) -> list[Tensor]:  # fmt: skip
-        """One Euler step of all images, and with guidance of both sides of each, over the same weights."""
+        """From each image towards noise, float32: of all in one pass over the weights, and with guidance of both sides
+        of each."""
         told = [texts(request) for request in self.requests]
         given = [latent.to(dtype) for latent, of in zip(latents, told, strict=True) for _ in of]
         captions = [self.captions[text] for of in told for text in of]
         outputs = iter(model(given, captions, self.schedule.modulations[step], stream, watch))
-        sigma, sigma_next = self.schedule.sigmas[step : step + 2]
         results = []
-        for request, latent, of in zip(self.requests, latents, told, strict=True):
+        for request, of in zip(self.requests, told, strict=True):
             sides = [next(outputs).float() for _ in of]
-            direction = guided(sides[0], sides[1], request.guidance) if request.guidance else sides[0]
-            results.append(euler_step(latent, -direction, sigma, sigma_next))
+            results.append(-(guided(sides[0], sides[1], request.guidance) if request.guidance else sides[0]))
         return results
 
 

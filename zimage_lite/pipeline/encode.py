@@ -1,0 +1,81 @@
+"""First phase: prompts -> embeddings. The same prompt is never encoded twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property, partial
+
+from torch import Tensor
+from zimage_kernels import Backend
+
+from ..checkpoint.model_files import ModelFiles
+from ..memory.plan import Plan
+from ..model.float16 import stream_dtype
+from ..model.linear import release
+from ..model.text_encoder import TextEncoder
+from ..plan.job import batched
+from ..plan.model_sizes import Model
+from ..plan.prediction import ways_to_encode
+from ..plan.retry import Ways
+from .finite import require_finite
+from .prompt_cache import PromptCache, cache_folder, embedding_key
+from .weights import Component
+from .workspace import Progress, WaysOn, Workspace
+
+
+class Encode:
+    """unpacking: what unpacks the encoder's weights, which are never multiplied in 8 bits."""
+
+    def __init__(self, model: ModelFiles, sizes: Model, unpacking: Backend, work: Workspace) -> None:
+        self.model, self.sizes, self.unpacking, self.work = model, sizes, unpacking, work
+        self.cache = PromptCache(cache_folder() if work.options.cache else None)
+
+    @cached_property
+    def component(self) -> Component:
+        return Component(
+            TextEncoder(self.model.text_encoder.config, self.unpacking), self.model.text_encoder, ("layers",)
+        )
+
+    def tokens(self, prompts: Iterable[str]) -> dict[str, int]:
+        """How many each has, with the frame of a chat around it."""
+        return {text: len(self.model.tokenizer.encode(text)) for text in prompts}
+
+    def kept(self, prompts: Iterable[str]) -> dict[str, Tensor]:
+        """The embeddings that are on the disk."""
+        found = {text: self.cache.get(self._key(text)) for text in prompts}
+        return {text: embedding for text, embedding in found.items() if embedding is not None}
+
+    def ways(self, tokens: Sequence[int]) -> WaysOn:
+        """What there is to plan. tokens: of each prompt."""
+        return partial(ways_to_encode, self.sizes, tokens)
+
+    def embeddings(self, prompts: Sequence[str], ways: Ways, progress: Progress) -> dict[str, Tensor]:
+        """Of each [tokens, width] on the CPU, in the dtype of the residual stream; kept for the next time."""
+        encoded = self.work.planning.within(ways, partial(self.run, prompts, progress))
+        found = dict(zip(prompts, encoded, strict=True))
+        self.model.text_encoder.require_unchanged()  # else they would be kept for other weights
+        for text, embedding in found.items():
+            self.cache.put(self._key(text), embedding)
+        return found
+
+    def run(self, prompts: Sequence[str], progress: Progress, done: int, plan: Plan) -> Iterator[Tensor]:
+        """Of prompts[done:], as planned."""
+        hardware, component = self.work.hardware_of(plan), self.component
+        table = self.model.text_encoder.tensors["embed_tokens.weight"]
+        batches = batched([self.model.tokenizer.encode(text) for text in prompts[done:]], len)
+        kept = stream_dtype(self.work.hardware.dtype)  # also where the CPU encodes in float32 for the GPU
+        with self.work.open(component, plan) as weights, weights.passes(len(batches)) as stream:
+            for batch in batches:
+                rows = table.gather([row for prompt in batch for row in prompt]).to(hardware.device, hardware.dtype)
+                embeddings = component.model(rows, [len(prompt) for prompt in batch], stream)
+                require_finite(embeddings, component.checkpoint, "the prompt's embedding", hardware.dtype)
+                done += len(batch)
+                progress("encode", done, len(prompts))
+                yield from (embedding.to("cpu", kept) for embedding in embeddings)
+
+    def release(self) -> None:
+        if "component" in vars(self):  # else it was never made
+            release(self.component.model)
+
+    def _key(self, text: str) -> str:
+        return embedding_key(self.model.tokenizer.encode(text), self.model.text_encoder, self.work.hardware.dtype)
