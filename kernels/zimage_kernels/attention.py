@@ -3,8 +3,8 @@
 Packing instead of padding: no mask is ever built, and sequences of different lengths cost what they are.
 
 The kernel is flash attention (Dao, 2023): a program holds one tile of queries of one head, walks over the keys, and
-keeps the softmax's running maximum and sum in float32, in base 2 with 1 / sqrt(head_dim) folded in. Keys past the end
-of a sequence get -inf in the sum that makes the logit, which costs no instruction. With int8 queries and keys the
+keeps the softmax's running maximum and sum in float32, in base 2 with 1 / sqrt(head_dim) folded in. Only the last tile
+of a sequence is masked: in every tile masks took more instructions than the matrix products did. With int8 queries and keys the
 logits are exact integer sums times two scales, on matrix units 4 times as fast; the weights stay 16-bit, as in
 SageAttention (Zhang et al., 2024).
 """
@@ -146,23 +146,25 @@ def _attend(
     k_ptrs: tl.tensor,
     k_scale_ptrs: tl.tensor,
     v_ptrs: tl.tensor,
-    inside: tl.tensor,
+    inside: tl.tensor | None,
     FLOAT16_SUMS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """One tile of keys. peak: the greatest logit so far; total: the sum of 2^(logit - peak); acc: that times v."""
-    k = tl.load(k_ptrs, mask=inside[None, :], other=0)
-    absent = tl.where(inside, 0.0, float("-inf"))[None, :]
-    if k_scale_ptrs is None:
-        logits = tl.dot(q, k, tl.broadcast_to(absent, (q.shape[0], k.shape[1])))
-    else:
-        logits = tl.dot(q, k).to(tl.float32)
-        logits = logits * tl.load(k_scale_ptrs, mask=inside, other=0)[None, :] + absent
+    """One tile of keys. peak: the greatest logit so far; total: the sum of 2^(logit - peak); acc: that times v.
+    inside: which keys there are, None for all."""
+    k = tl.load(k_ptrs) if inside is None else tl.load(k_ptrs, mask=inside[None, :], other=0)
+    logits = tl.dot(q, k).to(tl.float32)
+    if k_scale_ptrs is not None:
+        k_scale = tl.load(k_scale_ptrs) if inside is None else tl.load(k_scale_ptrs, mask=inside, other=0)
+        logits = logits * k_scale[None, :]
+    if inside is not None:
+        logits = tl.where(inside[None, :], logits, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(logits, 1) * q_scale)
     shrink = tl.exp2(peak - new_peak)
     weights = tl.exp2(logits * q_scale[:, None] - new_peak[:, None])
     total = total * shrink + tl.sum(weights, 1)
     acc *= shrink[:, None]
-    v = tl.load(v_ptrs, mask=inside[:, None], other=0)  # here, not above: registers hold it only from here on
+    # Here, not above: registers hold it only from here on.
+    v = tl.load(v_ptrs) if inside is None else tl.load(v_ptrs, mask=inside[:, None], other=0)
     if FLOAT16_SUMS:
         acc += tl.dot(weights.to(v.dtype), v, out_dtype=tl.float16)
     else:
@@ -214,16 +216,22 @@ def _attention_kernel(
     acc = tl.zeros((BLOCK_M, 128), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        inside = start + tl.arange(0, BLOCK_N) < end
+    whole = (end - begin) // BLOCK_N * BLOCK_N
+    for _ in range(0, whole, BLOCK_N):
         k_scale_ptrs = None if k_scale_ptr is None else k_scale_ptr + n * scale_step
         acc, total, peak = _attend(
-            q, q_scale, acc, total, peak, k_ptr + k_tile, k_scale_ptrs, v_ptr + v_tile, inside, FLOAT16_SUMS
+            q, q_scale, acc, total, peak, k_ptr + k_tile, k_scale_ptrs, v_ptr + v_tile, None, FLOAT16_SUMS
         )
         k_ptr += BLOCK_N * k_stride
         v_ptr += BLOCK_N * v_stride
         if k_scale_ptr is not None:
             k_scale_ptr += BLOCK_N * scale_step
+    if begin + whole < end:
+        k_scale_ptrs = None if k_scale_ptr is None else k_scale_ptr + n * scale_step
+        inside = begin + whole + n < end
+        acc, total, peak = _attend(
+            q, q_scale, acc, total, peak, k_ptr + k_tile, k_scale_ptrs, v_ptr + v_tile, inside, FLOAT16_SUMS
+        )
     out = acc / total[:, None]
     out_ptrs = out_ptr + head * 128 + m[:, None] * (heads * 128) + d[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=m[:, None] < end)

@@ -33,6 +33,7 @@ _TIME_FREQUENCIES = 256
 _TIME_HIDDEN = 1024
 
 Watch = Callable[[str, Tensor], None]  # the name of a block or other part, what came out of it
+Ropes = tuple[Rope, Rope]  # of the images alone, and of each with its caption behind it
 
 
 class Attention(nn.Module):
@@ -240,35 +241,43 @@ class Transformer(nn.Module):
         modulation: Modulation,
         stream: Stream = iter,
         watch: Watch | None = None,
+        ropes: Ropes | None = None,
     ) -> list[Tensor]:
         """One evaluation for one or several images at the same time.
 
         latents: [channels, height, width] each, in the compute dtype, height and width even. modulation: of that time,
         in the same dtype. watch: called after each part with its name ("embedder", "noise_refiner.0", "layers.17",
-        "final layer") and its output. Returns data - noise, the negated flow velocity, in the shapes of latents.
+        "final layer") and its output. ropes: of these latents and captions, where they are at hand.
+        Returns data - noise, the negated flow velocity, in the shapes of latents.
         """
         watch = watch or _look_away
         embed, final = _only(self.all_x_embedder), _only(self.all_final_layer)
         images = [_pad(embed(patchify(latent)), self.x_pad_token) for latent in latents]
-        ropes = [self._image_rope(*pair) for pair in zip(latents, captions, strict=True)]
+        of_images, of_all = ropes or self.ropes(latents, captions)
         lengths = [len(image) for image in images]
-        x, rope = _residual(images), _join(ropes)
+        x = _residual(images)
         del images
         watch("embedder", x)
         for i, (block, vectors) in enumerate(zip(stream(self.noise_refiner), modulation.noise_refiner, strict=True)):
-            x = block(x, rope, lengths, vectors, self.compute)
+            x = block(x, of_images, lengths, vectors, self.compute)
             watch(f"noise_refiner.{i}", x)
 
         told = [caption.tokens for caption in captions]
         x = torch.cat([part for pair in zip(x.split(lengths), told, strict=True) for part in pair])
-        rope = _join([part for pair in zip(ropes, (c.rope for c in captions), strict=True) for part in pair])
         lengths = [image + len(tokens) for image, tokens in zip(lengths, told, strict=True)]
         for i, (block, vectors) in enumerate(zip(stream(self.layers), modulation.layers, strict=True)):
-            x = block(x, rope, lengths, vectors, self.compute)
+            x = block(x, of_all, lengths, vectors, self.compute)
             watch(f"layers.{i}", x)
         tokens = final(x, modulation.final)
         watch("final layer", tokens)
         return [unpatchify(own, latent.shape) for own, latent in zip(tokens.split(lengths), latents, strict=True)]
+
+    def ropes(self, latents: list[Tensor], captions: list[Caption]) -> Ropes:
+        """What `forward` turns queries and keys by. The same in every step: made once, it spares 4 to 24 ms a step on
+        two threads (1024x1024 to 2048x2048), in which a GPU would wait."""
+        images = [self._image_rope(*pair) for pair in zip(latents, captions, strict=True)]
+        parts = [part for pair in zip(images, (c.rope for c in captions), strict=True) for part in pair]
+        return _join(images), _join(parts)
 
     def _rope(self, positions: Tensor) -> Rope:
         cos, sin = rope_angles(positions, self.config.axes_dims, self.config.rope_theta)

@@ -13,7 +13,7 @@ from ..config import VAE_FACTOR, GenerateOptions
 from ..memory.hardware import Hardware
 from ..model.linear import Stream
 from ..model.scheduler import euler_step, guided, initial_noise, model_time, sigmas
-from ..model.transformer import Caption, Modulation, Transformer, Watch
+from ..model.transformer import Caption, Modulation, Ropes, Transformer, Watch
 from .finite import all_finite
 from .weights import Component, time_weights
 
@@ -64,8 +64,9 @@ class Batch:
     def denoised(self, model: Transformer, hardware: Hardware, stream: Stream) -> Iterator[list[Tensor]]:
         """The latents after each step, of each image. Raises NotFiniteError."""
         latents = self.start(model.config.in_channels, hardware.device)
+        ropes = model.ropes(*self._given(latents, hardware.dtype))
         for step, (sigma, sigma_next) in enumerate(pairwise(self.schedule.sigmas)):
-            velocities = self.velocities(model, latents, step, hardware.dtype, stream)
+            velocities = self.velocities(model, latents, step, hardware.dtype, stream, ropes=ropes)
             before, latents = latents, [
                 euler_step(latent, velocity, sigma, sigma_next)
                 for latent, velocity in zip(latents, velocities, strict=True)
@@ -76,19 +77,23 @@ class Batch:
 
     def velocities(
         self, model: Transformer, latents: list[Tensor], step: int, dtype: torch.dtype, stream: Stream,
-        watch: Watch | None = None,
+        watch: Watch | None = None, ropes: Ropes | None = None,
     ) -> list[Tensor]:  # fmt: skip
         """From each image towards noise, float32: of all in one pass over the weights, and with guidance of both sides
         of each."""
-        told = [texts(request) for request in self.requests]
-        given = [latent.to(dtype) for latent, of in zip(latents, told, strict=True) for _ in of]
-        captions = [self.captions[text] for of in told for text in of]
-        outputs = iter(model(given, captions, self.schedule.modulations[step], stream, watch))
+        given, captions = self._given(latents, dtype)
+        outputs = iter(model(given, captions, self.schedule.modulations[step], stream, watch, ropes))
         results = []
-        for request, of in zip(self.requests, told, strict=True):
-            sides = [next(outputs).float() for _ in of]
+        for request in self.requests:
+            sides = [next(outputs).float() for _ in texts(request)]
             results.append(-(guided(sides[0], sides[1], request.guidance) if request.guidance else sides[0]))
         return results
+
+    def _given(self, latents: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Caption]]:
+        """What the model sees: each image once for every text that it is told."""
+        told = [texts(request) for request in self.requests]
+        given = [latent.to(dtype) for latent, of in zip(latents, told, strict=True) for _ in of]
+        return given, [self.captions[text] for of in told for text in of]
 
 
 def texts(request: GenerateOptions) -> list[str]:
