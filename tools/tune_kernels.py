@@ -31,7 +31,7 @@ DIM, HIDDEN, HEADS, HEAD_DIM = 3840, 10240, 30, 128
 Tile = dict[str, int]
 # The module that holds an op's variants, and the sizes to try.
 OPS: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
-    "linear_int8": ("linear_int8", {"BLOCK_N": (32, 64, 128, 256), "BLOCK_K": (32, 64, 128)}),
+    "linear_int8": ("linear_int8", {"BLOCK_N": (32, 64, 128, 256), "BLOCK_K": (32, 64, 128), "DOTS": (1, 2)}),
     "swiglu_int8": ("swiglu_int8", {"BLOCK_N": (32, 64, 128), "BLOCK_K": (32, 64, 128)}),
     "attention": ("attention", {"BLOCK_N": (32, 64, 128)}),
     "attention_int8": ("attention", {"BLOCK_N": (32, 64, 128)}),

@@ -4,8 +4,8 @@ Packing instead of padding: no mask is ever built, and sequences of different le
 
 The kernel is flash attention (Dao, 2023): a program holds one tile of queries of one head, walks over the keys, and
 keeps the softmax's running maximum and sum in float32, in base 2 with 1 / sqrt(head_dim) folded in. Only the last tile
-of a sequence is masked: in every tile masks took more instructions than the matrix products did. With int8 queries and keys the
-logits are exact integer sums times two scales, on matrix units 4 times as fast; the weights stay 16-bit, as in
+of a sequence is masked: in every tile masks took more instructions than the matrix products did. With int8 queries and
+keys the logits are exact integer sums times two scales, on matrix units 4 times as fast; the weights stay 16-bit, as in
 SageAttention (Zhang et al., 2024).
 """
 

@@ -5,9 +5,10 @@ the product happens in float32 registers: scales, low-rank terms, bias, and a po
 outputs in range (what follows `out` and `w2` is an RMSNorm, which does not see it).
 W is [N, K] with K contiguous, because the matrix units have no transposed load for 8 bits.
 
-The loop over K holds two products on purpose. With one, Triton's prefetch pass (8.0 to 8.9 only) carries the next
-operands through the loop as single bytes, one register each: on 8.6 a tile of 128x128x64 then takes 245 registers and
-336 PRMT for 32 IMMA, with two 143 and none. The pass leaves loops with more than one product alone.
+The loop over K holds DOTS products, two on purpose before 9.0. With one, Triton's prefetch pass (8.0 to 8.9 only)
+carries the next operands through the loop as single bytes, one register each: on 8.6 a tile of 128x128x64 then takes
+245 registers and 336 PRMT for 32 IMMA, with two 143 and none. The pass leaves loops with more than one product alone.
+On 9.0 each product waits for its `wgmma`, so that two would only wait twice and take the room of a second block.
 """
 
 from __future__ import annotations
@@ -171,6 +172,7 @@ def _linear_int8_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    DOTS: tl.constexpr,
 ) -> None:
     tile_m, tile_n = grouped_tile(rows, outputs, BLOCK_M, BLOCK_N, GROUP_M)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -181,8 +183,8 @@ def _linear_int8_kernel(
     x_ptrs = x_ptr + m_read[:, None] * columns + k[None, :]
     w_ptrs = w_ptr + n_read[None, :] * columns + k[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for _start in range(0, columns, 2 * BLOCK_K):
-        for _ in tl.static_range(2):
+    for _start in range(0, columns, DOTS * BLOCK_K):
+        for _ in tl.static_range(DOTS):
             if EVEN_K:
                 x, w = tl.load(x_ptrs), tl.load(w_ptrs)
             else:

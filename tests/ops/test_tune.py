@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 import tune_kernels
 
 TOOLS = Path(__file__).parents[2] / "tools"
-LINEAR = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP_M": 8, "num_warps": 8, "num_stages": 4}
+LINEAR = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP_M": 8, "DOTS": 2, "num_warps": 8, "num_stages": 4}
 
 
 @pytest.fixture(autouse=True)

@@ -54,7 +54,9 @@ def test_every_format_still_follows_the_prompt(images: list[torch.Tensor], tmp_p
     quantize(DEMO, tmp_path / to, to)
     drawn = draw(tmp_path / to, len(CAPTIONS))
     assert right(drawn) >= LEAST_RIGHT
-    assert any(not torch.equal(a, b) for a, b in zip(drawn, images, strict=True)) == (to != "bf16")
+    same = all(torch.equal(a, b) for a, b in zip(drawn, images, strict=True))
+    assert same or to != "bf16"
+    assert not same or to in ("bf16", "f16")  # float16 loses only the smallest weights: on some processors no pixel
 
 
 def test_diffusers_draws_the_same(images: list[torch.Tensor]) -> None:
