@@ -183,6 +183,20 @@ def loaded_by(code: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
+DRAW = """
+from zimage_lite import GenerateOptions, load
+load("demo", device="cpu").generate([GenerateOptions("a cat", steps=1)])
+"""
+
+
+@pytest.mark.parametrize("code", ["import zimage_lite.pipeline.drawing", DRAW], ids=["import", "drawing"])
+def test_a_picture_on_the_cpu_needs_no_triton(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    loaded = loaded_by(code)
+    assert "torch" in loaded and "triton" not in loaded
+
+
 def test_importing_the_package_is_light() -> None:
     loaded = loaded_by("import zimage_lite")
     assert "zimage_lite" in loaded

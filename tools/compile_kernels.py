@@ -88,10 +88,11 @@ def variants(arch: int) -> Iterator[Variant]:
 
 def build(variant: Variant, arch: int) -> triton.compiler.CompiledKernel:
     """The same code that a launch on that architecture would compile."""
-    names = variant.kernel.arg_names
+    kernel = variant.kernel.jit_function
+    names = kernel.arg_names
     assert set(names) == {*variant.signature, *variant.constexprs}, f"{variant.name}: arguments are {names}"
     source = ASTSource(
-        variant.kernel,
+        kernel,
         signature={name: variant.signature.get(name, "constexpr") for name in names},
         constexprs=variant.constexprs,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},

@@ -1,24 +1,24 @@
-"""Triton where there is one. macOS has none, and there every op still has its reference.
+"""Triton, imported when a kernel is first wanted: that takes longer than our own modules, and macOS has none.
 
-Kernels are decorated with `jit` and read `tl` from here, so that their modules import anywhere.
+Kernels are decorated with `jit` and read `tl` from here, so that their modules import anywhere. Every op has its
+reference where kernels cannot run.
 """
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Callable
+from functools import cache, cached_property
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 if TYPE_CHECKING:
-    import triton
     import triton.language as tl
 else:
-    try:
-        import triton
-        import triton.language as tl
-    except ImportError:
-        triton = tl = None
+    tl = None  # in its place a kernel gets triton.language once it is wanted
 
 Backend = Literal["auto", "triton", "reference"]
 ROW_PASSES = 75  # compute capability that kernels without products need: Triton compiles for nothing older
@@ -27,12 +27,45 @@ PER_IMAGE = ["rows", "scale_stride"]  # what these names stand for follows the n
 OPTIONS = {"enable_fp_fusion": True}  # goes with every launch: Triton 3.9 warns where nothing is said
 
 
-def jit(kernel: Callable[..., Any]) -> Any:
-    """triton.jit, or the function as it is where it can never be launched.
+@cache
+def load() -> Any:
+    """The module triton, or None where it cannot be imported."""
+    try:
+        return importlib.import_module("triton")
+    except ImportError:
+        return None
+
+
+class Kernel:
+    """A function in Triton's language, which Triton takes over when it is first wanted, with those that it calls.
 
     Arguments named in PER_IMAGE are not specialized: one compilation serves every image size.
     """
-    return kernel if triton is None else triton.jit(kernel, do_not_specialize=PER_IMAGE)
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function = function
+        self.__name__ = function.__name__
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        """Launches, with the kernel's arguments."""
+        return self.jit_function[grid]
+
+    @cached_property
+    def jit_function(self) -> Any:
+        """triton.jit of the function, which finds triton.language as `tl` and, by their names, what it calls."""
+        written, triton = self.function, load()
+        names = {**written.__globals__, "tl": triton.language}
+        for name in written.__code__.co_names:
+            if isinstance(names.get(name), Kernel):
+                names[name] = names[name].jit_function
+        function = FunctionType(written.__code__, names)
+        function.__annotations__ = written.__annotations__
+        return triton.jit(function, do_not_specialize=PER_IMAGE)
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """Marks a kernel, or what kernels call. Any: to a type checker, the one is launched and the other called."""
+    return Kernel(function)
 
 
 def capability(device: torch.device) -> int:
@@ -45,7 +78,7 @@ def capability(device: torch.device) -> int:
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1 when Triton was imported."""
-    return triton is not None and bool(triton.knobs.runtime.interpret)
+    return "TRITON_INTERPRET" in os.environ and load() is not None and bool(load().knobs.runtime.interpret)
 
 
 def use_triton(backend: Backend, device: torch.device, least: int = ROW_PASSES) -> bool:
@@ -68,10 +101,10 @@ def use_triton(backend: Backend, device: torch.device, least: int = ROW_PASSES) 
 
 def triton_obstacle(device: torch.device, least: int = ROW_PASSES) -> str | None:
     """Why no kernel that needs compute capability `least` can run on tensors there, or None."""
-    if triton is None:
-        return "Triton is not installed"
     if device.type != "cuda" and not interpreted():
         return f"got tensors on {device.type}, expected cuda"
+    if load() is None:
+        return "Triton is not installed"
     if capability(device) < least:
         return f"got compute capability {capability(device) / 10}, expected at least {least / 10}"
     return None
@@ -80,3 +113,8 @@ def triton_obstacle(device: torch.device, least: int = ROW_PASSES) -> str | None
 def has_matrix_units(device: torch.device) -> bool:
     """Whether kernels with products run there. Where others run and these do not, torch multiplies and attends."""
     return triton_obstacle(device, MATRIX_UNITS) is None
+
+
+def cdiv(total: int, part: int) -> int:
+    """How many programs it takes where each does `part` of `total`."""
+    return -(-total // part)

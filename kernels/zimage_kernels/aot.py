@@ -19,7 +19,7 @@ from typing import Any
 class Variant:
     """One compilation of one kernel.
 
-    name: op and tile, for the table. kernel: the @jit function.
+    name: op and tile, for the table. kernel: the @jit function, a Kernel.
     signature: type of every argument that is no constexpr, in Triton's spelling: "*i8", "*fp32", "i32", "fp32".
     constexprs: value of every constexpr argument; an absent optional pointer is a constexpr None.
     aligned: arguments whose value Triton finds divisible by 16 at run time: the pointers, and sizes such as K.

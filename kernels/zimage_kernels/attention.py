@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import MATRIX_UNITS, OPTIONS, Backend, jit, tl, triton, use_triton
+from ._triton import MATRIX_UNITS, OPTIONS, Backend, cdiv, jit, tl, use_triton
 from .aot import Variant
 from .tuning import Tile, tile, tiles
 
@@ -120,7 +120,7 @@ def _launch(
     out = torch.empty(tokens, heads, HEAD_DIM, dtype=v.dtype, device=q.device)
     longest = max(lengths, default=0)
     chosen = tile(op, longest, q.device)
-    grid = (triton.cdiv(longest, chosen["BLOCK_M"]), heads * len(lengths))
+    grid = (cdiv(longest, chosen["BLOCK_M"]), heads * len(lengths))
     scale_strides = (0, 0) if q_scale is None else q_scale.stride()
     if longest:
         _attention_kernel[grid](

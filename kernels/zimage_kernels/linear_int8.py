@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import OPTIONS, Backend, has_matrix_units, jit, tl, triton, use_triton
+from ._triton import OPTIONS, Backend, cdiv, has_matrix_units, jit, tl, use_triton
 from .aot import Variant
 from .integer_product import integer_product
 from .tuning import Tile, tile, tiles
@@ -56,7 +56,7 @@ def linear_int8(
     xa, b, rank = rank_operands(low_rank)
     chosen = tile("linear_int8", rows, x.device)
     even = columns % (2 * chosen["BLOCK_K"]) == 0
-    grid = (triton.cdiv(rows, chosen["BLOCK_M"]) * triton.cdiv(outputs, chosen["BLOCK_N"]),)
+    grid = (cdiv(rows, chosen["BLOCK_M"]) * cdiv(outputs, chosen["BLOCK_N"]),)
     _linear_int8_kernel[grid](
         x, x_scale, w, w_scale, bias, xa, b, y, rows, outputs, columns, rank, 2.0**scale_log2, even, **chosen, **OPTIONS
     )

@@ -172,7 +172,7 @@ def _variant(name: str, branch: bool, norm: bool, timed: bool, stream: str, dtyp
     if norm:
         pointers |= dict.fromkeys(("weight_ptr", *(("scale_ptr",) if timed else ())), f"*{dtype}")
         pointers |= {"h_ptr": f"*{dtype}"} if group is None else {"h_ptr": "*i8", "h_scale_ptr": "*fp32"}
-    absent = dict.fromkeys(set(_add_norm_kernel.arg_names[:9]) - set(pointers))
+    absent = dict.fromkeys(set(_add_norm_kernel.jit_function.arg_names[:9]) - set(pointers))
     return Variant(
         name=f"add_norm {name}{'' if timed else ' timeless'} {stream} {dtype} {'16-bit' if group is None else 'int8'}",
         kernel=_add_norm_kernel,

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._triton import OPTIONS, Backend, jit, tl, triton, use_triton
+from ._triton import OPTIONS, Backend, cdiv, jit, tl, use_triton
 from .aot import Variant
 from .norm import rms_norm
 from .quantize import Int8Rows, check_group, quantize_rows_reference
@@ -64,7 +64,7 @@ def norm_rope(
         at += length
         angles = cos[part], sin[part]
         shift = _sampled_mean(x[part], weight, *angles, eps) if centre is not None else None
-        _norm_rope_kernel[(triton.cdiv(length, TILE["TOKENS"]), splits)](
+        _norm_rope_kernel[(cdiv(length, TILE["TOKENS"]), splits)](
             x[part], weight, *angles, shift, codes[part], None if scale is None else scale[part],
             length, x.stride(0), len(x), eps, group, x.shape[1], splits, x.shape[2], **TILE, **OPTIONS,
         )  # fmt: skip

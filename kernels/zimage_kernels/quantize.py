@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import OPTIONS, Backend, jit, tl, triton, use_triton
+from ._triton import OPTIONS, Backend, jit, tl, use_triton
 from .aot import Variant
 from .rotation import hadamard_rotate, rotate_in_registers
 
@@ -62,7 +62,7 @@ def row_tile(columns: int) -> dict[str, int]:
 
     Raises ValueError for a row too long.
     """
-    block = max(triton.next_power_of_2(columns), 256)
+    block = max(1 << (columns - 1).bit_length(), 256)  # the next power of two
     if block > WIDEST:
         raise ValueError(f"row length: got {columns}, expected at most {WIDEST}")
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import OPTIONS, Backend, has_matrix_units, jit, tl, triton, use_triton
+from ._triton import OPTIONS, Backend, cdiv, has_matrix_units, jit, tl, use_triton
 from .aot import Variant
 from .linear_int8 import LowRank, check_operands, dequantized, grouped_tile, linear_int8_reference, rank_operands
 from .tuning import Tile, tile, tiles
@@ -51,7 +51,7 @@ def swiglu_int8(
     y = torch.empty(rows, outputs, dtype=out_dtype, device=x.device)
     chosen = tile("swiglu_int8", rows, x.device)
     even = columns % chosen["BLOCK_K"] == 0
-    grid = (triton.cdiv(rows, chosen["BLOCK_M"]) * triton.cdiv(outputs, chosen["BLOCK_N"]),)
+    grid = (cdiv(rows, chosen["BLOCK_M"]) * cdiv(outputs, chosen["BLOCK_N"]),)
     xa1, b1, rank1 = rank_operands(low_rank1)
     xa3, b3, rank3 = rank_operands(low_rank3)
     _swiglu_int8_kernel[grid](

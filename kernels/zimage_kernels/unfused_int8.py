@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import MATRIX_UNITS, OPTIONS, jit, tl, triton
+from ._triton import MATRIX_UNITS, OPTIONS, cdiv, jit, tl
 from .aot import Variant
 from .integer_product import integer_product
 
@@ -42,7 +42,7 @@ def _unfused_piece(
     (w, w_scale), (w3, w3_scale) = weight, other or (None, None)
     sums, others = integer_product(x, w), None if w3 is None else integer_product(x, w3)
     rows, outputs = y.shape
-    _unfused_int8_kernel[(rows, triton.cdiv(outputs, TILE["BLOCK"]))](
+    _unfused_int8_kernel[(rows, cdiv(outputs, TILE["BLOCK"]))](
         sums, w_scale, others, w3_scale, x_scale, bias, y,
         outputs, sums.stride(0), 2.0**scale_log2, **TILE, **OPTIONS,
     )  # fmt: skip

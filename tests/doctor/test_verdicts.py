@@ -192,7 +192,7 @@ def test_nothing_to_test_without_a_gpu(tested: list[Any], monkeypatch: pytest.Mo
     found = verdicts.verdicts(torch.device("cpu"))
     assert set(found) == set(CHECKS)
     assert set(found.values()) == {Verdict("not supported", "kernels need CUDA, the device is cpu")}
-    monkeypatch.setattr(verdicts._triton, "triton", None)
+    monkeypatch.setattr(verdicts._triton, "load", lambda: None)
     assert verdicts.verdicts(DEVICE)["add_norm"] == Verdict("not supported", "Triton cannot be imported")
     assert not tested
 

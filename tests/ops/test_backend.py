@@ -22,18 +22,14 @@ try:
     kernels.linear_int8(x, scale, x, scale, backend="triton")
 except ValueError as error:
     print(error)
+if "triton" in sys.modules:
+    print(kernels.triton_obstacle(torch.device("cuda")))
 """
 
 
-@pytest.mark.parametrize(
-    ("hidden", "reason"),
-    [
-        ({"triton": None, "triton.language": None}, "backend triton: Triton is not installed"),
-        ({}, "backend triton: got tensors on cpu, expected cuda"),
-    ],
-    ids=["absent", "no GPU"],
-)
-def test_a_kernel_that_cannot_run(hidden: dict[str, None], reason: str) -> None:
+@pytest.mark.parametrize("hidden", [{"triton": None, "triton.language": None}, {}], ids=["absent", "no GPU"])
+def test_a_kernel_that_cannot_run(hidden: dict[str, None]) -> None:
+    """Only for a GPU does it matter whether Triton is there."""
     if not hidden:
         pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -43,4 +39,5 @@ def test_a_kernel_that_cannot_run(hidden: dict[str, None], reason: str) -> None:
         text=True,
         env=environment | {"PYTHONPATH": str(KERNELS)},
     )
-    assert done.stdout.strip() == reason, done.stderr
+    expected = ["backend triton: got tensors on cpu, expected cuda", *(["Triton is not installed"] if hidden else [])]
+    assert done.stdout.splitlines() == expected, done.stderr

@@ -97,7 +97,7 @@ def _source_hash() -> str:
 
 
 def _obstacle(device: torch.device) -> str | None:
-    if _triton.triton is None:
+    if _triton.load() is None:
         return "Triton is not installed" if triton_version() is None else "Triton cannot be imported"
     if device.type != "cuda" and not interpreted():
         return f"kernels need CUDA, the device is {device.type}"
