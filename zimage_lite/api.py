@@ -11,7 +11,7 @@ from .checkpoint.hub import is_hub_id, snapshot
 from .checkpoint.model_card import DEMO, model_folder
 from .checkpoint.model_files import ModelFiles, open_model
 from .config import RuntimeOptions
-from .convert.quantize import Written
+from .convert.job import Written
 from .convert.quantize import quantize as _quantize
 from .convert.synthetic import is_synthetic, open_synthetic
 from .pipeline.drawing import Pipeline

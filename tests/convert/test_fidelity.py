@@ -27,8 +27,9 @@ from zimage_lite.cli import run
 from zimage_lite.config import TextEncoderConfig, TransformerConfig
 from zimage_lite.convert import streaming as convert
 from zimage_lite.convert.fidelity import Sums, TensorError, by_group, figures, sums
+from zimage_lite.convert.job import Written
 from zimage_lite.convert.output_file import output_tensors
-from zimage_lite.convert.quantize import Written, quantize
+from zimage_lite.convert.quantize import quantize
 from zimage_lite.convert.recipe import target, targets
 from zimage_lite.quant.formats import EFFORTS, FORMATS
 

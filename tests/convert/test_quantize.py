@@ -29,7 +29,7 @@ from zimage_lite.checkpoint.container import open_tensor_file
 from zimage_lite.checkpoint.model_files import open_model
 from zimage_lite.cli import run
 from zimage_lite.config import RuntimeOptions, TextEncoderConfig, TransformerConfig
-from zimage_lite.convert import quantize as conversion
+from zimage_lite.convert import job
 from zimage_lite.convert import streaming as convert
 from zimage_lite.convert.quantize import quantize
 from zimage_lite.convert.recipe import target as recipe
@@ -687,7 +687,7 @@ def fail_after(monkeypatch: pytest.MonkeyPatch, calls: int, error: BaseException
 
 def test_interrupt(command, untouched, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C reaches the main thread, where progress is reported, while others are writing."""
-    report, calls = conversion._Meter.__call__, []
+    report, calls = job.Meter.__call__, []
 
     def interrupted(self: Any, n_bytes: int) -> None:
         calls.append(n_bytes)
@@ -695,7 +695,7 @@ def test_interrupt(command, untouched, capsys, monkeypatch: pytest.MonkeyPatch) 
             signal.raise_signal(signal.SIGINT)
         report(self, n_bytes)
 
-    monkeypatch.setattr(conversion._Meter, "__call__", interrupted)
+    monkeypatch.setattr(job.Meter, "__call__", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background start with it ignored
     try:
         assert run(command) == 130

@@ -27,7 +27,7 @@ from zimage_lite.checkpoint.model_files import open_model
 from zimage_lite.checkpoint.output import clear_leftovers
 from zimage_lite.cli import run
 from zimage_lite.config import TextEncoderConfig, TransformerConfig
-from zimage_lite.convert import quantize as conversion
+from zimage_lite.convert import job
 from zimage_lite.convert.quantize import quantize
 from zimage_lite.errors import UserError
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, to 
 # Loads everything once; then each line of its input is a command line that a fork of it runs like the console script.
 STARTER = """
 import json, os, resource, signal, sys
-from zimage_lite import conversion
+from zimage_lite.convert import quantize
 from zimage_lite.cli import main
 import torch
 from zimage_lite.quant.formats import FORMATS
@@ -374,7 +374,7 @@ def test_a_source_that_changes_is_noticed(
     source = tmp_path / "source"
     shutil.copytree(tiny, source)
     (file,) = (source / component).glob("*.safetensors")
-    report, calls = conversion._Meter.__call__, []
+    report, calls = job.Meter.__call__, []
 
     def meter(self: Any, n_bytes: int) -> None:
         calls.append(n_bytes)
@@ -382,7 +382,7 @@ def test_a_source_that_changes_is_noticed(
             change(file)
         report(self, n_bytes)
 
-    monkeypatch.setattr(conversion._Meter, "__call__", meter)
+    monkeypatch.setattr(job.Meter, "__call__", meter)
     args = ["--to", "q4_0"] + (["--text-encoder-to", to] if component == "text_encoder" else [])
     line = refused("quantize", source, "-o", tmp_path / "out", *args)
     assert str(file.parent if change is Path.unlink else file) in line

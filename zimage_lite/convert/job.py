@@ -1,0 +1,147 @@
+"""What `quantize` was asked for, and what each checkpoint of it goes through: refusals, the disk, the converter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.hub import LocalFiles
+from ..checkpoint.output import clear_leftovers, require_absent
+from ..checkpoint.tokenizer import PromptTokenizer, tokenizer_from_folder, tokenizer_to_gguf
+from ..errors import UserError
+from ..quant.formats import FORMATS
+from . import streaming
+from .fidelity import TensorError
+from .output_file import output_tensors, require_overrides_fit
+from .recipe import Target
+
+Progress = Callable[[int, int], None]  # source bytes done, in all
+Note = Callable[[str], None]  # a line for people
+Part = tuple[Checkpoint, Target | None]  # what is read, and what becomes of it; None: it is copied as it is
+
+
+@dataclass(frozen=True)
+class Written:
+    """One component of the output. format: a recipe's name, or "keep". errors: of each tensor, if measured."""
+
+    component: str
+    format: str
+    path: Path
+    source_bytes: int
+    bytes: int
+    errors: Sequence[TensorError] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to make, and how. The paths of sources and outputs are given apart."""
+
+    target: Target
+    text_encoder: Target | None  # None: copied as it is
+    options: streaming.Options = field(default_factory=streaming.Options)
+    overwrite: bool = False
+    progress: Progress = lambda done, total: None
+    note: Note = lambda line: None
+    files: LocalFiles = field(default_factory=lambda: LocalFiles(Path()))
+
+    def target_of(self, component: str) -> Target | None:
+        if component == "vae":
+            return None
+        return self.target if component == "transformer" else self.text_encoder
+
+
+class Meter:
+    """Adds up what several conversions report."""
+
+    def __init__(self, progress: Progress, total_bytes: int) -> None:
+        self.progress, self.total_bytes, self.done_bytes = progress, total_bytes, 0
+
+    def __call__(self, n_bytes: int) -> None:
+        self.done_bytes += n_bytes
+        self.progress(self.done_bytes, self.total_bytes)
+
+
+def source_name(source: Path) -> str:
+    """What outputs are called after."""
+    return source.stem if source.is_file() else source.resolve().name
+
+
+def prepare(out: Path, sources: Sequence[Checkpoint], job: Job) -> None:
+    """All that can be refused before anything is written, and what an earlier, killed run left behind."""
+    require_absent(out, job.overwrite)
+    _require_apart(out, sources)
+    require_overrides_fit(job.target, sources[0])
+    for leftover in clear_leftovers(out):
+        job.note(f"an earlier run was killed before it had finished: {leftover.name} was cleared away")
+    require_absent(out, job.overwrite)  # again, for an old folder may have come back
+
+
+def _require_apart(out: Path, sources: Sequence[Checkpoint]) -> None:
+    """Raise UserError if writing `out` would replace a file that is read, or a folder around one."""
+    for file in {file for source in sources for file in _files_read(source)}:
+        if out.resolve() in {place.resolve() for place in (file, *file.absolute().parents)}:
+            raise UserError(f"{out}: the output would replace its own source", fix="choose another name with -o")
+
+
+def _files_read(checkpoint: Checkpoint) -> list[Path]:
+    return sorted({entry.path for tensor in checkpoint.tensors.values() for entry in tensor.parts.values()})
+
+
+def expect(out: Path, parts: Sequence[Part], job: Job) -> Meter:
+    """Name the files that will be read, in order. Returns what counts their bytes as they are converted. Raises
+    UserError if they and the output do not fit on the disk."""
+    files = [file for checkpoint, _ in parts for file in _files_read(checkpoint)]
+    job.files.expect(files, out.resolve().parent, sum(_out_bytes(*part) for part in parts))
+    return Meter(job.progress, sum(_source_bytes(*part) for part in parts))
+
+
+def convert_part(
+    checkpoint: Checkpoint, to: Target, out: Path, source: Path, job: Job, meter: Meter
+) -> list[TensorError]:
+    """Write `out`, from a checkpoint that is `source` or in it; returns each tensor's error, if they are measured."""
+    _note_lossy(checkpoint, to, job.note)
+    extra = _tokenizer_metadata(checkpoint, source, to)
+    files = job.files if job.files.file_bytes else None  # else they are here all along
+    return streaming.convert(checkpoint, to, out, extra=extra, options=job.options, files=files, on_bytes=meter)
+
+
+def _note_lossy(checkpoint: Checkpoint, to: Target, note: Note) -> None:
+    """Say that what a smaller format lost does not come back."""
+    main = checkpoint.main_format
+    encoded_again = any(
+        part.format.lossy and part.format != tensor.format
+        for tensor in output_tensors(checkpoint, to)
+        for part in tensor.sources
+    )
+    if FORMATS[main].lossy and encoded_again:
+        note(
+            f"{checkpoint.component}: the source is {main} already, so {to.name} keeps its losses and adds its own; "
+            "start from 16-bit weights where you can"
+        )
+
+
+def _tokenizer_metadata(checkpoint: Checkpoint, source: Path, to: Target) -> dict[str, Any]:
+    """A text encoder in a GGUF file carries its tokenizer, when one is at hand."""
+    if checkpoint.component != "text_encoder" or to.container != "gguf":
+        return {}
+    inside = {key: value for key, value in checkpoint.metadata.items() if key.startswith("tokenizer.")}
+    folder = source / "tokenizer"
+    if inside or not folder.is_dir():
+        return inside
+    tokenizer: PromptTokenizer = tokenizer_from_folder(folder)
+    return tokenizer_to_gguf(tokenizer, checkpoint.config.vocab_size)
+
+
+def _source_bytes(checkpoint: Checkpoint, to: Target | None) -> int:
+    """Bytes that will be read, which leaves out what no output needs."""
+    if to is None:
+        return checkpoint.nbytes
+    return sum(part.nbytes for tensor in output_tensors(checkpoint, to) for part in tensor.sources)
+
+
+def _out_bytes(checkpoint: Checkpoint, to: Target | None) -> int:
+    """Bytes that the component will take on the disk, headers aside."""
+    return checkpoint.nbytes if to is None else sum(tensor.nbytes for tensor in output_tensors(checkpoint, to))

@@ -1,0 +1,131 @@
+"""A whole model, quantized into a folder that holds all of one.
+
+Transformer and text encoder are converted; VAE, tokenizer, schedule and configs are carried over.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.checkpoint import Checkpoint, weight_files
+from ..checkpoint.detect import COMPONENTS
+from ..checkpoint.diffusers_config import config_json, model_index
+from ..checkpoint.model_card import CARD
+from ..checkpoint.model_files import find_component, scheduler_config
+from ..checkpoint.output import replacing
+from ..errors import UserError
+from .complete import open_complete
+from .fidelity import TensorError
+from .job import Job, Meter, Written, convert_part, expect, prepare, source_name
+from .output_file import output_tensors, quantization_config
+from .recipe import KEEP, as_it_is
+
+_ENTRIES = {*COMPONENTS, "tokenizer", "scheduler", "model_index.json", CARD}  # of an output folder
+_DIFFUSERS_NAMES = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
+
+
+def quantize_model(source: Path, out: Path | None, job: Job) -> list[Written]:
+    """Convert a model into the folder `out`, whole or not at all. Raises UserError."""
+    out = out or Path(f"{source_name(source)}-{job.target.name}")
+    checkpoints = {component: _open_part(source, component, job) for component in COMPONENTS}
+    prepare(out, list(checkpoints.values()), job)
+    _require_replaceable(out)
+    meter = expect(out, [(checkpoint, job.target_of(part)) for part, checkpoint in checkpoints.items()], job)
+    written = []
+    with replacing(out) as partial:
+        partial.mkdir()
+        for component, checkpoint in checkpoints.items():
+            folder = partial / component
+            folder.mkdir()
+            name, errors = _write_part(checkpoint, folder, source, job, meter)
+            size = sum(file.stat().st_size for file in folder.iterdir())
+            to = job.target_of(component)
+            written.append(
+                Written(
+                    component, to.name if to else KEEP, out / component / name, checkpoint.nbytes, size, tuple(errors)
+                )
+            )
+        _carry_over(source, partial)
+    return written
+
+
+def _open_part(source: Path, component: str, job: Job) -> Checkpoint:
+    path = find_component(source, component)
+    if path is None:
+        raise UserError(
+            f"{source} has no {component}/", expected="a model folder with transformer/, text_encoder/ and vae/"
+        )
+    return open_complete(path, component, job.files.file_bytes)
+
+
+def _require_replaceable(out: Path) -> None:
+    """Raise UserError if `out` holds anything that this program does not write."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file, and a model folder comes out as a folder", fix="choose another name with -o")
+    foreign = [entry.name for entry in out.iterdir() if entry.name not in _ENTRIES] if out.exists() else []
+    if foreign:
+        raise UserError(
+            f"{out} holds more than a model, so it is not replaced", got=foreign[0], fix="choose another name with -o"
+        )
+
+
+def _write_part(
+    checkpoint: Checkpoint, folder: Path, source: Path, job: Job, meter: Meter
+) -> tuple[str, list[TensorError]]:
+    """Convert or copy one component into `folder`; returns the name of its (first) weights file."""
+    to = job.target_of(checkpoint.component)
+    config = _config(checkpoint)
+    if to is None and checkpoint.source != source:
+        _write_json(folder / "config.json", config)
+        return _copy_weights(checkpoint, folder, job, meter), []
+    to = to or as_it_is()  # out of an all-in-one file
+    config.pop("quantization_config", None)
+    _write_json(folder / "config.json", {**config, **quantization_config(to, output_tensors(checkpoint, to))})
+    standard = to.container in ("bnb", "quanto") or to.name == KEEP
+    name = (_DIFFUSERS_NAMES[checkpoint.component] if standard else f"{checkpoint.component}-{to.name}") + to.suffix
+    return name, convert_part(checkpoint, to, folder / name, source, job, meter)
+
+
+def _copy_weights(checkpoint: Checkpoint, folder: Path, job: Job, meter: Meter) -> str:
+    """Returns the name of the (first) file."""
+    files = weight_files(checkpoint.source) if checkpoint.source.is_dir() else [checkpoint.source]
+    indices = checkpoint.source.glob("*.safetensors.index.json") if checkpoint.source.is_dir() else []
+    for file in (*files, *indices):
+        job.files.fetch(file)
+        shutil.copyfile(file, folder / file.name)
+        job.files.release(file)
+    checkpoint.require_unchanged()
+    meter(checkpoint.nbytes)
+    return files[0].name
+
+
+def _config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The source's own config.json where it has one, for it may say more than we know."""
+    path = checkpoint.source / "config.json"
+    if checkpoint.source.is_dir() and path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    return config_json(checkpoint.config)
+
+
+def _carry_over(source: Path, out: Path) -> None:
+    """Tokenizer, schedule, card and index: copied where they are, written anew where a ComfyUI folder has none."""
+    for name in ("tokenizer", "scheduler"):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, out / name)
+    if (source / CARD).exists():
+        shutil.copyfile(source / CARD, out / CARD)
+    if not (out / "scheduler").exists():
+        (out / "scheduler").mkdir()
+        _write_json(out / "scheduler" / "scheduler_config.json", config_json(scheduler_config(None)))
+    index = source / "model_index.json"
+    _write_json(
+        out / "model_index.json", json.loads(index.read_text(encoding="utf-8")) if index.exists() else model_index()
+    )
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
