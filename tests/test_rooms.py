@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,40 @@ def test_wrong_imports_are_found(name: str, source: str) -> None:
 )
 def test_right_imports_are_not(name: str, source: str) -> None:
     assert faults(name, source) == []
+
+
+class WithoutTypes(ast.NodeTransformer):
+    """Drops what only type checkers import."""
+
+    def visit_If(self, node: ast.If) -> Any:
+        return node.orelse if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
+
+
+def circle(sources: Mapping[str, tuple[str, bool]]) -> list[str]:
+    """Modules of which each imports the next, wherever in its source, and the last the first; [] if there are none.
+
+    sources: name -> source, and whether it is a package.
+    """
+    graph: TopologicalSorter[str] = TopologicalSorter()
+    for name, (source, is_package) in sources.items():
+        runs = ast.unparse(WithoutTypes().visit(ast.parse(source)))
+        graph.add(name, *(sources.keys() & set(imports(name, runs, is_package)) - {name}))
+    try:
+        graph.prepare()
+    except CycleError as error:
+        return list(reversed(error.args[1]))
+    return []
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    sources = {name: (file.read_text(encoding="utf-8"), file.name == "__init__.py") for name, file in MODULES.items()}
+    assert circle(sources) == []
+    first, second, third = "zimage_kernels.norm", "zimage_kernels.qk", "zimage_kernels.rope"
+    longer = {first: ("from .qk import f", False), second: ("def g():\n    from . import rope", False)}
+    back = "if TYPE_CHECKING:\n    from .qk import f\n"
+    assert circle({**longer, third: (back, False)}) == []
+    found = circle({**longer, third: (f"{back}else:\n    from .norm import f", False)})
+    assert found[0] == found[-1] and set(found) == {first, second, third}
 
 
 # --- What is loaded

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from zimage_lite.checkpoint import gguf, safetensors
-from zimage_lite.checkpoint.container import TensorFile, open_tensor_file
+from zimage_lite.checkpoint.container import TensorFile
+from zimage_lite.checkpoint.opening import open_tensor_file
 from zimage_lite.errors import FileFormatError, UserError
 
 SEEDS = range(80)  # per kind of damage

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 
 from zimage_lite.checkpoint import output, writer
 from zimage_lite.checkpoint.checkpoint import open_checkpoint
-from zimage_lite.checkpoint.container import open_tensor_file
 from zimage_lite.checkpoint.model_files import open_model
+from zimage_lite.checkpoint.opening import open_tensor_file
 from zimage_lite.cli import run
 from zimage_lite.config import RuntimeOptions, TextEncoderConfig, TransformerConfig
 from zimage_lite.convert import job

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from make_checkpoint import component_shapes
 
 from zimage_lite.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from zimage_lite.checkpoint.container import open_tensor_file
+from zimage_lite.checkpoint.opening import open_tensor_file
 from zimage_lite.checkpoint.stored import StoredTensor
 from zimage_lite.cli import cli, run
 from zimage_lite.config import TextEncoderConfig, TransformerConfig

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from zimage_kernels import hadamard_rotate
 from zimage_kernels.rotation import hadamard_matrix
 
-from zimage_lite.checkpoint.container import open_tensor_file
+from zimage_lite.checkpoint.opening import open_tensor_file
 from zimage_lite.checkpoint.packed import stored_tensors
 from zimage_lite.convert.recipe import target, targets
 from zimage_lite.errors import FileFormatError, UserError

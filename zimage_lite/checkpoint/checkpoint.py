@@ -17,10 +17,11 @@ from ..config import TextEncoderConfig, TransformerConfig, VaeConfig
 from ..errors import FileFormatError, UserError, WrongModelError
 from ..quant.tensor import rows_columns
 from . import configs
-from .container import TensorFile, file_stamp, open_tensor_file
+from .container import TensorFile, file_stamp
 from .detect import contents, detect, refuse_relatives
 from .json_file import read_json
 from .names import LLAMA_CPP_QWEN3, NATIVE_TRANSFORMER, OLD_DIFFUSERS_VAE, NameMap, flux_vae
+from .opening import open_tensor_file
 from .packed import stored_tensors
 from .stored import StoredTensor
 
