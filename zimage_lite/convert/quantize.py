@@ -19,6 +19,7 @@ import torch
 from ..checkpoint.checkpoint import WEIGHT_SUFFIXES, Checkpoint, components_in, is_weight_file, weight_files
 from ..checkpoint.detect import COMPONENTS
 from ..checkpoint.diffusers_config import config_json, model_index
+from ..checkpoint.gguf import encoded_values
 from ..checkpoint.hub import LocalFiles, hub_files, is_hub_id
 from ..checkpoint.model_card import CARD
 from ..checkpoint.model_files import find_component, scheduler_config
@@ -337,10 +338,11 @@ def _tokenizer_metadata(checkpoint: Checkpoint, source: Path, to: Target) -> dic
     """A text encoder in a GGUF file carries its tokenizer, when one is at hand."""
     if checkpoint.component != "text_encoder" or to.container != "gguf":
         return {}
-    inside = {key: value for key, value in checkpoint.metadata.items() if key.startswith("tokenizer.")}
+    if "tokenizer.ggml.tokens" in checkpoint.metadata:
+        return encoded_values(next(iter(checkpoint.tensors.values())).parts[""].path, "tokenizer.")
     folder = source / "tokenizer"
-    if inside or not folder.is_dir():
-        return inside
+    if not folder.is_dir():
+        return {}
     tokenizer: PromptTokenizer = tokenizer_from_folder(folder)
     return tokenizer_to_gguf(tokenizer, checkpoint.config.vocab_size)
 
