@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import TextEncoderConfig, TransformerConfig, VaeConfig
-from ..errors import FileFormatError, UserError, WrongModelError
+from ..errors import FileFormatError, WrongModelError
 from ..quant.tensor import rows_columns
 from . import configs
 from .container import TensorFile, file_stamp, open_tensor_file
@@ -23,9 +23,9 @@ from .json_file import read_json
 from .names import LLAMA_CPP_QWEN3, NATIVE_TRANSFORMER, OLD_DIFFUSERS_VAE, NameMap, flux_vae
 from .packed import stored_tensors
 from .stored import StoredTensor
+from .weight_files import require_whole, weight_set
 
 CONFIG_KEY = "zimage_lite.config"  # metadata of the files we write: what shapes cannot tell
-WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".sft")
 
 ModelConfig = TransformerConfig | TextEncoderConfig | VaeConfig
 
@@ -122,7 +122,7 @@ def open_checkpoint(
     file_bytes: sizes of files of which only the header is there so far.
     """
     folder = path if path.is_dir() else None
-    files = [open_tensor_file(file, file_bytes) for file in (weight_files(path) if folder else [path])]
+    files = [open_tensor_file(file, file_bytes) for file in (weight_set(path).files if folder else [_whole(path)])]
     given = read_json(folder / "config.json") if folder and (folder / "config.json").exists() else None
     stamps = {file.path: file.stamp for file in files if file.path not in (file_bytes or {})}
     return replace(checkpoint_of(files, path, component, given), stamps=stamps)
@@ -152,34 +152,12 @@ def checkpoint_of(
 
 def components_in(path: Path) -> tuple[str, ...]:
     """What a weights file holds: one component, or all of them if it is an all-in-one checkpoint. Raises UserError."""
-    return tuple(contents({tensor.name for tensor in stored_tensors(open_tensor_file(path))}, str(path)))
+    return tuple(contents({tensor.name for tensor in stored_tensors(open_tensor_file(_whole(path)))}, str(path)))
 
 
-def is_weight_file(path: Path) -> bool:
-    return path.suffix in WEIGHT_SUFFIXES and not path.name.startswith(".")  # macOS leaves ._x.safetensors about
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a component folder: the shards of an index, or the one file there is."""
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise FileFormatError(f"{index}: weight_map is not a map of file names")
-        shards = [folder / Path(shard).name for shard in sorted(set(weight_map.values()))]
-        for shard in shards:
-            if not shard.exists():
-                raise UserError(f"{shard}: this shard is missing", fix="download the folder again")
-        return shards
-    found = sorted(filter(is_weight_file, folder.iterdir()))
-    if len(found) > 1:  # diffusers keeps variants such as model.fp16.safetensors beside the plain file
-        found = [file for file in found if file.stem.count(".") == 0] or found
-    if len(found) != 1:
-        raise UserError(
-            f"{folder}",
-            got=", ".join(file.name for file in found) or "no weights",
-            expected="one .safetensors or .gguf file, or shards with their index",
-        )
-    return found
+def _whole(file: Path) -> Path:
+    require_whole(file)
+    return file
 
 
 @cache

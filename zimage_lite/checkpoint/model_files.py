@@ -13,11 +13,12 @@ from typing import Any
 
 from ..config import SchedulerConfig, from_mapping
 from ..errors import UserError, WrongModelError
-from .checkpoint import Checkpoint, components_in, is_weight_file, open_checkpoint
+from .checkpoint import Checkpoint, components_in, open_checkpoint
 from .detect import COMPONENTS
 from .json_file import read_json
 from .model_card import default_size
 from .tokenizer import PromptTokenizer, tokenizer_from_folder, tokenizer_from_gguf
+from .weight_files import are_shards, is_weight_file
 
 # Component -> ComfyUI's folders for it, new and old.
 COMFY_FOLDERS = {
@@ -97,6 +98,8 @@ def find_component(model: Path | None, component: str) -> Path | None:
         return folder
     for name in COMFY_FOLDERS[component]:
         files = [f for f in sorted((model / name).glob("*")) if is_weight_file(f)] if (model / name).is_dir() else []
+        if len(files) > 1 and are_shards(files):
+            return model / name
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
             raise UserError(

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.checkpoint import WEIGHT_SUFFIXES, Checkpoint, components_in, is_weight_file, weight_files
+from ..checkpoint.checkpoint import Checkpoint, components_in
 from ..checkpoint.detect import COMPONENTS
 from ..checkpoint.diffusers_config import config_json, model_index
 from ..checkpoint.gguf import encoded_values
@@ -25,6 +25,7 @@ from ..checkpoint.model_card import CARD
 from ..checkpoint.model_files import find_component, scheduler_config
 from ..checkpoint.output import clear_leftovers, replacing, require_absent
 from ..checkpoint.tokenizer import PromptTokenizer, tokenizer_from_folder, tokenizer_to_gguf
+from ..checkpoint.weight_files import WEIGHT_SUFFIXES, WeightSet, is_weight_file, weight_set
 from ..errors import UserError
 from ..quant.formats import EFFORTS, FORMATS
 from . import streaming as _convert
@@ -256,15 +257,15 @@ def _write_part(
     config = _config(checkpoint)
     if to is None and checkpoint.source != source:
         _write_json(folder / "config.json", config)
-        files = weight_files(checkpoint.source) if checkpoint.source.is_dir() else [checkpoint.source]
-        indices = checkpoint.source.glob("*.safetensors.index.json") if checkpoint.source.is_dir() else []
-        for file in (*files, *indices):
+        is_folder = checkpoint.source.is_dir()
+        found = weight_set(checkpoint.source) if is_folder else WeightSet((checkpoint.source,), False)
+        for file in (*found.files, *filter(None, [found.index])):
             job.files.fetch(file)
             shutil.copyfile(file, folder / file.name)
             job.files.release(file)
         checkpoint.require_unchanged()
         meter(checkpoint.nbytes)
-        return files[0].name, []
+        return found.files[0].name, []
     to = to or as_it_is()  # out of an all-in-one file
     config.pop("quantization_config", None)
     _write_json(folder / "config.json", {**config, **quantization_config(to, output_tensors(checkpoint, to))})
