@@ -17,6 +17,7 @@ from ..config import TextEncoderConfig, TransformerConfig, VaeConfig
 from ..errors import FileFormatError, WrongModelError
 from ..quant.tensor import rows_columns
 from . import configs
+from .architecture import architecture, refuse_other_encoder, text_encoder_values
 from .container import TensorFile, file_stamp, open_tensor_file
 from .detect import contents, detect, refuse_relatives
 from .json_file import read_json
@@ -139,7 +140,9 @@ def checkpoint_of(
     names = {tensor.name for tensor in raw}
     if len(names) < len(raw):
         raise FileFormatError(f"{path}: two files of this checkpoint hold the same tensor")
-    found, prefix = detect(names, str(path), component)
+    found, prefix = detect(names, str(path), component, architecture(files[0].metadata))
+    if found == "text_encoder":
+        refuse_other_encoder(files[0].metadata, str(path))
     canonical = [
         tensor for stored in raw if stored.name.startswith(prefix) for tensor in _canonical(found, stored, prefix)
     ]
@@ -152,7 +155,9 @@ def checkpoint_of(
 
 def components_in(path: Path) -> tuple[str, ...]:
     """What a weights file holds: one component, or all of them if it is an all-in-one checkpoint. Raises UserError."""
-    return tuple(contents({tensor.name for tensor in stored_tensors(open_tensor_file(_whole(path)))}, str(path)))
+    file = open_tensor_file(_whole(path))
+    names = {tensor.name for tensor in stored_tensors(file)}
+    return tuple(contents(names, str(path), architecture(file.metadata)))
 
 
 def _whole(file: Path) -> Path:
@@ -200,7 +205,7 @@ def _embedded_config(file: TensorFile) -> dict[str, Any]:
     """What the file itself says of its config: ours, or a Qwen3 GGUF's metadata."""
     text = file.metadata.get(CONFIG_KEY)
     if not isinstance(text, str):
-        return configs.text_encoder_values(file.metadata)
+        return text_encoder_values(file.metadata)
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -63,17 +63,6 @@ def text_encoder_config(shapes: Shapes, given: Mapping[str, Any], where: str) ->
     return from_mapping(TextEncoderConfig, {**given, **theta, **measured}, where)
 
 
-def text_encoder_values(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a config.json, out of a Qwen3 GGUF's metadata."""
-    names = {
-        "qwen3.block_count": "num_hidden_layers",
-        "qwen3.rope.freq_base": "rope_theta",
-        "qwen3.attention.layer_norm_rms_epsilon": "rms_norm_eps",
-        "qwen3.context_length": "max_position_embeddings",
-    }
-    return {value: metadata[key] for key, value in names.items() if key in metadata}
-
-
 def vae_config(shapes: Shapes, given: Mapping[str, Any], where: str) -> VaeConfig:
     levels = _count(shapes, r"decoder\.up_blocks\.(\d+)\.")
     blocks = [f"decoder.up_blocks.{i}.resnets.0.conv1.weight" for i in range(levels)]
