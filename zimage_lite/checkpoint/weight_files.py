@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FileFormatError, UserError, WrongModelError
+from .impostors import refuse_cache_root
 from .json_file import read_json
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".sft")
@@ -48,6 +49,8 @@ def weight_set(folder: Path) -> WeightSet:
     whole = [one for one in found if not one.missing]
     if found and not whole:
         raise UserError(f"{found[0].missing[0]}: this shard is missing", fix="download the folder again")
+    if not found:
+        refuse_cache_root(folder)
     plain = [one for one in whole if not one.is_variant] or whole
     chosen = [one for one in plain if one.index] or plain
     if len(chosen) != 1:

@@ -21,6 +21,7 @@ from ..checkpoint.detect import COMPONENTS
 from ..checkpoint.diffusers_config import config_json, model_index
 from ..checkpoint.gguf import encoded_values
 from ..checkpoint.hub import LocalFiles, hub_files, is_hub_id
+from ..checkpoint.impostors import no_such
 from ..checkpoint.model_card import CARD
 from ..checkpoint.model_files import find_component, scheduler_config
 from ..checkpoint.output import clear_leftovers, replacing, require_absent
@@ -140,7 +141,7 @@ def _files(
         if given:
             raise UserError(f"{flag}: {source} is a path here", fix=f"{flag} is for a model on the Hub, OWNER/NAME")
     if not Path(source).exists():
-        raise UserError(f"{source}: no such file or folder")
+        raise no_such(source)
     yield LocalFiles(Path(source))
 
 
