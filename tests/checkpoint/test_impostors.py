@@ -84,6 +84,7 @@ def test_a_header_length_may_look_like_text(tmp_path: Path, first: int) -> None:
     [
         ("https://huggingface.co/Tongyi-MAI/Z-Image-Turbo", "name the model as Tongyi-MAI/Z-Image-Turbo"),
         ("http://hf.co/Tongyi-MAI/Z-Image-Turbo/", "name the model as Tongyi-MAI/Z-Image-Turbo"),
+        ("huggingface.co/Tongyi-MAI/Z-Image-Turbo", "name the model as Tongyi-MAI/Z-Image-Turbo"),
         ("https://huggingface.co/A/B/tree/main?x=1", "name the model as A/B"),
         ("https://huggingface.co/A/B/resolve/main/x.gguf", "the address of a file; download it"),
         ("https://huggingface.co/A/B/blob/main/x.gguf", "the address of a file; download it"),
@@ -108,13 +109,14 @@ def test_a_cache_of_the_hub(tmp_path: Path, tiny: Path, refused: Callable[..., s
         ("generate", "x", "--model", root, "-o", tmp_path / "x.png"),
         ("generate", "x", "--model", tiny, "--transformer", root, "-o", tmp_path / "x.png"),
         ("quantize", root, "--to", "q8_0", "-o", tmp_path / "out"),
+        ("inspect", root),
     ):
         line = refused(*command)
-        assert line == f"error: {root}: this is a folder of the Hub's cache; name Some-One/A.Model or {snapshot}"
+        assert line.endswith(f"a model's folder in the Hub's cache; name Some-One/A.Model, or {snapshot}")
     line = refused("generate", "x", "--model", tmp_path, "-o", tmp_path / "x.png")
-    assert (
-        line == f"error: {tmp_path}: this is the Hub's cache, not a model; name a model in it, such as Some-One/A.Model"
-    )
+    assert line.endswith("this is the Hub's cache, not a model; name a model in it, such as Some-One/A.Model")
+    (tmp_path / "diffusion_models").mkdir()  # any folder of models may have some of the cache's in it
+    assert "has no transformer" in refused("generate", "x", "--model", tmp_path, "-o", tmp_path / "x.png")
     assert open_checkpoint(snapshot / "vae").component == "vae"
 
 

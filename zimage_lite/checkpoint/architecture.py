@@ -21,7 +21,7 @@ _VALUES = {
 
 
 def architecture(metadata: Mapping[str, Any]) -> str:
-    """ "lumina2", "qwen3", ...; "" where a file does not say."""
+    """Such as lumina2 or qwen3; empty where a file does not say."""
     said = metadata.get("general.architecture")
     return said if isinstance(said, str) and said not in _NOTHING else ""
 

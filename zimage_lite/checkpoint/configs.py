@@ -43,8 +43,9 @@ def text_encoder_config(shapes: Shapes, given: Mapping[str, Any], where: str) ->
     layer = "layers.0."
     head_dim = _shape(shapes, f"{layer}self_attn.q_norm.weight", 1, where)[0]
     n_layers = _count(shapes, r"layers\.(\d+)\.")
-    true_layers = TextEncoderConfig.num_hidden_layers if hidden_size == TextEncoderConfig.hidden_size else None
-    if given.get("num_hidden_layers", true_layers) == n_layers + 1:
+    is_true_width = hidden_size == TextEncoderConfig.hidden_size
+    told = {"num_hidden_layers": TextEncoderConfig.num_hidden_layers} if is_true_width else {}
+    if {**told, **_only(given, "num_hidden_layers")}.get("num_hidden_layers") == n_layers + 1:
         n_layers += 1  # the last layer is never used, and some files leave it out
     measured = {
         "vocab_size": vocab_size,
@@ -56,7 +57,7 @@ def text_encoder_config(shapes: Shapes, given: Mapping[str, Any], where: str) ->
         "intermediate_size": _shape(shapes, f"{layer}mlp.gate_proj.weight", 2, where)[0],
     }
     _reject_contradiction(measured, given, where)
-    if true_layers:
+    if is_true_width:
         _require_blocks(measured, given, where, TextEncoderConfig, "num_hidden_layers")
     rope = given.get("rope_parameters")  # where transformers 5 moved rope_theta
     theta = _only(rope, "rope_theta") if isinstance(rope, dict) else {}

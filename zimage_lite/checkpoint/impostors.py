@@ -53,7 +53,8 @@ def refuse_impostor(path: Path, start: bytes) -> None:
 
 def no_such(path: Path | str, what: str = "no such file or folder", expected: str | None = None) -> UserError:
     """The error for a path that does not exist: also for one that is an address, which Path makes https:/..."""
-    found = _ADDRESS.match(str(path))
+    text = str(path)
+    found = _ADDRESS.match(f"https://{text}" if _HUB.fullmatch(text.partition("/")[0]) else text)
     if not found:
         return UserError(f"{path}: {what}", expected=expected)
     parts = found["path"].strip("/").split("/")
@@ -65,14 +66,15 @@ def no_such(path: Path | str, what: str = "no such file or folder", expected: st
 
 
 def refuse_cache_root(folder: Path) -> None:
-    """Raise UserError for a model's folder in the Hub's cache, whose files lie further down, or the whole cache."""
+    """Raise UserError for a model's folder in the Hub's cache, whose files lie further down, or for the whole cache."""
+    snapshots = list((folder / "snapshots").iterdir()) if (folder / "snapshots").is_dir() else []
     model = _CACHED.fullmatch(folder.absolute().name)
-    snapshots = sorted((folder / "snapshots").iterdir()) if (folder / "snapshots").is_dir() else []
     if snapshots and model:
-        names = f"{model['owner']}/{model['name']} or {snapshots[-1]}"
-        raise UserError(f"{folder}: this is a folder of the Hub's cache", fix=f"name {names}")
-    inside = sorted(folder.glob("models--*--*"))
-    if inside:
-        named = _CACHED.fullmatch(inside[0].name)
-        example = f", such as {named['owner']}/{named['name']}" if named else ""
-        raise UserError(f"{folder}: this is the Hub's cache, not a model", fix=f"name a model in it{example}")
+        newest = max(snapshots, key=lambda snapshot: snapshot.stat().st_mtime)
+        fix = f"name {model['owner']}/{model['name']}, or {newest}"
+        raise UserError(f"{folder}: this is a model's folder in the Hub's cache", fix=fix)
+    inside = [entry.name for entry in sorted(folder.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
+    named = [_CACHED.fullmatch(name) for name in inside if not name.startswith(("datasets--", "spaces--"))]
+    if named and named[0] and all(named):
+        fix = f"name a model in it, such as {named[0]['owner']}/{named[0]['name']}"
+        raise UserError(f"{folder}: this is the Hub's cache, not a model", fix=fix)

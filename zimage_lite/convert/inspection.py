@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint, components_in
 from ..checkpoint.detect import COMPONENTS
-from ..checkpoint.impostors import no_such
+from ..checkpoint.impostors import no_such, refuse_cache_root
 from ..checkpoint.model_files import find_component, open_model
 from ..checkpoint.stored import StoredTensor
 from ..errors import UserError
@@ -42,6 +42,8 @@ def inspect(path: Path) -> list[Part]:
     parts do not go together."""
     if not path.exists():
         raise no_such(path)
+    if path.is_dir():
+        refuse_cache_root(path)
     found = (_found(path, component) for component in COMPONENTS if path.is_dir() or _holds_all(path))
     parts = [part for part in found if part is not None]
     if not parts:
