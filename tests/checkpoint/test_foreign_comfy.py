@@ -182,6 +182,36 @@ def test_scaled_fp8(native: Weights, tmp_path: Path, dtype: torch.dtype, prefix:
     assert relative_error(forward(tmp_path / "a.safetensors"), wanted) <= 1e-5
 
 
+@pytest.mark.parametrize("leaf", ["scale_weight", "weight_scale", "marked"])
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fp8_scales_of_any_kind(native: Weights, tmp_path: Path, leaf: str, scale_dtype: torch.dtype) -> None:
+    """One for each row, as [N, 1] or [N], or one for all; of any float, with or without a marker."""
+    arrays, expected = {}, {}
+    for name, tensor in native.items():
+        expected[name] = arrays[name] = tensor
+        if not is_block_matrix(name, tensor):
+            continue
+        layer, wide = name.removesuffix(".weight"), tensor.float()
+        shape = (-1,) if "w1" in name else (1,) if "w3" in name else () if "out" in name else (-1, 1)
+        largest = wide.abs().amax(1) if -1 in shape else wide.abs().amax()
+        scale = (largest / 448).to(scale_dtype).reshape(shape)
+        rows = scale.float().reshape(-1, 1)
+        arrays[name] = (wide / rows).clamp(-448, 448).to(torch.float8_e4m3fn)
+        arrays[f"{layer}.{'weight_scale' if leaf == 'marked' else leaf}"] = scale
+        expected[name] = arrays[name].float() * rows
+        if leaf == "marked":
+            marker = list(b'{"format": "float8_e4m3fn"}')
+            arrays[f"{layer}.comfy_quant"] = torch.tensor(marker, dtype=torch.uint8)
+    save_file(arrays, tmp_path / "a.safetensors")
+    assert_reads(open_checkpoint(tmp_path / "a.safetensors"), canonical(expected))
+    wanted = forward(plain_file(tmp_path / "plain.safetensors", canonical(expected)))
+    assert relative_error(forward(tmp_path / "a.safetensors"), wanted) <= 1e-5
+    quantize(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "fp8")  # with one scale, as ComfyUI wants it
+    stored = load_file(tmp_path / "b.safetensors")
+    assert {stored[name].shape for name in stored if name.endswith("weight_scale")} == {torch.Size()}
+    assert relative_error(forward(tmp_path / "b.safetensors"), wanted) < 0.1  # rounded once more, to 3 bits
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_plain_casts_to_fp8(native: Weights, tmp_path: Path, dtype: torch.dtype) -> None:
     """Norms and biases, too."""

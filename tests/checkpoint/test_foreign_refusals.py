@@ -30,6 +30,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Weights:
 
 
 QKV = "layers.0.attention.qkv"
+FP8 = torch.zeros(1152, 384).to(torch.float8_e4m3fn)
 
 
 def marker(**fields: Any) -> Tensor:
@@ -101,8 +102,13 @@ def test_refuses_comfyui_metadata(native: Weights, tmp_path: Path, metadata: str
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({f"{QKV}.scale_weight": torch.ones(2)}, "is no F32 scale"),
-        ({f"{QKV}.scale_weight": torch.ones((), dtype=torch.bfloat16)}, "is no F32 scale"),
+        ({f"{QKV}.weight": FP8, f"{QKV}.scale_weight": torch.ones(2)}, r"got F32 of shape \(2,\), expected F32 of"),
+        (
+            {f"{QKV}.weight": FP8, f"{QKV}.weight_scale": torch.ones(9, 3)},
+            r"got F32 of shape \(9, 3\), expected F32 of",
+        ),
+        ({f"{QKV}.weight": FP8, f"{QKV}.weight_scale_inv": torch.ones(9, 3)}, "weight_scale_inv scales a weight"),
+        ({f"{QKV}.scale_weight": torch.ones((), dtype=torch.int32)}, "is no scale"),
         ({"layers.0.none.scale_weight": torch.ones(())}, "of a weight beside it"),
         ({f"{QKV}.weight": torch.ones(1152, 384, dtype=torch.int8), f"{QKV}.scale_weight": torch.ones(())}, "got I8"),
         ({f"{QKV}.weight": torch.ones(1152, 384, dtype=torch.int8)}, "nothing in the file says how to read it"),

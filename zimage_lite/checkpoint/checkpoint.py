@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import TextEncoderConfig, TransformerConfig, VaeConfig
-from ..errors import FileFormatError, UserError, WrongModelError
+from ..errors import FileFormatError, WrongModelError
 from ..quant.tensor import rows_columns
 from . import configs
+from .architecture import architecture, refuse_other_encoder, text_encoder_values
 from .container import TensorFile, file_stamp
 from .detect import contents, detect, refuse_relatives
 from .json_file import read_json
@@ -24,9 +25,9 @@ from .names import LLAMA_CPP_QWEN3, NATIVE_TRANSFORMER, OLD_DIFFUSERS_VAE, NameM
 from .opening import open_tensor_file
 from .packed import stored_tensors
 from .stored import StoredTensor
+from .weight_files import require_whole, weight_set
 
 CONFIG_KEY = "zimage_lite.config"  # metadata of the files we write: what shapes cannot tell
-WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".sft")
 
 ModelConfig = TransformerConfig | TextEncoderConfig | VaeConfig
 
@@ -123,7 +124,7 @@ def open_checkpoint(
     file_bytes: sizes of files of which only the header is there so far.
     """
     folder = path if path.is_dir() else None
-    files = [open_tensor_file(file, file_bytes) for file in (weight_files(path) if folder else [path])]
+    files = [open_tensor_file(file, file_bytes) for file in (weight_set(path).files if folder else [_whole(path)])]
     given = read_json(folder / "config.json") if folder and (folder / "config.json").exists() else None
     stamps = {file.path: file.stamp for file in files if file.path not in (file_bytes or {})}
     return replace(checkpoint_of(files, path, component, given), stamps=stamps)
@@ -140,7 +141,9 @@ def checkpoint_of(
     names = {tensor.name for tensor in raw}
     if len(names) < len(raw):
         raise FileFormatError(f"{path}: two files of this checkpoint hold the same tensor")
-    found, prefix = detect(names, str(path), component)
+    found, prefix = detect(names, str(path), component, architecture(files[0].metadata))
+    if found == "text_encoder":
+        refuse_other_encoder(files[0].metadata, str(path))
     canonical = [
         tensor for stored in raw if stored.name.startswith(prefix) for tensor in _canonical(found, stored, prefix)
     ]
@@ -153,34 +156,14 @@ def checkpoint_of(
 
 def components_in(path: Path) -> tuple[str, ...]:
     """What a weights file holds: one component, or all of them if it is an all-in-one checkpoint. Raises UserError."""
-    return tuple(contents({tensor.name for tensor in stored_tensors(open_tensor_file(path))}, str(path)))
+    file = open_tensor_file(_whole(path))
+    names = {tensor.name for tensor in stored_tensors(file)}
+    return tuple(contents(names, str(path), architecture(file.metadata)))
 
 
-def is_weight_file(path: Path) -> bool:
-    return path.suffix in WEIGHT_SUFFIXES and not path.name.startswith(".")  # macOS leaves ._x.safetensors about
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a component folder: the shards of an index, or the one file there is."""
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise FileFormatError(f"{index}: weight_map is not a map of file names")
-        shards = [folder / Path(shard).name for shard in sorted(set(weight_map.values()))]
-        for shard in shards:
-            if not shard.exists():
-                raise UserError(f"{shard}: this shard is missing", fix="download the folder again")
-        return shards
-    found = sorted(filter(is_weight_file, folder.iterdir()))
-    if len(found) > 1:  # diffusers keeps variants such as model.fp16.safetensors beside the plain file
-        found = [file for file in found if file.stem.count(".") == 0] or found
-    if len(found) != 1:
-        raise UserError(
-            f"{folder}",
-            got=", ".join(file.name for file in found) or "no weights",
-            expected="one .safetensors or .gguf file, or shards with their index",
-        )
-    return found
+def _whole(file: Path) -> Path:
+    require_whole(file)
+    return file
 
 
 @cache
@@ -223,7 +206,7 @@ def _embedded_config(file: TensorFile) -> dict[str, Any]:
     """What the file itself says of its config: ours, or a Qwen3 GGUF's metadata."""
     text = file.metadata.get(CONFIG_KEY)
     if not isinstance(text, str):
-        return configs.text_encoder_values(file.metadata)
+        return text_encoder_values(file.metadata)
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:

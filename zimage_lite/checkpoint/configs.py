@@ -27,10 +27,12 @@ def transformer_config(shapes: Shapes, given: Mapping[str, Any], where: str) -> 
         "cap_feat_dim": cap_feat_dim,
         "in_channels": patch_dim // PATCH_SIZE**2,
         "n_layers": _count(shapes, r"layers\.(\d+)\."),
-        "n_refiner_layers": _count(shapes, r"noise_refiner\.(\d+)\."),
+        "n_refiner_layers": _count(shapes, r"(?:noise|context)_refiner\.(\d+)\."),
         "n_heads": dim // head_dim,
     }
     _reject_contradiction(measured, given, where)
+    if dim == TransformerConfig.dim:
+        _require_blocks(measured, given, where, TransformerConfig, "n_layers", "n_refiner_layers")
     # A quarter of each head sees the caption position, three eighths each see height and width: 32, 48, 48 of 128.
     measured["axes_dims"] = (head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8)
     return from_mapping(TransformerConfig, {**given, **measured, **_only(given, "axes_dims")}, where)
@@ -41,8 +43,10 @@ def text_encoder_config(shapes: Shapes, given: Mapping[str, Any], where: str) ->
     layer = "layers.0."
     head_dim = _shape(shapes, f"{layer}self_attn.q_norm.weight", 1, where)[0]
     n_layers = _count(shapes, r"layers\.(\d+)\.")
-    if given.get("num_hidden_layers") == n_layers + 1:  # the last layer is never used, and some files leave it out
-        n_layers += 1
+    is_true_width = hidden_size == TextEncoderConfig.hidden_size
+    told = {"num_hidden_layers": TextEncoderConfig.num_hidden_layers} if is_true_width else {}
+    if {**told, **_only(given, "num_hidden_layers")}.get("num_hidden_layers") == n_layers + 1:
+        n_layers += 1  # the last layer is never used, and some files leave it out
     measured = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
@@ -53,20 +57,11 @@ def text_encoder_config(shapes: Shapes, given: Mapping[str, Any], where: str) ->
         "intermediate_size": _shape(shapes, f"{layer}mlp.gate_proj.weight", 2, where)[0],
     }
     _reject_contradiction(measured, given, where)
+    if is_true_width:
+        _require_blocks(measured, given, where, TextEncoderConfig, "num_hidden_layers")
     rope = given.get("rope_parameters")  # where transformers 5 moved rope_theta
     theta = _only(rope, "rope_theta") if isinstance(rope, dict) else {}
     return from_mapping(TextEncoderConfig, {**given, **theta, **measured}, where)
-
-
-def text_encoder_values(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a config.json, out of a Qwen3 GGUF's metadata."""
-    names = {
-        "qwen3.block_count": "num_hidden_layers",
-        "qwen3.rope.freq_base": "rope_theta",
-        "qwen3.attention.layer_norm_rms_epsilon": "rms_norm_eps",
-        "qwen3.context_length": "max_position_embeddings",
-    }
-    return {value: metadata[key] for key, value in names.items() if key in metadata}
 
 
 def vae_config(shapes: Shapes, given: Mapping[str, Any], where: str) -> VaeConfig:
@@ -76,7 +71,7 @@ def vae_config(shapes: Shapes, given: Mapping[str, Any], where: str) -> VaeConfi
         "latent_channels": _shape(shapes, "decoder.conv_in.weight", 4, where)[1],
         "in_channels": _shape(shapes, "decoder.conv_out.weight", 4, where)[0],
         "block_out_channels": tuple(_shape(shapes, name, 4, where)[0] for name in reversed(blocks)),
-        "layers_per_block": _count(shapes, r"decoder\.up_blocks\.0\.resnets\.(\d+)\.") - 1,
+        "layers_per_block": _count(shapes, r"decoder\.up_blocks\.\d+\.resnets\.(\d+)\.") - 1,
     }
     _reject_contradiction(measured, given, where)
     for layer in ("quant_conv", "post_quant_conv"):
@@ -98,6 +93,21 @@ def _count(shapes: Shapes, pattern: str) -> int:
     counts to a billion makes us build a billion layers."""
     indices = {int(match[1][:9]) for match in map(re.compile(pattern).match, shapes) if match}
     return min(max(indices, default=-1) + 1, len(indices) + 1)
+
+
+def _require_blocks(
+    measured: Mapping[str, int], given: Mapping[str, Any], where: str, true: type[Any], *counts: str
+) -> None:
+    """Raise WrongModelError for a model of the true width that has not the true number of blocks, though no config
+    says that this is meant: a shard, or a file that was cut between tensors."""
+    for name in counts:
+        if given.get(name) is None and measured[name] != getattr(true, name):
+            raise WrongModelError(
+                f"{where}: {name}",
+                got=measured[name],
+                expected=f"{getattr(true, name)}, as a model of this width has",
+                fix="get the whole file; for another size of model, name a folder whose config.json says so",
+            )
 
 
 def _only(values: Mapping[str, Any], name: str) -> dict[str, Any]:

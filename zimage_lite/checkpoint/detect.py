@@ -50,6 +50,7 @@ _STRANGERS = {
     "time_caption_embed.": "a Lumina-Image-2 transformer",
     "pre_feedforward_layernorm": "a Gemma text encoder",
     "post_ffw_norm": "a Gemma text encoder",
+    "visual.blocks.": "a Qwen-VL model, which reads images",
 }
 
 # The same for files in which no signature was found.
@@ -57,6 +58,7 @@ _OTHERS = {
     "control_layers.": "a Z-Image ControlNet",
     "SelfAttention": "a T5 text encoder",
     "text_model.encoder": "a CLIP text encoder",
+    "v.blk.": "the part of a language model that reads images (mmproj)",
     "attn_q.bias": "a Qwen2 text encoder",
     "self_attn.q_proj.bias": "a Qwen2 text encoder",
     "self_attn.q_proj": "another language model",
@@ -64,10 +66,10 @@ _OTHERS = {
 }
 
 
-def detect(names: Collection[str], where: str, component: str | None = None) -> tuple[str, str]:
+def detect(names: Collection[str], where: str, component: str | None = None, architecture: str = "") -> tuple[str, str]:
     """-> (component, prefix): the one asked for if it is there, else the first. Raises WrongModelError that says what
-    the file seems to be instead."""
-    found = contents(names, where)
+    the file seems to be instead. architecture: what a GGUF file says that it is."""
+    found = contents(names, where, architecture)
     if component is not None and component not in found:
         first = next(iter(found))
         raise WrongModelError(where, got=f"a {COMPONENTS[first]}", expected=f"a {COMPONENTS[component]}")
@@ -75,18 +77,19 @@ def detect(names: Collection[str], where: str, component: str | None = None) -> 
     return chosen, found[chosen]
 
 
-def contents(names: Collection[str], where: str) -> dict[str, str]:
+def contents(names: Collection[str], where: str, architecture: str = "") -> dict[str, str]:
     """Every component that the names make up -> its prefix; an all-in-one checkpoint has three. Raises
     WrongModelError if there is none."""
-    _refuse(_STRANGERS, names, where)
+    said = f" (it says {architecture[:60]})" if architecture else ""
+    _refuse(_STRANGERS, names, where, said)
     found = {component: _prefix(component, names) for component in _SIGNATURES}
     known = {component: prefix for component, prefix in found.items() if prefix is not None}
     if known:
         return known
-    _refuse(_OTHERS, names, where)
+    _refuse(_OTHERS, names, where, said)
     sample = ", ".join(name[:60] for name in sorted(names)[:3]) or "no tensors"
     raise WrongModelError(
-        f"{where}: no model that is known here", got=f"{len(names)} tensors ({sample})", expected=_EXPECTED
+        f"{where}: no model that is known here{said}", got=f"{len(names)} tensors ({sample})", expected=_EXPECTED
     )
 
 
@@ -97,10 +100,10 @@ def _prefix(component: str, names: Collection[str]) -> str | None:
     return None
 
 
-def _refuse(others: Mapping[str, str], names: Collection[str], where: str) -> None:
+def _refuse(others: Mapping[str, str], names: Collection[str], where: str, said: str) -> None:
     for part, what in others.items():
         if any(part in name for name in names):
-            raise WrongModelError(f"{where}: this is {what}", expected=_EXPECTED)
+            raise WrongModelError(f"{where}: this is {what}{said}", expected=_EXPECTED)
 
 
 def refuse_relatives(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:

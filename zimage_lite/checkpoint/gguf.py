@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from ..errors import FileFormatError
+from ..errors import FileFormatError, WrongModelError
 from ..quant.formats import GGML_NAMES, GGML_TYPES
 from ..quant.tensor import rows_columns
 from ..units import round_up
@@ -23,9 +24,17 @@ MAGIC = b"GGUF"
 VERSION = 3
 DEFAULT_ALIGNMENT = 32
 MAX_HEADER_BYTES = 100_000_000  # a tokenizer takes 6 MB, the largest ones 20
+MERGE = "join the parts with llama-gguf-split --merge FIRST_PART OUT.gguf"
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY, _UINT64 = 4, 5, 6, 7, 8, 9, 10
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A metadata value as it stands in a file, type and all, to be written again as it is."""
+
+    raw: bytes
 
 
 class _Cursor:
@@ -43,6 +52,12 @@ class _Cursor:
             )
         self.left -= n_bytes
         return self.file.read(n_bytes)
+
+    def again(self, start: int) -> bytes:
+        """The bytes since `start`, once more."""
+        stop = self.file.tell()
+        self.file.seek(start)
+        return self.file.read(stop - start)
 
     def scalar(self, code: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize(code)))[0]
@@ -80,11 +95,7 @@ def read_header(path: Path) -> TensorFile:
     """Parse and check metadata and tensor infos of `path`. Raises FileFormatError."""
     with open(path, "rb") as file:
         cursor = _Cursor(path, file)
-        cursor.take(4)
-        version = cursor.scalar("I")
-        if version not in (2, 3):
-            raise FileFormatError(f"{path}: GGUF version", got=version, expected="2 or 3, little-endian")
-        n_tensors, n_values = cursor.count(24), cursor.count(13)
+        n_tensors, n_values = _counts(cursor)
         metadata: dict[str, Any] = {}
         for _ in range(n_values):
             key = cursor.text()
@@ -101,8 +112,47 @@ def read_header(path: Path) -> TensorFile:
     by_name = {entry.name: entry for entry in entries}
     if len(by_name) != len(entries):
         raise FileFormatError(f"{path}: the header names a tensor twice")
+    _refuse_part(path, metadata, max((entry.offset + entry.nbytes for entry in entries), default=data_start))
     check_ranges(path, entries, cursor.file_bytes, data_start)
     return TensorFile(path, "gguf", by_name, metadata)
+
+
+def encoded_values(path: Path, prefix: str) -> dict[str, Encoded]:
+    """The metadata of `path` whose keys begin with `prefix`, for `encode_header`. Raises FileFormatError."""
+    found = {}
+    with open(path, "rb") as file:
+        cursor = _Cursor(path, file)
+        for _ in range(_counts(cursor)[1]):
+            key, start = cursor.text(), file.tell()
+            cursor.value(cursor.scalar("I"))
+            if key.startswith(prefix):
+                found[key] = Encoded(cursor.again(start))
+    return found
+
+
+def _counts(cursor: _Cursor) -> tuple[int, int]:
+    """Of tensors and of metadata values, after magic and version."""
+    cursor.take(4)
+    version = cursor.scalar("I")
+    if version not in (2, 3):
+        raise FileFormatError(f"{cursor.path}: GGUF version", got=version, expected="2 or 3, little-endian")
+    return cursor.count(24), cursor.count(13)
+
+
+def _refuse_part(path: Path, metadata: Mapping[str, Any], data_end: int) -> None:
+    """Raise WrongModelError for what llama.cpp's gguf-split makes, which is one header for each part."""
+    parts = metadata.get("split.count", 1)
+    if not is_natural(parts) or parts < 2:
+        return
+    with open(path, "rb") as file:
+        file.seek(round_up(data_end, DEFAULT_ALIGNMENT))
+        if file.read(4) == MAGIC:
+            raise WrongModelError(
+                f"{path}: the {parts} parts of a split GGUF file, which `cat` does not join", fix=MERGE
+            )
+    number = metadata.get("split.no")
+    which = f"part {number + 1} of {parts}" if is_natural(number) else f"one of {parts} parts"
+    raise WrongModelError(f"{path}: {which} of a split GGUF file", fix=MERGE)
 
 
 def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
@@ -143,7 +193,7 @@ def encode_header(
 ) -> tuple[bytes, list[int]]:
     """Lay out tensors (name, ggml type, shape) one after another -> header bytes, and each one's offset in the file.
 
-    Metadata values: int (uint32), float, bool, str, or lists of int (int32) or str.
+    Metadata values: int (uint32), float (float32), bool, str, lists of int (int32) or str, or another file's `Encoded`.
     """
     tensors = list(arrays)
     out = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
@@ -168,6 +218,8 @@ def _text(text: str) -> bytes:
 
 
 def _value(value: Any) -> bytes:
+    if isinstance(value, Encoded):
+        return value.raw
     if isinstance(value, bool):
         return struct.pack("<I?", _BOOL, value)
     if isinstance(value, int):

@@ -13,11 +13,13 @@ from typing import Any
 
 from ..config import SchedulerConfig, from_mapping
 from ..errors import UserError, WrongModelError
-from .checkpoint import Checkpoint, components_in, is_weight_file, open_checkpoint
+from .checkpoint import Checkpoint, components_in, open_checkpoint
 from .detect import COMPONENTS
+from .impostors import no_such, refuse_cache_root
 from .json_file import read_json
 from .model_card import default_size
 from .tokenizer import PromptTokenizer, tokenizer_from_folder, tokenizer_from_gguf
+from .weight_files import are_shards, is_weight_file
 
 # Component -> ComfyUI's folders for it, new and old.
 COMFY_FOLDERS = {
@@ -46,7 +48,7 @@ def open_model(model: Path | None, overrides: Mapping[str, Path | None] | None =
     """overrides: "transformer", "text_encoder", "vae" or "tokenizer" -> a file or folder that replaces the model's."""
     chosen = {name: path for name, path in (overrides or {}).items() if path is not None}
     if model is not None and not model.exists():
-        raise UserError(f"{model}: no such model", expected="a folder with transformer/, text_encoder/ and vae/")
+        raise no_such(model, "no such model", "a folder with transformer/, text_encoder/ and vae/")
     if model is not None and model.is_file() and len(components_in(model)) < len(COMPONENTS):
         raise UserError(f"{model}: a model is a folder", fix=f"name a single file with {_flag_for(model)}")
     parts: dict[str, Any] = {}
@@ -97,6 +99,8 @@ def find_component(model: Path | None, component: str) -> Path | None:
         return folder
     for name in COMFY_FOLDERS[component]:
         files = [f for f in sorted((model / name).glob("*")) if is_weight_file(f)] if (model / name).is_dir() else []
+        if len(files) > 1 and are_shards(files):
+            return model / name
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
             raise UserError(
@@ -104,7 +108,10 @@ def find_component(model: Path | None, component: str) -> Path | None:
             )
         if files:
             return files[0]
-    return folder if folder.is_dir() else None
+    if folder.is_dir():
+        return folder
+    refuse_cache_root(model)
+    return None
 
 
 def scheduler_config(model: Path | None) -> SchedulerConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from pathlib import Path
 from ..errors import UserError
 from ..units import format_gb
 
+MAX_NAME_BYTES = 255  # of every file system in use
+ADDED_BYTES = len("..4294967295.partial")  # with the largest process id
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -20,8 +24,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Failures of the file system become a UserError.
     """
-    path = path.resolve()  # a link's target is what gets replaced, on its own disk
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    path = followed(path)  # a link's target is what gets replaced, on its own disk
+    partial = path.with_name(f".{_stem(path)}.{os.getpid()}.partial")
     try:
         yield partial
         _rename(partial, path)
@@ -41,10 +45,10 @@ def clear_leftovers(path: Path) -> list[Path]:
     """
     import psutil
 
-    path = path.resolve()
+    path = followed(path)
     found = []
     for kind in ("partial", "old"):
-        for leftover in sorted(path.parent.glob(f".{escape(path.name)}.*.{kind}")):
+        for leftover in sorted(path.parent.glob(f".{escape(_stem(path))}.*.{kind}")):
             pid = leftover.name.split(".")[-2]
             if not pid.isdecimal() or psutil.pid_exists(int(pid)):
                 continue  # not ours, or a run that goes on
@@ -54,6 +58,28 @@ def clear_leftovers(path: Path) -> list[Path]:
             else:
                 _remove(leftover)
     return found
+
+
+def followed(path: Path) -> Path:
+    """Where an output really goes, links followed. Raises UserError if it leads nowhere."""
+    try:
+        found = path.resolve()
+    except FileNotFoundError as error:
+        raise UserError("the current folder has been deleted", fix="cd to one that exists") from error
+    except (RuntimeError, OSError):  # before Python 3.13, a loop
+        found = path
+    if found.is_symlink():
+        raise UserError(f"{path}: a link that leads back to itself", fix="choose another name with -o")
+    return found
+
+
+def _stem(path: Path) -> str:
+    """The name for a file beside `path`, which adds a process id and a word, and may not take more than 255 bytes."""
+    raw = os.fsencode(path.name)
+    if len(raw) <= MAX_NAME_BYTES - ADDED_BYTES:
+        return path.name
+    digest = hashlib.sha256(raw).hexdigest()[:16]
+    return raw[: MAX_NAME_BYTES - ADDED_BYTES - 17].decode(errors="ignore") + "-" + digest
 
 
 def require_space(folder: Path, n_bytes: int) -> None:
@@ -69,7 +95,7 @@ def require_absent(path: Path, overwrite: bool) -> None:
     """Raise UserError if `path` exists and may not be replaced, or if its folder cannot take a new entry."""
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already", fix="choose another name with -o, or add --overwrite")
-    folder = path.resolve().parent
+    folder = followed(path).parent
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder", fix="make it first, or choose another place with -o")
     if not os.access(folder, os.W_OK):
@@ -81,7 +107,7 @@ def _rename(partial: Path, path: Path) -> None:
     if not path.is_dir() or not partial.is_dir():
         os.replace(partial, path)
         return
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    old = path.with_name(f".{_stem(path)}.{os.getpid()}.old")
     os.rename(path, old)
     try:
         os.rename(partial, path)

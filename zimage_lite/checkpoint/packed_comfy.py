@@ -1,9 +1,11 @@
 """ComfyUI's quantized safetensors. A layer's format stands in a `<layer>.comfy_quant` array, or for all layers in the
-file's metadata; files from before either have a `scaled_fp8` array and a `scale_weight` beside each weight."""
+file's metadata; files from before either have a `scaled_fp8` array and a `scale_weight` beside each weight. 8-bit
+floats with a `weight_scale` need no marker: nothing else can be meant."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,14 +14,14 @@ from ..quant.comfy import COLUMNS_PER_BYTE, MARKER_FORMATS, from_marker
 from ..quant.formats import FORMATS, PLAIN_BY_DTYPE
 from ..quant.tensor import rows_columns
 from .container import Entry, TensorFile
-from .stored import StoredTensor, require_layout, single
+from .stored import FLOATS, StoredTensor, require_layout, single
 
 _MARKER = ".comfy_quant"
 _METADATA = "_quantization_metadata"
 # About activations, or read here already.
 _COMPANIONS = (_MARKER, ".input_scale", ".scale_input", ".scale_weight", "scaled_fp8")
 
-_LEGACY = {"F8_E4M3": "fp8", "F8_E5M2": "fp8_e5m2"}
+_FP8 = {"F8_E4M3": "fp8", "F8_E5M2": "fp8_e5m2"}
 # Of each format, as they follow on ".weight".
 _PARTS = {
     "int8": ("", "_scale"), "int4": ("", "_s_rel", "_s_channel", "_codebook"), "convrot_w4a4": ("", "_scale"),
@@ -35,11 +37,13 @@ def is_companion(name: str) -> bool:
 
 def tensors(file: TensorFile) -> Iterator[StoredTensor]:
     """Every quantized weight of the file. Raises FileFormatError or WrongModelError."""
-    for layer, marker in _markers(file).items():
+    markers = _markers(file)
+    for layer, marker in markers.items():
         yield _marked(file, layer, marker)
     for name, scale in file.entries.items():
-        if name.endswith(".scale_weight"):
-            yield _legacy(file, name.removesuffix(".scale_weight"), scale)
+        layer, _, leaf = name.rpartition(".")
+        if leaf == "scale_weight" or (leaf == "weight_scale" and layer not in markers and _is_fp8(file, layer, scale)):
+            yield _unmarked(file, layer, scale)
 
 
 def _markers(file: TensorFile) -> dict[str, dict[str, Any]]:
@@ -105,6 +109,8 @@ def _marked(file: TensorFile, layer: str, marker: Mapping[str, Any]) -> StoredTe
     options = dict(from_marker(marker, columns, where))
     if row.name == "int4" and weight.shape[1] * 8 == columns * 6:
         options["bits"] = 6
+    if row.name in _FP8.values():
+        options |= _scales(weight.shape[0], parts.get("_scale"))
     tensor = StoredTensor(weight.name, row, (weight.shape[0], columns), parts, options)
     require_layout(tensor, optional=("_codebook",))
     return tensor
@@ -120,14 +126,27 @@ def _int4_columns(parts: Mapping[str, Entry], marker: Mapping[str, Any], where: 
     return scales.shape[1] * size
 
 
-def _legacy(file: TensorFile, layer: str, scale: Entry) -> StoredTensor:
+def _is_fp8(file: TensorFile, layer: str, scale: Entry) -> bool:
+    """Whether nothing but 8-bit floats and the float scales of all of them, or of each row, can be meant."""
+    weight = file.entries.get(f"{layer}.weight")
+    return weight is not None and weight.kind in _FP8 and scale.kind in FLOATS
+
+
+def _unmarked(file: TensorFile, layer: str, scale: Entry) -> StoredTensor:
     """Layers that stayed 16-bit have a scale too in some files, of 1, which is not looked at."""
     weight = file.entries.get(f"{layer}.weight")
-    if weight is None or scale.kind != "F32" or scale.nbytes != 4:
-        raise FileFormatError(f"{file.path}: {scale.name} is no F32 scale of a weight beside it")
-    if weight.kind not in _LEGACY:
+    if weight is None or scale.kind not in FLOATS:
+        raise FileFormatError(f"{file.path}: {scale.name} ({scale.kind}) is no scale of a weight beside it")
+    if weight.kind not in _FP8:
         if weight.kind not in PLAIN_BY_DTYPE:
             raise FileFormatError(f"{file.path}: {weight.name}", got=weight.kind, expected="F8_E4M3 or F8_E5M2")
         return single(weight, PLAIN_BY_DTYPE[weight.kind])
-    row = FORMATS[_LEGACY[weight.kind]]
-    return StoredTensor(weight.name, row, rows_columns(weight.shape), {"": weight, "_scale": scale})
+    shape, parts = rows_columns(weight.shape), {"": weight, "_scale": scale}
+    tensor = StoredTensor(weight.name, FORMATS[_FP8[weight.kind]], shape, parts, _scales(shape[0], scale))
+    require_layout(tensor)
+    return tensor
+
+
+def _scales(rows: int, scale: Entry | None) -> dict[str, Any]:
+    """The options of fp8: one scale for all, or one for each row."""
+    return {"per_row": True} if scale is not None and rows > 1 and math.prod(scale.shape) == rows else {}

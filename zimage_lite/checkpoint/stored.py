@@ -15,7 +15,7 @@ from ..quant.tensor import TORCH_DTYPES, QTensor, all_finite, rows_columns
 from ..units import round_up
 from .container import Entry, Take, fresh
 
-_FLOATS = ("F32", "F16", "BF16")
+FLOATS = ("F32", "F16", "BF16")
 ALIGNMENT = 64  # what torch itself gives a tensor
 _BYTES = ("U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0")
 
@@ -198,12 +198,12 @@ def require_layout(tensor: StoredTensor, optional: Sequence[str] = ()) -> None:
 
 def _may_be(kind: str, dtype: str) -> bool:
     """Bytes may be typed as whatever has 8 bits, and scales as any float."""
-    return kind == dtype or (kind in _BYTES and dtype in _BYTES) or (kind in _FLOATS and dtype in _FLOATS)
+    return kind == dtype or (kind in _BYTES and dtype in _BYTES) or (kind in FLOATS and dtype in FLOATS)
 
 
 def _dtype(entry: Entry, dtype: str) -> torch.dtype:
     """What a part is really stored in, where it should be `dtype`."""
-    return TORCH_DTYPES[entry.kind if entry.kind in _FLOATS else dtype]
+    return TORCH_DTYPES[entry.kind if entry.kind in FLOATS else dtype]
 
 
 def _bytes_of(dtype: str, shape: tuple[int, ...]) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..checkpoint.output import replacing, require_absent
+from ..checkpoint.output import followed, replacing, require_absent
 from ..config import GenerateOptions, RuntimeOptions
 from ..errors import UserError
 from ..units import parse_bytes
@@ -97,7 +97,7 @@ def _require_place(out: Path) -> None:
 def _work_folder(out: Path) -> Iterator[Path]:
     """Where pictures lie until all are compared: on the disk of the output, which is no memory."""
     if out.suffix.lower() == ".png":
-        with TemporaryDirectory(dir=out.resolve().parent, prefix=f".{out.name}.") as folder:
+        with TemporaryDirectory(dir=followed(out).parent, prefix=".compare-") as folder:
             yield Path(folder)
         return
     with replacing(out) as folder:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import __version__
+from ..checkpoint.architecture import other_encoder
 from ..checkpoint.detect import COMPONENTS
 from ..checkpoint.model_card import DEMO
 from ..checkpoint.output import replacing, require_absent
-from ..config import BACKENDS, COMPUTES, DEVICES, DTYPES, GenerateOptions, RuntimeOptions, TextEncoderConfig
+from ..config import BACKENDS, COMPUTES, DEVICES, DTYPES, GenerateOptions, RuntimeOptions
 from ..errors import UserError
 from ..memory.meter import peak_rss_bytes
 from ..units import format_gb, parse_bytes
@@ -169,9 +170,9 @@ def _notes(model: str | None, pipeline: Pipeline, requests: Sequence[GenerateOpt
         yield f"--vram has no effect on {device}, where all memory is --ram"
     if requests[0].negative and not requests[0].guidance:
         yield "--negative has no effect without --guidance"
-    theta = pipeline.model.text_encoder.config.rope_theta
-    if theta != TextEncoderConfig.rope_theta:
-        yield f"the text encoder's rope_theta is {theta:g}, not 1e6: it is another Qwen3 than Z-Image's own"
+    encoder = pipeline.model.text_encoder
+    if other := other_encoder(encoder.metadata, encoder.config):
+        yield other
     if pipeline.model.synthetic:
         yield f"{pipeline.model.name}: the weights are random, so the picture is noise"
     if model == DEMO:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint, components_in
 from ..checkpoint.detect import COMPONENTS
+from ..checkpoint.impostors import no_such, refuse_cache_root
 from ..checkpoint.model_files import find_component, open_model
 from ..checkpoint.stored import StoredTensor
 from ..errors import UserError
@@ -40,7 +41,9 @@ def inspect(path: Path) -> list[Part]:
     """One Part for a file or a component folder; one per component for a model folder, and one for the whole if the
     parts do not go together."""
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
+        raise no_such(path)
+    if path.is_dir():
+        refuse_cache_root(path)
     found = (_found(path, component) for component in COMPONENTS if path.is_dir() or _holds_all(path))
     parts = [part for part in found if part is not None]
     if not parts:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.gguf import encoded_values
 from ..checkpoint.hub import LocalFiles
 from ..checkpoint.output import clear_leftovers, require_absent
 from ..checkpoint.tokenizer import PromptTokenizer, tokenizer_from_folder, tokenizer_to_gguf
@@ -127,10 +128,11 @@ def _tokenizer_metadata(checkpoint: Checkpoint, source: Path, to: Target) -> dic
     """A text encoder in a GGUF file carries its tokenizer, when one is at hand."""
     if checkpoint.component != "text_encoder" or to.container != "gguf":
         return {}
-    inside = {key: value for key, value in checkpoint.metadata.items() if key.startswith("tokenizer.")}
+    if "tokenizer.ggml.tokens" in checkpoint.metadata:
+        return encoded_values(next(iter(checkpoint.tensors.values())).parts[""].path, "tokenizer.")
     folder = source / "tokenizer"
-    if inside or not folder.is_dir():
-        return inside
+    if not folder.is_dir():
+        return {}
     tokenizer: PromptTokenizer = tokenizer_from_folder(folder)
     return tokenizer_to_gguf(tokenizer, checkpoint.config.vocab_size)
 

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.checkpoint import Checkpoint, weight_files
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.detect import COMPONENTS
 from ..checkpoint.diffusers_config import config_json, model_index
 from ..checkpoint.model_card import CARD
 from ..checkpoint.model_files import find_component, scheduler_config
 from ..checkpoint.output import replacing
+from ..checkpoint.weight_files import WeightSet, weight_set
 from ..errors import UserError
 from .complete import open_complete
 from .fidelity import TensorError
@@ -92,15 +93,15 @@ def _write_part(
 
 def _copy_weights(checkpoint: Checkpoint, folder: Path, job: Job, meter: Meter) -> str:
     """Returns the name of the (first) file."""
-    files = weight_files(checkpoint.source) if checkpoint.source.is_dir() else [checkpoint.source]
-    indices = checkpoint.source.glob("*.safetensors.index.json") if checkpoint.source.is_dir() else []
-    for file in (*files, *indices):
+    is_folder = checkpoint.source.is_dir()
+    found = weight_set(checkpoint.source) if is_folder else WeightSet((checkpoint.source,), False)
+    for file in (*found.files, *filter(None, [found.index])):
         job.files.fetch(file)
         shutil.copyfile(file, folder / file.name)
         job.files.release(file)
     checkpoint.require_unchanged()
     meter(checkpoint.nbytes)
-    return files[0].name
+    return found.files[0].name
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.checkpoint import WEIGHT_SUFFIXES, components_in, is_weight_file
+from ..checkpoint.checkpoint import components_in
 from ..checkpoint.detect import COMPONENTS
 from ..checkpoint.hub import LocalFiles, hub_files, is_hub_id
+from ..checkpoint.impostors import no_such
 from ..checkpoint.model_files import find_component
 from ..checkpoint.output import require_absent
+from ..checkpoint.weight_files import WEIGHT_SUFFIXES, is_weight_file
 from ..errors import UserError
 from ..quant.formats import EFFORTS
 from .complete import open_complete
@@ -91,7 +93,7 @@ def _files(
         if given:
             raise UserError(f"{flag}: {source} is a path here", fix=f"{flag} is for a model on the Hub, OWNER/NAME")
     if not Path(source).exists():
-        raise UserError(f"{source}: no such file or folder")
+        raise no_such(source)
     yield LocalFiles(Path(source))
 
 

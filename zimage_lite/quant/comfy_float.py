@@ -1,6 +1,6 @@
 """ComfyUI's 8- and 4-bit floats: `fp8`, `fp8_e5m2`, `mxfp8` and `nvfp4`.
 
-fp8    one float32 scale for the tensor, max|w| / 448 (e5m2: / 57344)
+fp8    one float32 scale for the tensor, max|w| / 448 (e5m2: / 57344); other programs also write one for each row
 mxfp8  32 columns of a row share a power of two, stored as its exponent plus 127
 nvfp4  16 columns share an e4m3 scale, all of them a float32 one; a byte holds an even column in its high nibble
 
@@ -34,7 +34,8 @@ class Fp8Codec(Codec):
         return {"format": "float8_e4m3fn" if self.dtype == "F8_E4M3" else "float8_e5m2"}
 
     def layout(self, rows: int, columns: int, options: Options) -> Layout:
-        return {"": (self.dtype, (rows, columns)), "_scale": ("F32", ())}
+        """options: {"per_row": True} where rows have scales of their own, which is only ever read."""
+        return {"": (self.dtype, (rows, columns)), "_scale": ("F32", (rows, 1) if options.get("per_row") else ())}
 
     def quantize(self, x: Tensor, options: Options, effort: str = "reference") -> Parts:
         """The bytes of comfy-kitchen's TensorCoreFP8Layout, which multiplies by 1 / scale."""
@@ -51,8 +52,8 @@ class Fp8Codec(Codec):
 
     def dequantize(self, parts: Parts, columns: int, options: Options) -> Tensor:
         codes = parts[""].view(TORCH_DTYPES[self.dtype])
-        scale = parts["_scale"].float().reshape(())
-        return widen(codes.shape[0], columns, lambda piece: codes[piece].float().mul_(scale))
+        scale = parts["_scale"].float().reshape(-1, 1).expand(codes.shape[0], 1)
+        return widen(codes.shape[0], columns, lambda piece: codes[piece].float().mul_(scale[piece]))
 
 
 class Mxfp8Codec(Codec):

@@ -1,0 +1,81 @@
+"""Outputs go wherever a shell allows: under the longest names, through links, and with a line where that cannot be."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from zimage_lite.checkpoint.output import clear_leftovers, replacing
+from zimage_lite.cli import run
+
+SIZE = ("--width", "64", "--height", "64", "--steps", "1")
+LONGEST = [  # 255 bytes each
+    "x" * 251 + ".png",
+    "画" * 83 + "xx.png",
+    "é" * 125 + "x.png",
+]
+
+
+@pytest.mark.parametrize("name", LONGEST)
+def test_the_longest_names(tiny: Path, tmp_path: Path, name: str) -> None:
+    assert len(name.encode()) == 255
+    assert run(["generate", "x", "--model", str(tiny), *SIZE, "-o", str(tmp_path / name)]) == 0
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_the_longest_name_of_weights(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / ("x" * 250 + ".gguf")
+    (source,) = (tiny / "transformer").glob("*.safetensors")
+    assert run(["quantize", str(source), "--to", "q8_0", "-o", str(out)]) == 0
+    assert [file.name for file in tmp_path.iterdir()] == [out.name]
+
+
+def test_leftovers_of_the_longest_names_are_found(tmp_path: Path) -> None:
+    """And those of a name that only begins alike are left alone."""
+    ours, other = tmp_path / ("x" * 250 + "a.png"), tmp_path / ("x" * 250 + "b.png")
+    left: dict[Path, Path] = {}
+    for path in (ours, other):
+        with pytest.raises(KeyError), replacing(path) as partial:
+            left[path] = partial.with_name(partial.name.replace(f".{os.getpid()}.", ".999999999."))
+            raise KeyError
+        left[path].write_bytes(b"half")
+    assert len(set(left.values())) == 2 and all(len(os.fsencode(file.name)) <= 255 for file in left.values())
+    assert clear_leftovers(ours) == [left[ours]]
+    assert left[other].exists() and not left[ours].exists()
+
+
+def test_a_link_to_a_file_is_followed(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    link, target = tmp_path / "link.png", tmp_path / "far" / "image.png"
+    link.symlink_to(target)
+    assert run(["generate", "x", "--model", str(tiny), *SIZE, "-o", str(link)]) == 0
+    assert link.is_symlink() and target.is_file() and not target.is_symlink()
+
+
+def test_a_link_that_leads_nowhere(tiny: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    loop, gone = tmp_path / "loop.png", tmp_path / "gone.png"
+    loop.symlink_to(loop)
+    gone.symlink_to(tmp_path / "none" / "x.png")
+    line = refused("generate", "x", "--model", tiny, "-o", loop)
+    assert line == f"error: {loop}: a link that leads back to itself; choose another name with -o"
+    assert "none: no such folder" in refused("generate", "x", "--model", tiny, "-o", gone)
+    assert "leads back to itself" in refused("quantize", tiny, "--to", "q8_0", "-o", loop)
+    assert loop.is_symlink()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows deletes no folder that is in use")
+def test_the_current_folder_was_deleted(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    message = "the current folder has been deleted; cd to one that exists"
+    assert message in refused("generate", "x", "--model", tiny, *SIZE)
+    assert message in refused("quantize", tiny, "--to", "q8_0")
+    assert run(["generate", "x", "--model", str(tiny), *SIZE, "-o", str(tmp_path / "x.png")]) == 0
