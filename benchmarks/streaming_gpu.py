@@ -31,9 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from full_size import commit, machine
+from full_size import machine
 from gpu_trace import overlap
 
+from zimage_lite.bench.machine import commit
 from zimage_lite.config import GenerateOptions, RuntimeOptions, TextEncoderConfig, TransformerConfig, VaeConfig
 from zimage_lite.convert.synthetic import open_synthetic
 from zimage_lite.errors import BudgetError
@@ -70,6 +71,9 @@ def main() -> None:
     if args.case:
         print(json.dumps(run_case(**json.loads(args.case))))
         return
+    if not args.dry and not torch.cuda.is_available():
+        print("error: this needs a CUDA GPU, and torch finds none; --dry does without", file=sys.stderr)
+        sys.exit(2)
     device = "cpu" if args.dry else "cuda"
     report: dict[str, Any] = {
         "machine": machine(), "gpu": None if args.dry else gpu(), "commit": commit(), "check": {}, "cases": []
