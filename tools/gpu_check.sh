@@ -23,6 +23,7 @@ results="$work/gpu_check"
 mkdir "$results"
 export PYTHONPATH="$PWD:$PWD/kernels:$PWD/benchmarks:$PWD/benchmarks/ops${PYTHONPATH:+:$PYTHONPATH}"
 export ZIMAGE_LITE_CACHE="$work/cache" # of its own, so that kernels are checked once, here, and not in every process
+unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE # float32 is what others are compared with
 export OMP_WAIT_POLICY=passive PYTHONUNBUFFERED=1
 
 parts=()

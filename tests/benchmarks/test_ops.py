@@ -63,6 +63,8 @@ def test_share_of_a_copy() -> None:
     assert (row["gbps"], row["copy_gbps"], row["of_copy"]) == pytest.approx((500, 2000 / 3, 0.75))
     assert row["kept"] and not bench_elementwise.judged(10**9, (1.9, 2.0, 2.1), 1.5, rotates=False)["kept"]
     assert (row["ms_p20"], row["ms"], row["ms_p80"]) == (1.9, 2.0, 2.1)
+    issue_bound = bench_elementwise.judged(10**9, (1.9, 2.0, 2.1), 1.5, rotates=False, issue_gbps=580)
+    assert issue_bound["kept"] and issue_bound["of_copy"] == row["of_copy"]
 
 
 def test_what_is_moved() -> None:
@@ -161,6 +163,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (bench_block, bench_step):
         monkeypatch.setattr(module, "per_call", lambda call, *_, **__: call() is None or (1.0, 2.0, 3.0))
         monkeypatch.setattr(module, "memory", lambda call, block: {"work_bytes": 1})
+        monkeypatch.setattr(module, "cpu_ms", lambda call: 1.5)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
 

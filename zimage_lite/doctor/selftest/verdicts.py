@@ -166,6 +166,7 @@ def _run(arguments: list[str]) -> tuple[dict[str, Verdict], str | None, str, boo
     # It finds what this process found, wherever that stands, and nothing in the current folder (Python 3.11 and newer).
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
+    environment.pop("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None)  # some containers set it: references would lose 13 bits
     timed_out = False
     try:
         done = subprocess.run(
