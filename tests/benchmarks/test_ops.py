@@ -37,7 +37,7 @@ from zimage_lite.report.sections import sections
 
 ROOT = Path(__file__).parents[2]
 OPS = ROOT / "benchmarks" / "ops"
-SCRIPTS = [*sorted(OPS.glob("bench_*.py")), OPS / "check_laptop_ptx.py"]
+SCRIPTS = [*sorted(OPS.glob("bench_*.py")), OPS / "check_laptop_ptx.py", OPS / "gpu_facts.py"]
 SMALL = TransformerConfig(dim=384, n_layers=1, n_refiner_layers=1, n_heads=3, cap_feat_dim=64)
 RATES = {"op": "ceilings", "int8_tops": 2.0, "bf16_tflops": 1.0}
 

@@ -15,8 +15,8 @@ from .gpus import Gpu
 CUDA_CONTEXT_BYTES = 540_000_000  # counts against --vram, but not as tensors; with cuBLAS's workspace of 8 to 32 MiB
 VRAM_MARGIN_BYTES = 300_000_000  # left to the desktop and to the allocator's rounding
 WINDOWS_MARGIN = 0.08  # of the card, if that is more: its desktop grows, and what does not fit spills without a word
-# What torch's allocator may take beyond its tensors: cuBLAS's workspace, and the ends of segments of 20 MiB. Part of
-# what is assumed for the context, of which others saw 300 to 450 MB.
+# What torch's allocator may take beyond its tensors: cuBLAS's workspace, and the ends of segments of 20 MiB. Taken
+# to be part of what is assumed for the context; tools/gpu_check.sh measures both.
 ALLOCATOR_ROUNDING_BYTES = 100_000_000
 DESKTOP_BYTES = 300_000_000  # what other programs hold of a GPU that nobody has asked
 PROCESS_BYTES = 1_200_000_000  # Python, torch with its CUDA libraries, and what the driver keeps in RAM: assumed
