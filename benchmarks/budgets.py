@@ -19,7 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from full_size import commit, machine
+from full_size import machine
+
+from zimage_lite.bench.machine import commit
 
 MOST_OFF = 0.05
 

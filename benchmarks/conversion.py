@@ -24,9 +24,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from full_size import commit, machine, run
+from full_size import machine, run
 
 from zimage_lite import __version__
+from zimage_lite.bench.machine import commit
 from zimage_lite.checkpoint.checkpoint import open_checkpoint
 from zimage_lite.convert.output_file import OutTensor, output_tensors
 from zimage_lite.convert.recipe import target

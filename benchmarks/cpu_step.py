@@ -19,9 +19,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from full_size import commit, machine
+from full_size import machine
 from torch import Tensor
 
+from zimage_lite.bench.machine import commit
 from zimage_lite.config import TransformerConfig
 from zimage_lite.model.compute import Compute
 from zimage_lite.model.linear import bind

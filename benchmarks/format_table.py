@@ -28,10 +28,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from full_size import commit, machine
+from full_size import machine
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
+
+from zimage_lite.bench.machine import commit
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from demo_scenes import held_out_captions

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_lite import __version__
+from zimage_lite.bench.machine import commit
 
 FORMATS = ("q8_0", "q4_0", "int8")
 
@@ -75,11 +76,6 @@ def machine() -> dict[str, Any]:
 def cpuinfo() -> list[str]:
     path = Path("/proc/cpuinfo")
     return path.read_text().splitlines() if path.exists() else []
-
-
-def commit() -> str:
-    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return result.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from full_size import commit, machine
+from full_size import machine
 from torch import Tensor
 
+from zimage_lite.bench.machine import commit
 from zimage_lite.memory.placement import SLOT_COUNTS, spread
 from zimage_lite.memory.plan import DEVICE, FILE, PAGEABLE, PINNED
 from zimage_lite.memory.simulate import Passage, Run, simulate

@@ -6,10 +6,10 @@
 It needs torch, numpy, numba, psutil and tokenizers; where the package is not installed, PYTHONPATH=.:kernels.
 
 First a small model must give the same picture on the GPU as on the CPU, to rounding, and streamed the same as resident,
-bit for bit. Each case is a process of its own: a cap on torch's allocator (the cap less the context that the planner
-assumes), 8 steps at that --vram, and what was measured beside what was planned; the steady time is the median from step
-2 on. The process's memory is NVML's figure for GPU 0, less what others had before. Then 4 steps are drawn again, and
-the last two of them profiled, which takes memory and time of its own.
+bit for bit. Each case is a process of its own: 8 steps at that --vram, to which the pipeline holds torch's allocator,
+and what was measured beside what was planned; the steady time is the median from step 2 on. The process's memory is
+NVML's figure for GPU 0, less what others had before. Then 4 steps are drawn again, and the last two of them profiled,
+which takes memory and time of its own.
 
 Exits with 1 if the check fails, or if a case fails, plans again for want of memory or takes more than its cap. --out is
 written after each case; the last line is the same JSON.
@@ -31,13 +31,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from full_size import commit, machine
+from full_size import machine
 from gpu_trace import overlap
 
+from zimage_lite.bench.machine import commit
 from zimage_lite.config import GenerateOptions, RuntimeOptions, TextEncoderConfig, TransformerConfig, VaeConfig
 from zimage_lite.convert.synthetic import open_synthetic
 from zimage_lite.errors import BudgetError
-from zimage_lite.memory.machine import CUDA_CONTEXT_BYTES
 from zimage_lite.memory.meter import peak_rss_bytes
 from zimage_lite.memory.nvml import Nvml, Peak
 from zimage_lite.pipeline.drawing import Pipeline
@@ -71,6 +71,9 @@ def main() -> None:
     if args.case:
         print(json.dumps(run_case(**json.loads(args.case))))
         return
+    if not args.dry and not torch.cuda.is_available():
+        print("error: this needs a CUDA GPU, and torch finds none; --dry does without", file=sys.stderr)
+        sys.exit(2)
     device = "cpu" if args.dry else "cuda"
     report: dict[str, Any] = {
         "machine": machine(), "gpu": None if args.dry else gpu(), "commit": commit(), "check": {}, "cases": []
@@ -183,9 +186,6 @@ def measured(name: str, device: str, size: int, cap_bytes: int | None) -> dict[s
     facts: dict[str, Any] = {}
     if cuda:
         torch.zeros(1, device=device)
-        total = torch.cuda.get_device_properties(0).total_memory
-        if cap_bytes:
-            torch.cuda.set_per_process_memory_fraction((cap_bytes - CUDA_CONTEXT_BYTES) / total, 0)
         facts = {"context_bytes": nvml.used() - before if nvml else None}
         model = open_synthetic(f"synthetic:{name}")
         options = RuntimeOptions(device=device, vram_bytes=cap_bytes, cache=False)

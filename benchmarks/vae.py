@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from full_size import commit, machine
+from full_size import machine
+
+from zimage_lite.bench.machine import commit
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))

@@ -1,80 +1,92 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can answer, in at most nine minutes, without network and without installing the package:
+# What only a GPU can answer, in nine minutes, the most valuable first, without network and without installing the package:
 #
 #     bash tools/gpu_check.sh [FOLDER]        FOLDER: for the results; default $OUT, else ./gpu_check
 #
-# Tests, and the kernels of laptops on this GPU; single ops, a block and a step; tiers, streaming, other programs; then a
-# page of all that. Each part has a limit of its own and is killed at it, and scripts write their JSON after each case, so
-# what was measured until then survives. The limits together are more than nine minutes; no part is expected to need its
-# own, and those at the end get what is left.
-# parts.json says how each part ended: 0 done, 124 or 137 out of time, null not started. Exits with 1 unless all ended
-# with 0.
-# PYTHON: the interpreter. GPU_CHECK_SECONDS: another limit for all together. PEERS: more options for benchmarks/peers,
-# such as "--model FOLDER", without which most of these have nothing to load.
+# Needs torch, Triton, pytest and what the package computes with; neither git, nvidia-smi nor other people's packages.
+# After every part FOLDER holds all that there is until then: gpu_check.tgz, replaced as a whole, and parts.json, which
+# says how each part ended: 0 done, 2 no CUDA device, 124 or 137 out of time, null not started. The end of what a part
+# has to say is printed, too. Exits with 1 unless all ended with 0.
+#
+# Of the two numbers of a part, seconds, the first is the plan: together they are the nine minutes. At the second the
+# part is killed; scripts write their JSON after each case, so what was measured until then is kept.
+# PYTHON: the interpreter. GPU_CHECK_SECONDS: another limit for all together.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 
 python="${PYTHON:-python3}"
 out="${1:-${OUT:-gpu_check}}"
 total="${GPU_CHECK_SECONDS:-540}"
-mkdir -p "$out" || exit 1
-out="$(cd "$out" && pwd)"
+mkdir -p "$out" && out="$(cd "$out" && pwd)" && work="$(mktemp -d)" || exit 1
+trap 'rm -rf "$work"' EXIT
+results="$work/gpu_check"
+mkdir "$results"
 export PYTHONPATH="$PWD:$PWD/kernels:$PWD/benchmarks:$PWD/benchmarks/ops${PYTHONPATH:+:$PYTHONPATH}"
-export OMP_WAIT_POLICY=passive ZIMAGE_LITE_CACHE=off PYTHONUNBUFFERED=1
+export ZIMAGE_LITE_CACHE="$work/cache" # of its own, so that kernels are checked once, here, and not in every process
+unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE # float32 is what others are compared with
+export OMP_WAIT_POLICY=passive PYTHONUNBUFFERED=1
 
 parts=()
 failed=0
-reserve=$((total / 20)) # for the report
+reserve=15 # for the report
+said=1000  # characters of each part, of the 12 000 that a caller may see
 
-# part NAME LIMIT COMMAND...: its output goes to NAME.log
+# part NAME PLANNED LIMIT COMMAND...: its output goes to NAME.log
 part() {
-    local name="$1" limit="$2" start="$SECONDS" code=null
-    shift 2
+    local name="$1" planned="$2" limit="$3" start="$SECONDS" code=null
+    shift 3
     local left=$((total - reserve - start))
     ((limit > left)) && limit=$left
     if ((limit > 0)); then
-        timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1 </dev/null
+        timeout --kill-after=5 "$limit" "$@" >"$results/$name.log" 2>&1 </dev/null
         code=$?
     fi
     [[ "$code" == 0 ]] || failed=1
-    parts+=("{\"name\": \"$name\", \"code\": $code, \"seconds\": $((SECONDS - start)), \"limit\": $limit}")
-    (IFS=,; printf '{"parts": [%s]}\n' "${parts[*]}") >"$out/parts.json"
-    echo "$name: ended with $code after $((SECONDS - start)) s"
-    [[ "$code" == 0 || "$code" == null ]] || tail -n 5 "$out/$name.log"
+    echo "== $name: ended with $code after $((SECONDS - start)) s of $planned"
+    [[ "$code" == null ]] || grep -v '^{' "$results/$name.log" | tail -c "$said"
+    parts+=("{\"name\": \"$name\", \"code\": $code, \"seconds\": $((SECONDS - start)), \"planned\": $planned, \"limit\": $limit}")
+    keep
 }
 
-tier() {
-    part "tier_$1" 80 "$python" "benchmarks/tiers/tier_$1.py" --formats int8,int4 --sizes 1024 --out "$out/tier_$1.json"
+# All results so far, in one file: a reader finds the last whole one.
+keep() {
+    (IFS=,; printf '{"parts": [%s]}\n' "${parts[*]}") >"$results/parts.json"
+    tar -czf "$out/gpu_check.tgz.new" -C "$work" gpu_check && mv -f "$out/gpu_check.tgz.new" "$out/gpu_check.tgz"
+    cp "$results/parts.json" "$out/parts.json.new" && mv -f "$out/parts.json.new" "$out/parts.json"
 }
 
+# bench NAME PLANNED LIMIT SCRIPT OPTIONS...: of benchmarks/
 bench() {
-    part "$1" "$2" "$python" "benchmarks/ops/$3.py" --out "$out/$1.json"
+    part "$1" "$2" "$3" "$python" "benchmarks/$4.py" --out "$results/$1.json" "${@:5}"
 }
 
-# Without conftest, which needs packages that a bare machine lacks.
-part tests 45 "$python" -m pytest --noconftest -p no:cacheprovider -m gpu tests/pipeline/test_streaming_gpu.py \
-    --junitxml "$out/tests.xml"
-part kernel_tests 75 "$python" -m pytest --noconftest -p no:cacheprovider \
-    tests/ops/test_{attention,dequantize,linear_int8,norm,qk,quantize_rows,unfused_int8}.py --junitxml "$out/kernel_tests.xml"
-bench laptop_ptx 75 check_laptop_ptx
-bench linear_int8 40 bench_linear_int8
-bench attention 40 bench_attention
-bench elementwise 75 bench_elementwise
-bench block 50 bench_block
-bench step 60 bench_step
-tier 6gb
-tier 8gb
-part streaming 80 "$python" benchmarks/streaming_gpu.py --vram 4 --sizes 1024 --case-limit 50 --out "$out/streaming.json"
-# Those that are installed, in all the time that is left but for the report's.
-# shellcheck disable=SC2086
-part peers "$total" "$python" benchmarks/peers/run.py --tier 6gb --size 1024 \
-    --quantized synthetic:int8 ${PEERS:-} --out "$out/peers.json"
+# tests NAME PLANNED LIMIT OPTIONS...: without conftest, which needs packages that a bare machine lacks
+tests() {
+    part "$1" "$2" "$3" "$python" -m pytest --noconftest -p no:cacheprovider --continue-on-collection-errors \
+        --junitxml "$results/$1.xml" "${@:4}"
+}
 
-results=()
-for name in laptop_ptx linear_int8 attention elementwise block step tier_6gb tier_8gb streaming peers; do
-    [[ -s "$out/$name.json" ]] && results+=("$out/$name.json")
+bench facts 20 90 ops/gpu_facts # the first import of torch on a fresh machine takes its time
+part doctor 60 120 "$python" -m zimage_lite doctor --json # compiles what all others use
+bench block 35 70 ops/bench_block
+bench step 30 60 ops/bench_step
+bench linear_int8 30 60 ops/bench_linear_int8 --tokens 4224
+bench attention 20 40 ops/bench_attention --tokens 4224 16512
+bench laptop_ptx 50 90 ops/check_laptop_ptx
+tests streaming_tests 60 90 -vv tests/pipeline/test_streaming_gpu.py
+bench streaming 60 100 streaming_gpu --formats int8 --vram 4 --sizes 1024 --case-limit 45
+bench tier_6gb 55 90 tiers/tier_6gb --formats int8 --sizes 1024 --repeats 2
+bench elementwise 50 80 ops/bench_elementwise --tokens 4224
+how=-vv # -q is in the configuration
+[[ "${parts[0]}" == *'"code": 2,'* ]] && how=--collect-only # no CUDA device: whether they could run
+tests kernel_tests 55 "$total" "$how" \
+    tests/ops/test_{attention,linear_int8,qk,norm,quantize_rows,unfused_int8,dequantize}.py # in all that is left
+
+found=()
+for name in block step linear_int8 attention laptop_ptx streaming tier_6gb elementwise; do
+    [[ -s "$results/$name.json" ]] && found+=("$results/$name.json")
 done
 reserve=0
-((${#results[@]})) && part report 20 "$python" -m zimage_lite report "${results[@]}" -o "$out/report.html" \
-    --markdown "$out/report.md"
+((${#found[@]})) && part report 15 15 "$python" -m zimage_lite report "${found[@]}" -o "$results/report.html" \
+    --markdown "$results/report.md"
 exit "$failed"

@@ -33,6 +33,7 @@ from full_width import (
     OURS,
     OURS16,
     Weights,
+    cpu_ms,
     limit_ms,
     memory,
     per_call,
@@ -128,7 +129,11 @@ def blocks(rates: dict[str, Any]) -> Iterator[dict[str, Any]]:
         row = {"op": "block", "way": way.name, "tokens": len(x), **spread(times)}
         limit = limit_ms([len(x)], rates, way.linears8, way.attention8)
         row |= {"times_as_long": times[1] / first_ms, "of_limit": limit / times[1]}
-        row |= memory(call, way.block) | {"activation_bytes": traffic(way, call), "relative_error": errors[way.name]}
+        row |= (
+            {"cpu_ms": cpu_ms(call)}
+            | memory(call, way.block)
+            | {"activation_bytes": traffic(way, call), "relative_error": errors[way.name]}
+        )
         if way.name in allowed:
             kept = errors[way.name] <= allowed[way.name]
             row["check"] = "ok" if kept else f"expected an error of at most {allowed[way.name]:.3g}"

@@ -25,6 +25,7 @@ from full_width import (
     LATENT,
     OURS,
     OURS16,
+    cpu_ms,
     limit_ms,
     memory,
     per_call,
@@ -54,7 +55,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 def step_row(name: str, call: Callable[[], Any], module: nn.Module, limit: float) -> dict[str, Any]:
     times = per_call(call, rep=1500)
     row = {"op": "step", "way": name, "tokens": IMAGE_TOKENS + CAPTION_TOKENS, **spread(times)}
-    return row | {"of_limit": limit / times[1]} | memory(call, module)
+    return row | {"cpu_ms": cpu_ms(call), "of_limit": limit / times[1]} | memory(call, module)
 
 
 def our_step(name: str, rates: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:

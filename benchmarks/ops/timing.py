@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from zimage_lite.bench.machine import commit, machine_facts
 
 Times = tuple[float, float, float]  # 20th, 50th and 80th percentile
 QUANTILES = [0.2, 0.5, 0.8]
@@ -54,19 +55,8 @@ def spread(times: Times) -> dict[str, float]:
 
 
 def card() -> dict[str, Any]:
-    import triton
-
-    fields = "name,driver_version,power.limit,clocks.max.sm"
-    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
-    values = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().split(", ")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {
-        **dict(zip(fields.split(","), values, strict=True)),
-        "capability": torch.cuda.get_device_capability(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit,
-    }
+    """As far as it can be told: without git there is no commit, without nvidia-smi no limit of power."""
+    return {**machine_facts(), "commit": commit()}
 
 
 def report(rows: Iterable[dict[str, Any]], out: Path | None) -> list[dict[str, Any]]:

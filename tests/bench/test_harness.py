@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -301,7 +299,7 @@ def test_what_is_measured_without_a_tier() -> None:
     ("arguments", "line"),
     [
         (["--tier", "5gb"], "error: --tier: got 5gb, expected one of 4gb, 6gb, 8gb, 12gb, 16gb, 24gb"),
-        (["--repeats", "3"], "error: --repeats: got 3, expected at least 5"),
+        (["--repeats", "1"], "error: --repeats: got 1, expected at least 2"),
         (["--sizes", "512,100"], "error: --sizes: got '100', expected multiples of 16, such as 512,1024"),
         (["--tier", "4gb", "--model", "demo", "--formats", "int8"], "error: --formats is for random weights"),
         (["--model", "/no/such/model"], "error: /no/such/model: "),
@@ -311,32 +309,3 @@ def test_what_is_measured_without_a_tier() -> None:
 )
 def test_refusals(arguments: list[str], line: str, refused: Callable[..., str]) -> None:
     assert refused("bench", *arguments).startswith(line)
-
-
-# --- tools/gpu_check.sh
-
-PRETENDED = """#!/usr/bin/env bash
-case "$*" in
-    *bench_linear*) exit 3 ;;
-    *tier_6gb*)
-        for word; do [[ "$before" == --out ]] && echo '{"cells": []}' > "$word"; before="$word"; done
-        sleep 60 ;;
-esac
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs bash and timeout")
-def test_gpu_check_keeps_what_it_has_when_time_is_up(tmp_path: Path) -> None:
-    """With a pretended Python whose 6 GB tier writes a result and then hangs, and two seconds for everything."""
-    python = tmp_path / "python"
-    python.write_text(PRETENDED)
-    python.chmod(0o755)
-    out = tmp_path / "out"
-    command = ["bash", str(ROOT / "tools" / "gpu_check.sh"), str(out)]
-    environment = {**os.environ, "PYTHON": str(python), "GPU_CHECK_SECONDS": "2"}
-    assert subprocess.run(command, env=environment, capture_output=True, timeout=60).returncode == 1
-    parts = {part["name"]: part["code"] for part in json.loads((out / "parts.json").read_text())["parts"]}
-    assert (parts["tests"], parts["linear_int8"], parts["tier_6gb"], parts["tier_8gb"]) == (0, 3, 124, None)
-    single = ["laptop_ptx", "linear_int8", "attention", "elementwise", "block", "step"]
-    assert list(parts)[:9] == ["tests", "kernel_tests", *single, "tier_6gb"]
-    assert json.loads((out / "tier_6gb.json").read_text()) == {"cells": []}

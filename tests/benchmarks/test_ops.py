@@ -37,7 +37,7 @@ from zimage_lite.report.sections import sections
 
 ROOT = Path(__file__).parents[2]
 OPS = ROOT / "benchmarks" / "ops"
-SCRIPTS = [*sorted(OPS.glob("bench_*.py")), OPS / "check_laptop_ptx.py"]
+SCRIPTS = [*sorted(OPS.glob("bench_*.py")), OPS / "check_laptop_ptx.py", OPS / "gpu_facts.py"]
 SMALL = TransformerConfig(dim=384, n_layers=1, n_refiner_layers=1, n_heads=3, cap_feat_dim=64)
 RATES = {"op": "ceilings", "int8_tops": 2.0, "bf16_tflops": 1.0}
 
@@ -63,6 +63,8 @@ def test_share_of_a_copy() -> None:
     assert (row["gbps"], row["copy_gbps"], row["of_copy"]) == pytest.approx((500, 2000 / 3, 0.75))
     assert row["kept"] and not bench_elementwise.judged(10**9, (1.9, 2.0, 2.1), 1.5, rotates=False)["kept"]
     assert (row["ms_p20"], row["ms"], row["ms_p80"]) == (1.9, 2.0, 2.1)
+    issue_bound = bench_elementwise.judged(10**9, (1.9, 2.0, 2.1), 1.5, rotates=False, issue_gbps=580)
+    assert issue_bound["kept"] and issue_bound["of_copy"] == row["of_copy"]
 
 
 def test_what_is_moved() -> None:
@@ -161,6 +163,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (bench_block, bench_step):
         monkeypatch.setattr(module, "per_call", lambda call, *_, **__: call() is None or (1.0, 2.0, 3.0))
         monkeypatch.setattr(module, "memory", lambda call, block: {"work_bytes": 1})
+        monkeypatch.setattr(module, "cpu_ms", lambda call: 1.5)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
 

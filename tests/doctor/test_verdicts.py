@@ -225,9 +225,10 @@ def test_a_process_that_dies_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_process_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have been compiling, slowly: that is no crash, and not kept. The rest is tested by another one."""
     monkeypatch.setattr(verdicts, "TIMEOUT_S", 1)
     script(monkeypatch, GOOD.format(die='op == "attention_int8" and time.sleep(60)'))
-    assert verdicts._test(DEVICE) == {**OK, "attention_int8": Verdict("crashed", "no answer within 1 s")}
+    assert verdicts._test(DEVICE) == {**OK, "attention_int8": Verdict("not tested", "no answer within 1 s")}
 
 
 def test_every_kernel_may_crash(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,6 +256,6 @@ def test_the_real_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     (tmp_path / "torch.py").write_text("raise ImportError('the wrong one')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "0"))
-    said, running, end = verdicts._run(verdicts.command(DEVICE, ["quantize_rows", "add_norm"]))
+    said, running, end, timed_out = verdicts._run(verdicts.command(DEVICE, ["quantize_rows", "add_norm"]))
     assert said == {"quantize_rows": Verdict("ok"), "add_norm": Verdict("ok")}, end
-    assert running == "add_norm"
+    assert running == "add_norm" and not timed_out

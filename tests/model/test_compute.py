@@ -31,6 +31,7 @@ from zimage_lite import GenerateOptions, load, quantize
 from zimage_lite.cli import run
 from zimage_lite.config import RuntimeOptions, TransformerConfig
 from zimage_lite.convert.synthetic import open_synthetic
+from zimage_lite.doctor.selftest.checks import CHECKS
 from zimage_lite.doctor.selftest.process import Verdict
 from zimage_lite.errors import UserError
 from zimage_lite.memory.gpus import find_gpu
@@ -323,11 +324,12 @@ def chosen(
     *formats: str,
     head_dim: int = 128,
     state: str = "ok",
+    op: str = "attention_int8",
     units: bool = False,
     **options: str,
 ) -> Any:
-    """state: what the self-test says of one of the kernels. units: whether the CPU has some for 8 bits."""
-    tested = {"linear_int8": Verdict("ok", ""), "attention_int8": Verdict(state, "3.0 of 1.0")}
+    """state: what the self-test says of this op. units: whether the CPU has some for 8 bits."""
+    tested = dict.fromkeys(CHECKS, Verdict("ok")) | {op: Verdict(state, "3.0 of 1.0")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("zimage_lite.pipeline.backends.triton_obstacle", lambda device: obstacle)
         patch.setattr("zimage_lite.doctor.selftest.verdicts.verdicts", lambda device, tell: tested)
@@ -370,7 +372,7 @@ def test_compute_capability_7_5(turing: None) -> None:
         choice = chosen(None, CUDA, "q4_k", state="not supported", **options)
         assert (choice.compute, choice.backend) == (compute["triton"], "triton+torch")
         assert choice.note is not None and "torch multiplies" in choice.note
-    failed = chosen(None, CUDA, "q4_k", state="wrong")
+    failed = chosen(None, CUDA, "q4_k", state="wrong", op="add_norm")
     assert (failed.compute, failed.backend, failed.unpacking) == (PLAIN["reference"], "reference", "reference")
 
 
@@ -382,11 +384,35 @@ def test_older_than_7_5(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_kernel_that_failed_its_self_test_is_not_taken() -> None:
-    """Unless it is asked for."""
-    choice = chosen(None, CUDA, "int8", state="wrong")
+    """Unless it is asked for. Others are, where it is not needed."""
+    choice = chosen(None, CUDA, "int8", state="wrong", op="add_norm")
     assert choice.compute == PLAIN["reference"]
-    assert choice.note is not None and "attention_int8: wrong (3.0 of 1.0)" in choice.note
+    assert choice.note is not None and "add_norm: wrong (3.0 of 1.0)" in choice.note
     assert chosen(None, CUDA, "int8", state="wrong", backend="triton").compute == INT8["triton"]
+
+
+@pytest.mark.parametrize(
+    ("op", "formats", "compute"),
+    [
+        ("attention_int8", ("int8",), PLAIN["triton"]),
+        ("swiglu_int8", ("q4_k", "q6_k"), PLAIN["triton"]),
+        ("flash_attention", ("int8",), INT8["triton"]),
+        ("flash_attention", ("int8", "bf16"), PLAIN["reference"]),
+        ("requantize", ("int8",), INT8["triton"]),
+        ("requantize", ("int4",), PLAIN["triton"]),
+        ("dequantize", ("int4",), INT8["triton"]),
+        ("dequantize", ("int4", "bf16"), PLAIN["reference"]),
+        ("dequantize", ("bf16",), PLAIN["triton"]),
+        ("linear_int8", ("bf16",), PLAIN["triton"]),
+    ],
+)
+@pytest.mark.parametrize("state", ["wrong", "crashed", "not tested"])
+def test_only_what_is_needed_is_missed(op: str, formats: tuple[str, ...], compute: Compute, state: str) -> None:
+    choice = chosen(None, CUDA, *formats, op=op, state=state)
+    assert choice.compute == compute
+    as_before = chosen(None, CUDA, *formats).compute
+    assert (choice.note is None) == (choice.compute == as_before)
+    assert choice.unpacking == ("auto" if op != "dequantize" and compute.backend == "triton" else "reference")
 
 
 @pytest.mark.parametrize(

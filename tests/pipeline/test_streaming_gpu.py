@@ -16,7 +16,7 @@ from zimage_lite.memory.machine import CUDA_CONTEXT_BYTES
 from zimage_lite.memory.placement import GRANULE_BYTES
 from zimage_lite.pipeline.drawing import Pipeline
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 SMALL = (  # 32 blocks of 7 MB in int8
     TransformerConfig(dim=768, n_heads=6, cap_feat_dim=256),

@@ -18,7 +18,7 @@ from typing import Any
 from .tiers import DONE, FAILED, NOT_RUN, SIZES, STEPS, Tier
 
 KIND = "zimage-lite bench"
-MIN_REPEATS = 5  # warm ones; fewer show no spread
+REPEATS, MIN_REPEATS = 5, 2  # warm ones; fewer show no spread
 CASE_LIMIT_SECONDS = 1800
 
 _SUMS = ("copied_bytes", "read_bytes", "wait_seconds")
@@ -36,7 +36,7 @@ class Request:
     tier: Tier | None
     models: dict[str, str]
     sizes: tuple[int | None, ...]
-    repeats: int = MIN_REPEATS
+    repeats: int = REPEATS
     steps: int = STEPS
 
     @classmethod

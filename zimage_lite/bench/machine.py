@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from .. import __version__
+from ..doctor import nvidia
 
 
 def asked() -> dict[str, Any]:
@@ -47,6 +48,7 @@ def machine_facts() -> dict[str, Any]:
             "vram_bytes": properties.total_memory,
             "capability": [properties.major, properties.minor],
             "cuda": torch.version.cuda,
+            "driver_version": driver.version if (driver := nvidia.driver()) else None,
             **_driver(),
         }
     return facts

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..bench.harness import MIN_REPEATS, Request, bench
+from ..bench.harness import MIN_REPEATS, REPEATS, Request, bench
 from ..bench.tiers import SIZES, TIERS, find_tier
 from ..config import SIZE_MULTIPLE
 from ..errors import UserError
@@ -24,7 +24,7 @@ _SIZES = ",".join(map(str, SIZES))
 )
 @click.option("--formats", metavar="A,B,...", help="synthetic: weights of these formats.  [default: the tier's]")
 @click.option("--sizes", metavar="W,W,...", help=f"Pixels each way.  [default: {_SIZES}; else the model's]")
-@click.option("--repeats", type=int, default=MIN_REPEATS, show_default=True, help="Warm runs, after a cold one.")
+@click.option("--repeats", type=int, default=REPEATS, show_default=True, help="Warm runs, after a cold one.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE.json", help="Written after each case.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 def command(

@@ -9,9 +9,9 @@ Sources and assumptions, so that a surprising prediction can be traced:
 - Links: PCIe 3.0 x16 and 4.0 x8 carry 12.5 GB/s from pinned memory, 4.0 x16 and 5.0 x8 25 GB/s (measured on others'
   machines), 5.0 x16 50 GB/s (assumed). Many laptops wire fewer lanes than the chip has, and then every copy takes twice
   as long.
-- Clocks of GTX 1660 Ti, RTX 3070 and the power range of RTX 4070 and 5070 (all laptops), RTX 4060 Ti, RTX 4070 Ti and
-  H200 are from specifications that were not looked up again; some lists give the RTX 5050 Laptop 224 GB/s instead
-  of 384.
+- Clocks of GTX 1660 Ti, RTX 3070 and the power range of RTX 4070 and 5070 (all laptops), RTX 4060 Ti, RTX 4070 Ti,
+  H100 and H200 are from specifications that were not looked up again; some lists give the RTX 5050 Laptop 224 GB/s
+  instead of 384.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Gpu:
     memory_gbps: float
     watts: tuple[int, int]
     pcie: str
-    fp16_sums: float = 2.0
+    fp16_sums: float = 2.0  # where attention takes them: config.FLOAT16_SUMS
 
     @property
     def vram_bytes(self) -> int:
@@ -68,10 +68,15 @@ GPUS = (
     Gpu("RTX 4070 Ti 12GB", 12, (8, 9), (80.2, 80.2), (320.7, 320.7), 504, (285, 285), "4.0 x16"),
     Gpu("RTX 4060 Ti 16GB", 16, (8, 9), (44.1, 44.1), (176.5, 176.5), 288, (165, 165), "4.0 x8"),
     Gpu("RTX 4090 24GB", 24, (8, 9), (165.2, 165.2), (660.6, 660.6), 1008, (450, 450), "4.0 x16"),
+    Gpu("H100 80GB", 80, (9, 0), (989.0, 989.0), (1979.0, 1979.0), 3350, (700, 700), "5.0 x16", 1.0),
     Gpu("H200 141GB", 141, (9, 0), (989.0, 989.0), (1979.0, 1979.0), 4800, (700, 700), "5.0 x16", 1.0),
 )
 
-_NOISE = {"nvidia", "geforce", "gpu", "rtx", "gtx", "the", "with", "graphics", "card", "sxm", "gddr6", "gddr7"}
+_NO_MATRIX_UNITS = r"GTX 16|MX[45]50|\bT\d{3,4}\b"  # of compute capability 7.5: TU116 and TU117
+_NOISE = {
+    *("nvidia", "geforce", "gpu", "rtx", "gtx", "the", "with", "graphics", "card", "design"),
+    *("sxm", "gddr6", "gddr7", "hbm3", "hbm3e"),
+}
 _SPELLINGS = {"mobile": "laptop", "notebook": "laptop", "l": "laptop", "lap": "laptop", "max-q": "laptop"}
 
 
@@ -90,6 +95,26 @@ def find_gpu(name: str) -> Gpu:
         expected="one of " + ", ".join(near or [gpu.name for gpu in GPUS]),
         fix="or give --vram alone",
     )
+
+
+def gpu_of(name: str, vram_gib: int, capability: tuple[int, int], units: int, clock_ghz: float, gbps: float) -> Gpu:
+    """One that is not in the table, from what its driver says. units: streaming multiprocessors."""
+    ops8, share16 = _ops_per_clock(name, capability)
+    tops = units * clock_ghz * ops8 / 1000
+    tflops, sums = tops / share16, share16 / 2
+    return Gpu(name, vram_gib, capability, (tflops, tflops), (tops, tops), gbps, (0, 0), "4.0 x8", sums)
+
+
+def _ops_per_clock(name: str, capability: tuple[int, int]) -> tuple[int, int]:
+    """-> int8 operations per clock of a multiprocessor, and how many times the rate of 16-bit products with 32-bit sums
+    that is: 4 on GeForce, 2 on the cards of data centers."""
+    if capability[0] in (9, 10, 11):
+        return 8192, 2
+    if capability == (8, 0):
+        return 4096, 2
+    if capability == (7, 5) and re.search(_NO_MATRIX_UNITS, name):
+        return 512, 4  # dp4a, and plain float32
+    return 2048, 4
 
 
 def gpu_with(vram_bytes: int) -> Gpu:

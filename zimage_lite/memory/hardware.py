@@ -17,8 +17,8 @@ from torch import Tensor
 from zimage_kernels import cpu_has_int8_units, integer_product
 
 from ..errors import UserError
-from .gpus import Gpu, find_gpu
-from .machine import CPU_MEMORY_GBPS, CUDA_CONTEXT_BYTES, Machine, Processor, processor
+from .gpus import Gpu, find_gpu, gpu_of
+from .machine import CPU_MEMORY_GBPS, CUDA_CONTEXT_BYTES, Machine, Processor, processor, vram_margin_bytes
 from .meter import rss_bytes
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -26,6 +26,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RAM_MARGIN_BYTES = 500_000_000  # left to the rest of the system when no --ram is given
 ALLOCATOR_SLACK_BYTES = 30_000_000  # what was freed but not returned, and libraries that come with the first use
 CUDA_SLACK_BYTES = 70_000_000  # more of that, of CUDA's: assumed
+_CLOCK_KHZ, _MEMORY_GBPS = 1_500_000, 200.0  # where torch does not pass on what the driver says
 _LINK_TEST_BYTES, _LINK_TESTS = 2**25, 5
 
 
@@ -56,20 +57,23 @@ def machine_here(hardware: Hardware) -> Machine:
     it, and as held. A GPU that is not in the table is taken for one of its size and speed."""
     if hardware.device.type != "cuda":
         return replace(_processor_here(), cpu_dtype=hardware.dtype_name, cpu_int8=cpu_has_int8_units())
-    gpu, device = gpu_here(hardware.device), hardware.device
+    gpu, device, windows = gpu_here(hardware.device), hardware.device, sys.platform == "win32"
     link_gbps = _link_gbps(device)
+    _load_libraries(device, hardware.dtype)
     torch.cuda.empty_cache()  # what is only kept for later is not held
     own = CUDA_CONTEXT_BYTES + torch.cuda.memory_reserved(device)
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     there = _processor_here()  # now that CUDA is there: its context takes RAM, too
     return replace(
         there,
         process_bytes=there.process_bytes + CUDA_SLACK_BYTES,
         name=gpu.name,
-        vram_free_bytes=own + torch.cuda.mem_get_info(device)[0],
+        vram_free_bytes=own + free_bytes,
+        margin_bytes=vram_margin_bytes(total_bytes, windows),
         gpu=processor(gpu),
         gpu_dtype=hardware.dtype_name,
         link_gbps=link_gbps,
-        pinned_limit_bytes=psutil.virtual_memory().total // 2 if sys.platform == "win32" else None,
+        pinned_limit_bytes=psutil.virtual_memory().total // 2 if windows else None,
     )
 
 
@@ -80,17 +84,18 @@ def _processor_here() -> Machine:
 
 
 def gpu_here(device: torch.device) -> Gpu:
-    """The table's row for this GPU; if it has none, what its numbers of processors and their kind say."""
-    properties = torch.cuda.get_device_properties(device)
+    """The table's row for this GPU; if it has none, what the driver says of its processors and its memory."""
+    properties, capability = torch.cuda.get_device_properties(device), torch.cuda.get_device_capability(device)
     gib = round(properties.total_memory / 2**30)
-    for name in (f"{properties.name} {gib}GB", properties.name):  # of some, not all of the memory is to be seen
+    names = [f"{properties.name} {gib}GB", properties.name]  # of some, not all of the memory is to be seen
+    if capability == (7, 5):  # there the driver calls a laptop's as it calls a desktop's
+        names.append(f"{properties.name} Laptop {gib}GB")
+    for name in names:
         with suppress(UserError):
             return find_gpu(name)
-    clock_ghz = getattr(properties, "clock_rate", 1_500_000) / 1e6
-    tops8 = properties.multi_processor_count * clock_ghz * 2.048
-    tflops = tops8 / 4
-    kind = torch.cuda.get_device_capability(device)
-    return Gpu(properties.name, gib, kind, (tflops, tflops), (tops8, tops8), 200, (0, 0), "4.0 x8")
+    clock_ghz = getattr(properties, "clock_rate", _CLOCK_KHZ) / 1e6
+    gbps = 2 * getattr(properties, "memory_clock_rate", 0) * getattr(properties, "memory_bus_width", 0) / 8e6
+    return gpu_of(properties.name, gib, capability, properties.multi_processor_count, clock_ghz, gbps or _MEMORY_GBPS)
 
 
 @cache
@@ -106,10 +111,20 @@ def _link_gbps(device: torch.device) -> float:
         there.copy_(host, non_blocking=True)
         event.record(stream)
     stream.synchronize()
-    del there
-    torch.cuda.empty_cache()
     best_ms = min(start.elapsed_time(end) for start, end in pairwise(events))
+    del host
+    getattr(torch._C, "_host_emptyCache", lambda: None)()  # else torch keeps what was pinned for as long as it runs
     return _LINK_TEST_BYTES / best_ms / 1e6
+
+
+@cache
+def _load_libraries(device: torch.device, dtype: torch.dtype) -> None:
+    """The first product and the first convolution load code that stays on the GPU, 100 to 200 MB of it: before it is
+    asked what is free."""
+    x = torch.ones(32, 32, dtype=dtype, device=device)
+    F.conv2d((x @ x)[None, None], x[None, None, :3, :3])
+    with suppress(RuntimeError):  # where torch has none
+        torch._int_mm(x.char(), x.char())
 
 
 @cache

@@ -9,10 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..config import FLOAT16_SUMS
 from .gpus import Gpu
 
 CUDA_CONTEXT_BYTES = 540_000_000  # counts against --vram, but not as tensors; with cuBLAS's workspace of 8 to 32 MiB
 VRAM_MARGIN_BYTES = 300_000_000  # left to the desktop and to the allocator's rounding
+WINDOWS_MARGIN = 0.08  # of the card, if that is more: its desktop grows, and what does not fit spills without a word
+# What torch's allocator may take beyond its tensors: cuBLAS's workspace, and the ends of segments of 20 MiB. Taken
+# to be part of what is assumed for the context; tools/gpu_check.sh measures both.
+ALLOCATOR_ROUNDING_BYTES = 100_000_000
 DESKTOP_BYTES = 300_000_000  # what other programs hold of a GPU that nobody has asked
 PROCESS_BYTES = 1_200_000_000  # Python, torch with its CUDA libraries, and what the driver keeps in RAM: assumed
 
@@ -102,11 +107,12 @@ class Machine:
 def processor(gpu: Gpu, high_power: bool = True, ideal: bool = False) -> Processor:
     """ideal: every rate at its peak, as if no kernel lost anything. The faster, the harder it is to hide copies.
 
-    Attention beside 8-bit products multiplies queries and keys in int8, and adds up values in 16 bits. Before compute
-    capability 8.0 the compiler has no matrix units for that: it stays 16-bit, and torch multiplies in 8 bits.
+    Attention beside 8-bit products multiplies queries and keys in int8, and weights and values in 16 bits. Before
+    compute capability 8.0 the compiler has no matrix units for that: it stays 16-bit, and torch multiplies in 8 bits.
     """
     tflops, tops, units = gpu.tflops16[high_power], gpu.tops8[high_power], gpu.capability >= (8, 0)
-    mixed = 2 / (1 / tops + 1 / (gpu.fp16_sums * tflops)) if units else tflops
+    sums = gpu.fp16_sums if gpu.capability in FLOAT16_SUMS else 1.0
+    mixed = 2 / (1 / tops + 1 / (sums * tflops)) if units else tflops
     if ideal:
         return Processor(tflops, tops, tflops, mixed, gpu.memory_gbps, not units)
     return Processor(
@@ -129,6 +135,11 @@ def machine(gpu: Gpu, ram_bytes: int, high_power: bool = True, ideal: bool = Fal
         link_gbps=gpu.link_gbps,
         gpu_dtype="bf16" if gpu.capability >= (8, 0) else "fp16",
     )
+
+
+def vram_margin_bytes(total_bytes: int, windows: bool) -> int:
+    """Of a card of this size, what nobody plans with."""
+    return max(VRAM_MARGIN_BYTES, int(WINDOWS_MARGIN * total_bytes)) if windows else VRAM_MARGIN_BYTES
 
 
 def at_both_limits(gpu: Gpu, ram_bytes: int, vram_bytes: int | None = None) -> list[Machine]:

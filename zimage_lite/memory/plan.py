@@ -20,6 +20,7 @@ from .machine import Work
 from .simulate import Passage, Run, simulate
 
 DEVICE, PINNED, PAGEABLE, FILE = "device", "pinned", "pageable", "file"
+CONTEXT = "CUDA context"  # among what a plan on a GPU holds
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ..errors import BudgetError
 from ..units import format_gb, round_up
 from .machine import COPY_OVERHEAD_MS, Machine, Processor, Work
 from .placement import GRANULE_BYTES, SLOT_COUNTS, Candidate, candidates, nested_order, prefix
-from .plan import DEVICE, FILE, PAGEABLE, PINNED, Block, Budgets, Phase, Plan
+from .plan import CONTEXT, DEVICE, FILE, PAGEABLE, PINNED, Block, Budgets, Phase, Plan
 from .simulate import Passage, Run, simulate
 
 
@@ -201,7 +201,7 @@ def _plan(
         slot_bytes=candidate.slot_bytes,
         staging=staging,
         staging_bytes=_staging_bytes(phase),
-        fixed={"CUDA context": machine.context_bytes, **phase.fixed} if gpu else dict(phase.fixed),
+        fixed={CONTEXT: machine.context_bytes, **phase.fixed} if gpu else dict(phase.fixed),
         peak_vram_bytes=vram + (arena if gpu else 0),
         peak_ram_bytes=ram + (staging * _staging_bytes(phase) + held if gpu else arena),
         prelude_ms=clock.prelude_ms,

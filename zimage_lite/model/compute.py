@@ -22,6 +22,7 @@ from zimage_kernels import (
     quantize_rows,
 )
 
+from ..config import FLOAT16_SUMS
 from .linear import Activation, Linear, RMSNorm
 from .rope import Rope
 
@@ -61,11 +62,15 @@ class Compute:
         q_in = norm_rope(q, q_norm.weight, *rope, q_norm.eps, group, None, backend)
         k_in = norm_rope(k, k_norm.weight, *rope, k_norm.eps, group, lengths if int8 else None, backend)
         if isinstance(q_in, Int8Rows) and isinstance(k_in, Int8Rows):
-            return attention_int8(*q_in, *k_in, v, lengths, backend=backend)
+            return attention_int8(*q_in, *k_in, v, lengths, _float16_sums(q.device), backend)
         assert isinstance(q_in, Tensor) and isinstance(k_in, Tensor)
         if not kernels or q.dtype == torch.float32:
             return attention(q_in, k_in, v, lengths)
         return flash_attention(q_in, k_in, v, lengths, backend)
+
+
+def _float16_sums(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in FLOAT16_SUMS
 
 
 REFERENCE = Compute()

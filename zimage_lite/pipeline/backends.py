@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +20,13 @@ from ..quant.formats import Format
 
 @dataclass(frozen=True)
 class Choice:
-    """note: for people, what they might not expect. torch_multiplies: and attends, beside kernels without products."""
+    """note: for people, what they might not expect. torch_multiplies: and attends, beside kernels without products.
+    unpacks: whether the kernel that unpacks weights can be trusted."""
 
     compute: Compute
     note: str | None = None
     torch_multiplies: bool = False
+    unpacks: bool = True
 
     @property
     def bits(self) -> str:
@@ -39,7 +41,7 @@ class Choice:
     @property
     def unpacking(self) -> Backend:
         """What unpacks the text encoder, which the CPU may compute beside a GPU with kernels."""
-        return "auto" if self.compute.backend == "triton" else "reference"
+        return "auto" if self.compute.backend == "triton" and self.unpacks else "reference"
 
 
 def choose_for(
@@ -61,37 +63,60 @@ def choose(
     """device: to compute on; formats: of the matrices in the transformer's blocks; tell: before a check that takes
     long. Raises UserError for what was asked for and cannot be.
 
-    auto takes the kernels on a CUDA device that can run them and on which all that it can run have passed their
-    self-test, and 8 bits where they run and a weight is quantized to integers. On compute capability 7.5 those are the
-    kernels without products: torch multiplies, in as many bits, and attends in 16. auto never leaves the references on
-    the CPU, where kernels could only be interpreted; 8 bits it takes there for int8 weights, if the CPU has units for
-    them.
+    auto takes the kernels on a CUDA device that can run them and on which those that it needs have passed their
+    self-test, and 8 bits where they run and a weight is quantized to integers; if only kernels for 8 bits failed, 16.
+    On compute capability 7.5 those are the kernels without products: torch multiplies, in as many bits, and attends in
+    16. auto never leaves the references on the CPU, where kernels could only be interpreted; 8 bits it takes there for
+    int8 weights, if the CPU has units for them.
     """
+    found, auto = set(formats), options.backend == "auto" and device.type == "cuda"
     obstacle = triton_obstacle(device)
     if obstacle is None and head_dim != HEAD_DIM:
         obstacle = f"got heads of {head_dim}, expected {HEAD_DIM}"
-    if obstacle is None and options.backend == "auto" and device.type == "cuda":
-        obstacle = _distrust(device, tell)
     if options.backend == "triton" and obstacle:
         raise UserError(f"--backend triton: {obstacle}", fix="use auto or reference")
-    kernels = options.backend == "triton" or (options.backend == "auto" and device.type == "cuda" and obstacle is None)
-    compute = Compute("triton" if kernels else "reference", _in_int8(options, kernels, device, set(formats)))
-    if kernels and not has_matrix_units(device):
+    kernels = options.backend == "triton" or (auto and obstacle is None)
+    int8, failed, note = _in_int8(options, kernels, device, found), dict[str, str](), None
+    if kernels and auto:
+        failed = _failed(device, tell)
+        obstacle = _missed(needed(int8, found), failed)
+        if obstacle and int8 and options.compute == "auto" and not _missed(needed(False, found), failed):
+            int8, note, obstacle = False, f"no Triton kernels for 8 bits: {obstacle}; computing in 16 bits", None
+        kernels = obstacle is None
+    if not kernels:
+        fell_back = f"the Triton kernels cannot run: {obstacle}; torch computes" if auto else None
+        return Choice(Compute("reference", _in_int8(options, False, device, found)), fell_back)
+    turing = not has_matrix_units(device)
+    if turing and note is None:
         note = "Triton has no matrix units on this GPU: torch multiplies and attends, kernels do the rest"
-        return Choice(compute, note, torch_multiplies=True)
-    fell_back = options.backend == "auto" and device.type == "cuda" and not kernels
-    return Choice(compute, f"the Triton kernels cannot run: {obstacle}; torch computes" if fell_back else None)
+    return Choice(Compute("triton", int8), note, turing, "dequantize" not in failed)
 
 
-def _distrust(device: torch.device, tell: Callable[[str], None]) -> str | None:
-    """Why kernels that could run are not taken: the first that failed its self-test. One that does not run on such a
-    GPU is not missed."""
+def needed(int8: bool, formats: Collection[Format]) -> set[str]:
+    """The ops of the self-test that blocks with weights of these formats take."""
+    others = [format for format in formats if not (int8 and (format.name == "int8" or is_reencoded(format)))]
+    ops = {"add_norm", "norm_rope"}
+    if int8:
+        ops |= {"quantize_rows", "linear_int8", "swiglu_int8", "attention_int8"}
+        ops |= {"requantize"} if any(map(is_reencoded, formats)) else set()
+    if others:
+        ops.add("flash_attention")
+        ops |= {"dequantize"} if any(format.lossy for format in formats) else set()
+    return ops
+
+
+def _failed(device: torch.device, tell: Callable[[str], None]) -> dict[str, str]:
+    """op -> what the self-test says of it. One that does not run on such a GPU is not missed."""
     from ..doctor.selftest.verdicts import verdicts  # only where there is a GPU
 
-    for op, verdict in verdicts(device, tell=tell).items():
-        if not verdict.trusted and verdict.state != "not supported":
-            return f"{op}: {verdict.state} ({verdict.reason}); zimage-lite doctor tells more"
-    return None
+    found = verdicts(device, tell=tell)
+    bad = {op: verdict for op, verdict in found.items() if not verdict.trusted and verdict.state != "not supported"}
+    return {op: f"{verdict.state} ({verdict.reason}); zimage-lite doctor tells more" for op, verdict in bad.items()}
+
+
+def _missed(ops: set[str], failed: dict[str, str]) -> str | None:
+    """The first of these that failed."""
+    return next((f"{op}: {why}" for op, why in failed.items() if op in ops), None)
 
 
 def _in_int8(options: RuntimeOptions, kernels: bool, device: torch.device, formats: set[Format]) -> bool:

@@ -1,8 +1,8 @@
 """Weights of other integer formats, as rotated int8, for as long as their block computes.
 
 A block stays packed where it is; before it computes, its weights are expanded into one scratch buffer, which the next
-block takes over. That costs one pass over the weights, about 1 ms of a full-size block's 18 ms on a laptop GPU (a
-prediction), and lets files of every integer format run on 8-bit matrix units.
+block takes over. That costs one pass over the weights, on an RTX 3060 Laptop about 1 ms for int4 and 2 ms for
+K-quants of a full-size block's 38 (predictions), and lets files of every integer format run on 8-bit matrix units.
 """
 
 from __future__ import annotations

@@ -38,6 +38,9 @@ from .model_sizes import Model
 
 _SUM_TRAFFIC = 8  # bytes for each output of an 8-bit product that torch makes
 _TRAFFIC = 30  # of a block's fused element-wise work, in tokens x width x 2 bytes
+# Re-encoding is bound by instructions rather than memory, by the compiled code between a half and all of a copy's speed
+# on a laptop: half until it is measured. What is rotated already (comfy_int) has little to compute.
+_REENCODING_TIMES = 2
 _LATENT_COPIES = 3  # the latent, the model's answer and their sum, in float32
 _BATCHES = (1, 2, 4, 8)  # images at once
 # What is computed for twice as many images is charged so much more, so that they are denoised together only where that
@@ -229,11 +232,18 @@ def _transformer_work(
         unpacking = 0 if int8 and machine.cpu_int8 else cpu_unpacking_flops(parts)
         other = ELEMENTWISE_FLOPS * tokens * dim + unpacking
         return Work(charge * flops, charge * attention, int8=int8, other_flops=charge * other)
-    traffic = _TRAFFIC * tokens * dim * 2 + _reencoded(parts)
-    traffic += sum(part.n_bytes for part in parts if is_reencoded(part.format))
+    traffic = _TRAFFIC * tokens * dim * 2 + sum(map(_reencoding_traffic, parts))
     if machine.gpu and machine.gpu.unfused8:
         traffic += _SUM_TRAFFIC * tokens * sum(part.rows for part in parts if _in_int8(part))
     return Work(charge * flops, charge * attention, charge * traffic, any(map(_in_int8, parts)))
+
+
+def _reencoding_traffic(part: Part) -> float:
+    """Bytes read and written, as many times as it takes longer than a copy."""
+    if not is_reencoded(part.format):
+        return 0.0
+    times = 1 if part.format.family == "comfy_int" else _REENCODING_TIMES
+    return times * (part.n_bytes + reencoded_bytes(part.format, part.rows, part.columns))
 
 
 def _linear_weights(parts: Iterable[Part]) -> int:

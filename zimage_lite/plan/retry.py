@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from ..config import RuntimeOptions
 from ..errors import BudgetError
+from ..memory.ceiling import held_to
 from ..memory.failures import forget, is_out_of_memory
 from ..memory.hardware import Hardware, machine_here
 from ..memory.machine import Machine
@@ -42,14 +43,15 @@ class Planning:
         return [Ways(way, plan) for way, plan in zip(ways, plan_phases(ways, machine, budgets), strict=True)]
 
     def within(self, ways: Ways, run: Callable[[int, Plan], Iterator[_Item]]) -> Generator[_Item, None, None]:
-        """What run(done, plan) yields from its item `done` on. If memory runs out in spite of the plan, because another
-        program took it, plans again with less, once, and goes on where it was. Raises BudgetError."""
+        """What run(done, plan) yields from its item `done` on. If memory runs out, because another program
+        took it or the plan was too small, plans again with less, once, and goes on where it was. Raises BudgetError."""
         done = 0
         for again in (True, False):
             try:
-                for item in run(done, ways.plan):
-                    done += 1
-                    yield item
+                with held_to(ways.plan, self.hardware.device):
+                    for item in run(done, ways.plan):
+                        done += 1
+                        yield item
                 return
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
@@ -69,7 +71,8 @@ class Planning:
             (plan,) = plan_phases([ways.phases], machine, limits)
         except BudgetError:
             raise _ran_out(f"although {_peaks(old)} were planned, and it cannot be done with less", old) from None
-        self.tell(f"{old.phase}: memory ran out, another program must have taken it; going on with {_peaks(plan)}")
+        why = f"memory ran out, although {_peaks(old)} were planned: another program took it, or it takes more"
+        self.tell(f"{old.phase}: {why}; going on with {_peaks(plan)}")
         return plan
 
     def _now(self) -> tuple[Machine, Budgets]:

@@ -3,7 +3,8 @@
 None of us owns the laptops that this is for. So with every new GPU, driver, Triton, torch or version of our kernels
 each of them runs once on small data, against its torch reference; verdicts are kept in the user's cache folder. The
 checks run in a process of their own: a kernel may kill it, hang, or leave a GPU context that answers nothing but
-errors. What was running then has crashed, and another process goes on with the rest.
+errors. What was running then has crashed, and another process goes on with the rest. What takes too long is not tested
+and not kept: compilations may be slow, and those that are done are not done again the next time.
 """
 
 from __future__ import annotations
@@ -147,10 +148,10 @@ def _write(path: Path | None, here: dict[str, Any], found: dict[str, Verdict]) -
 def _test(device: torch.device) -> dict[str, Verdict]:
     found: dict[str, Verdict] = {}
     while missing := [op for op in CHECKS if op not in found]:
-        said, running, end = _run(command(device, missing))
+        said, running, end, timed_out = _run(command(device, missing))
         found |= said
         if running is not None and running not in said:
-            found[running] = Verdict("crashed", end)
+            found[running] = Verdict("not tested" if timed_out else "crashed", end)
         elif not said:
             return found | dict.fromkeys(missing, Verdict("not tested", end))
     return {op: found[op] for op in CHECKS}
@@ -160,11 +161,13 @@ def command(device: torch.device, ops: Iterable[str]) -> list[str]:
     return [sys.executable, "-m", "zimage_lite.doctor.selftest.process", str(device), *ops]
 
 
-def _run(arguments: list[str]) -> tuple[dict[str, Verdict], str | None, str]:
-    """What a process said, the op that it began last, and how it ended."""
+def _run(arguments: list[str]) -> tuple[dict[str, Verdict], str | None, str, bool]:
+    """What a process said, the op that it began last, how it ended, and whether that was for want of time."""
     # It finds what this process found, wherever that stands, and nothing in the current folder (Python 3.11 and newer).
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
+    environment.pop("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None)  # some containers set it: references would lose 13 bits
+    timed_out = False
     try:
         done = subprocess.run(
             arguments, capture_output=True, timeout=TIMEOUT_S, env=environment, stdin=subprocess.DEVNULL
@@ -172,9 +175,10 @@ def _run(arguments: list[str]) -> tuple[dict[str, Verdict], str | None, str]:
         out, errors = done.stdout, done.stderr.decode(errors="replace").strip().splitlines()
         end = f"the process ended with code {done.returncode}" + (f": {errors[-1].strip()}" if errors else "")
     except subprocess.TimeoutExpired as error:
+        timed_out = True
         out, end = error.stdout or b"", f"no answer within {TIMEOUT_S} s"
     except OSError as error:
-        return {}, None, f"{arguments[0]}: {error.strerror}"
+        return {}, None, f"{arguments[0]}: {error.strerror}", False
     said: dict[str, Verdict] = {}
     running = None
     for line in out.decode(errors="replace").splitlines():
@@ -184,4 +188,4 @@ def _run(arguments: list[str]) -> tuple[dict[str, Verdict], str | None, str]:
                 running = message["op"]
                 if "state" in message:
                     said[running] = Verdict(message["state"], message["reason"])
-    return said, running, one_line(end)
+    return said, running, one_line(end), timed_out
