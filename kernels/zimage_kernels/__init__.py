@@ -3,8 +3,8 @@
 The torch reference is the definition, the fallback and the test oracle. Triton kernels join it op by op.
 """
 
-from ._triton import Backend, has_matrix_units, triton_obstacle, use_triton
-from .attention import adds_faster_in_float16, attention, attention_int8, attention_int8_reference, flash_attention
+from ._triton import Backend, adds_faster_in_float16, has_matrix_units, triton_obstacle, use_triton
+from .attention import attention, attention_int8, attention_int8_reference, flash_attention
 from .dequantize import KINDS, dequantize, requantize, unpacks
 from .integer_product import cpu_has_int8_units, integer_product
 from .linear_int8 import linear_int8, linear_int8_reference

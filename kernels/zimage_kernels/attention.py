@@ -19,13 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import MATRIX_UNITS, OPTIONS, Backend, capability, has_matrix_units, jit, tl, triton, use_triton
+from ._triton import MATRIX_UNITS, OPTIONS, Backend, jit, tl, triton, use_triton
 from .aot import Variant
 from .tuning import Tile, tile, tiles
 
 HEAD_DIM = 128
-# GeForce adds up 16-bit products in float32 at half the rate of float16; data-centre cards (8.0, 9.0) do not.
-HALF_RATE_SUMS = (86, 89, 120)
 SOFTMAX_SCALE = math.log2(math.e) / math.sqrt(HEAD_DIM)
 
 
@@ -55,11 +53,6 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], backend
     if not use_triton(backend, q.device, MATRIX_UNITS):
         return attention(q, k, v, lengths)
     return _launch("attention", q, None, k, None, v, lengths, False)
-
-
-def adds_faster_in_float16(device: torch.device) -> bool:
-    """Whether `attention_int8` gains from float16_sums there."""
-    return has_matrix_units(device) and capability(device) in HALF_RATE_SUMS
 
 
 def attention_int8(
