@@ -3,7 +3,7 @@
 The torch reference is the definition, the fallback and the test oracle. Triton kernels join it op by op.
 """
 
-from ._triton import Backend, has_matrix_units, triton_obstacle, use_triton
+from ._triton import Backend, adds_faster_in_float16, has_matrix_units, triton_obstacle, use_triton
 from .attention import attention, attention_int8, attention_int8_reference, flash_attention
 from .dequantize import KINDS, dequantize, requantize, unpacks
 from .integer_product import cpu_has_int8_units, integer_product
@@ -25,6 +25,7 @@ __all__ = [
     "Normed",
     "add_norm",
     "add_norm_reference",
+    "adds_faster_in_float16",
     "apply_rope",
     "attention",
     "attention_int8",

@@ -24,6 +24,7 @@ Backend = Literal["auto", "triton", "reference"]
 ROW_PASSES = 75  # compute capability that kernels without products need: Triton compiles for nothing older
 MATRIX_UNITS = 80  # Triton >= 3.3 has no tensor cores on 7.5: int8 dots do not compile, 16-bit ones become FMAs
 PER_IMAGE = ["rows", "scale_stride"]  # what these names stand for follows the number of tokens
+HALF_RATE_SUMS = (86, 89, 120)  # GeForce: 16-bit products are added up in float32 at half the rate of float16
 OPTIONS = {"enable_fp_fusion": True}  # goes with every launch: Triton 3.9 warns where nothing is said
 
 
@@ -118,3 +119,8 @@ def has_matrix_units(device: torch.device) -> bool:
 def cdiv(total: int, part: int) -> int:
     """How many programs it takes where each does `part` of `total`."""
     return -(-total // part)
+
+
+def adds_faster_in_float16(device: torch.device) -> bool:
+    """Whether `attention_int8` gains from float16_sums there."""
+    return has_matrix_units(device) and capability(device) in HALF_RATE_SUMS

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import OPTIONS, Backend, cdiv, has_matrix_units, jit, tl, use_triton
+from ._triton import HALF_RATE_SUMS, OPTIONS, Backend, cdiv, has_matrix_units, jit, tl, use_triton
 from .aot import Variant
 from .integer_product import integer_product
 from .tuning import Tile, tile, tiles
@@ -201,22 +201,26 @@ def _linear_int8_kernel(
 
 
 def variants(arch: int) -> list[Variant]:
-    """Every tile plain and with all optional terms, and the first one with a ragged K."""
+    """Every tile plain and with all optional terms, and the first one with a ragged K; for v also in float16, where
+    attention wants that."""
     listed = []
     for number, chosen in enumerate(tiles("linear_int8", arch)):
         for full, even in ((False, True), (True, True), *([(False, False)] if number == 0 else [])):
             listed.append(_variant(chosen, full, even))
+        if arch in HALF_RATE_SUMS:
+            listed.append(_variant(chosen, False, True, "fp16"))
     return listed
 
 
-def _variant(chosen: Tile, full: bool, even: bool) -> Variant:
+def _variant(chosen: Tile, full: bool, even: bool, out: str = "bf16") -> Variant:
     sizes = {name: value for name, value in chosen.items() if name.isupper()}
     optional = {"bias_ptr": "*bf16", "xa_ptr": "*bf16", "b_ptr": "*bf16"}
-    signature = {"x_ptr": "*i8", "x_scale_ptr": "*fp32", "w_ptr": "*i8", "w_scale_ptr": "*fp32", "y_ptr": "*bf16"}
+    signature = {"x_ptr": "*i8", "x_scale_ptr": "*fp32", "w_ptr": "*i8", "w_scale_ptr": "*fp32", "y_ptr": f"*{out}"}
     signature |= {"rows": "i32", "outputs": "i32", "columns": "i32", "rank": "i32", "factor": "fp32"}
     shape = "x".join(str(sizes[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    terms = f"{' low-rank' if full else ''}{'' if even else ' ragged K'}{'' if out == 'bf16' else f' to {out}'}"
     return Variant(
-        name=f"linear_int8 {shape}{' low-rank' if full else ''}{'' if even else ' ragged K'}",
+        name=f"linear_int8 {shape}{terms}",
         kernel=_linear_int8_kernel,
         signature=signature | (optional if full else {}),
         constexprs={**sizes, "EVEN_K": even, **({} if full else dict.fromkeys(optional))},

@@ -29,6 +29,7 @@ def launch_all(rows: int, columns: int) -> None:
     swiglu_int8(*codes, *weight, *weight)
     if columns % 256:
         return
+    linear_int8(*codes, *weight, out_dtype=torch.float16)  # v, where its sums are float16
     linear_int8(*codes, *weight, torch.zeros(64).bfloat16(), low_rank, -7)
     swiglu_int8(*codes, *weight, *weight, low_rank, low_rank, -7)
     for dtype in (torch.float16, torch.bfloat16):

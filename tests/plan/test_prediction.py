@@ -13,9 +13,11 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from zimage_kernels._triton import HALF_RATE_SUMS
 
 from zimage_lite import load
 from zimage_lite.cli import run
+from zimage_lite.config import FLOAT16_SUMS
 from zimage_lite.errors import BudgetError, UserError
 from zimage_lite.memory.gpus import GPUS, find_gpu, gpu_with
 from zimage_lite.memory.machine import CUDA_CONTEXT_BYTES, Machine, Processor, Work, machine, processor
@@ -411,11 +413,12 @@ def test_rates_are_those_of_the_roofline() -> None:
 
 
 def test_float16_sums_are_planned_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One place says where that is. They double the rate of weights x values on GeForce, and nothing else."""
+    """Where the kernels have them. They double the rate of weights x values on GeForce, and nothing else."""
+    assert {10 * major + minor for major, minor in FLOAT16_SUMS} == set(HALF_RATE_SUMS)
     tops, tflops = LAPTOP.tops8[1], LAPTOP.tflops16[1]
-    assert processor(LAPTOP, ideal=True).attention8 == pytest.approx(2 / (1 / tops + 1 / tflops))
-    monkeypatch.setattr("zimage_lite.memory.machine.FLOAT16_SUMS", {LAPTOP.capability})
     assert processor(LAPTOP, ideal=True).attention8 == pytest.approx(2 / (1 / tops + 1 / (2 * tflops)))
+    monkeypatch.setattr("zimage_lite.memory.machine.FLOAT16_SUMS", set())
+    assert processor(LAPTOP, ideal=True).attention8 == pytest.approx(2 / (1 / tops + 1 / tflops))
     assert processor(LAPTOP, ideal=True).attention16 == tflops
 
 

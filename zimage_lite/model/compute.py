@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from zimage_kernels import (
     Int8Rows,
+    adds_faster_in_float16,
     attention,
     attention_int8,
     flash_attention,
@@ -22,7 +23,6 @@ from zimage_kernels import (
     quantize_rows,
 )
 
-from ..config import FLOAT16_SUMS
 from .linear import Activation, Linear, RMSNorm
 from .rope import Rope
 
@@ -48,12 +48,19 @@ class Compute:
         group = self.group(consumer)
         return x if group is None else quantize_rows(x, group, self.backend)
 
+    def half_sums(self, out: Linear, q: Tensor) -> bool:
+        """Whether products with v, of q attending in 8 bits, are added up in float16, a tile at a time: where the GPU
+        does that at twice the rate, and `out` takes back in its own scale what v was made smaller by."""
+        fast = self.backend == "triton" and adds_faster_in_float16(q.device)
+        return fast and q.dtype != torch.float32 and self.group(out) is not None
+
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, norms: tuple[RMSNorm, RMSNorm], rope: Rope, lengths: list[int],
-        int8: bool,
+        int8: bool, half_sums: bool = False,
     ) -> Tensor:  # fmt: skip
         """q, k, v: [tokens, heads, head_dim] as projected; norms: of q and k. int8: multiply q and k in 8 bits, unless
-        they are float32, or torch has to attend because Triton has no matrix units. Returns [tokens, heads, head_dim].
+        they are float32, or torch has to attend because Triton has no matrix units. half_sums: as the method says; v
+        comes in float16 then, times VALUE_SCALE. Returns [tokens, heads, head_dim].
         """
         (q_norm, k_norm), backend = norms, self.backend
         kernels = backend == "triton" and has_matrix_units(q.device)
@@ -62,15 +69,11 @@ class Compute:
         q_in = norm_rope(q, q_norm.weight, *rope, q_norm.eps, group, None, backend)
         k_in = norm_rope(k, k_norm.weight, *rope, k_norm.eps, group, lengths if int8 else None, backend)
         if isinstance(q_in, Int8Rows) and isinstance(k_in, Int8Rows):
-            return attention_int8(*q_in, *k_in, v, lengths, _float16_sums(q.device), backend)
+            return attention_int8(*q_in, *k_in, v, lengths, half_sums, backend)
         assert isinstance(q_in, Tensor) and isinstance(k_in, Tensor)
         if not kernels or q.dtype == torch.float32:
             return attention(q_in, k_in, v, lengths)
         return flash_attention(q_in, k_in, v, lengths, backend)
-
-
-def _float16_sums(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) in FLOAT16_SUMS
 
 
 REFERENCE = Compute()

@@ -18,6 +18,9 @@ from torch import Tensor
 
 ATTENTION_SCALE = 2.0**-4
 FEED_FORWARD_SCALE = 2.0**-7
+# Of v where its products are added up in float16 (`Compute.half_sums`): sums of 128 keys hold |v| up to 2^13, and v is
+# rounded more finely than in bfloat16 down to 2^-12. Beyond 2^13 the sums are infinite, which is told.
+VALUE_SCALE = 2.0**-4
 
 _PIECE_VALUES = 2**20  # of the product that are float32 at a time: 4 MB each for both of its factors
 

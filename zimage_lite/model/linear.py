@@ -32,15 +32,16 @@ class Linear(nn.Module):
         self.packed: QTensor | None = None
         self.dtype = torch.float32  # to compute in
 
-    def forward(self, x: Activation, scale_log2: int = 0, backend: Backend = "reference") -> Tensor:
+    def forward(
+        self, x: Activation, scale_log2: int = 0, backend: Backend = "reference", out_dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Returns 2^scale_log2 times the product, in the compute dtype. A 16-bit x is overwritten by x times that, so
-        that float16 holds the product; the sums of 8 bits are wide enough.
+        that float16 holds the product; the sums of 8 bits are wide enough, and may come out in another out_dtype.
 
         Int8Rows must be rotated by `group`. backend: that multiplies them, or unpacks the weight."""
         if isinstance(x, Int8Rows):
-            return linear_int8(
-                *x, *self.int8_rows, self.bias, scale_log2=scale_log2, out_dtype=self.dtype, backend=backend
-            )
+            dtype, weight = out_dtype or self.dtype, self.int8_rows
+            return linear_int8(*x, *weight, self.bias, scale_log2=scale_log2, out_dtype=dtype, backend=backend)
         assert self.packed is not None, "no weight is bound"
         y = self.packed.linear(x.mul_(2.0**scale_log2) if scale_log2 else x, backend)
         return y if self.bias is None else y + self.bias

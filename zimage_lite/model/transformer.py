@@ -25,7 +25,7 @@ from zimage_kernels import Branch, Int8Rows, Norm, add_norm, swiglu_int8
 
 from ..config import PATCH_SIZE, SEQUENCE_MULTIPLE, TransformerConfig
 from .compute import REFERENCE, Compute
-from .float16 import ATTENTION_SCALE, FEED_FORWARD_SCALE, log2_in, stream_dtype, swiglu
+from .float16 import ATTENTION_SCALE, FEED_FORWARD_SCALE, VALUE_SCALE, log2_in, stream_dtype, swiglu
 from .linear import Activation, Linear, RMSNorm, Stream
 from .rope import Rope, grid_positions, rope_angles
 
@@ -47,14 +47,14 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = (RMSNorm(dim // n_heads, eps) for _ in range(2))
 
     def forward(self, x: Activation, rope: Rope, lengths: list[int], compute: Compute) -> Tensor:
-        q, k, v = (
-            project(x, backend=compute.backend).unflatten(-1, (self.n_heads, -1))
-            for project in (self.to_q, self.to_k, self.to_v)
-        )
-        norms, out = (self.norm_q, self.norm_k), cast(Linear, self.to_out[0])
-        mixed = compute.attention(q, k, v, norms, rope, lengths, int8=isinstance(x, Int8Rows)).flatten(1)
-        scale_log2 = log2_in(mixed.dtype, ATTENTION_SCALE)
-        return out(compute.accepted(mixed, out), scale_log2, compute.backend)
+        norms, out, backend = (self.norm_q, self.norm_k), cast(Linear, self.to_out[0]), compute.backend
+        q, k = (project(x, backend=backend) for project in (self.to_q, self.to_k))
+        half_sums = isinstance(x, Int8Rows) and compute.half_sums(out, q)
+        scale_log2 = round(math.log2(VALUE_SCALE)) if half_sums else 0  # of v, and so of what is mixed
+        v = self.to_v(x, scale_log2, backend, torch.float16 if half_sums else None)
+        q, k, v = (part.unflatten(-1, (self.n_heads, -1)) for part in (q, k, v))
+        mixed = compute.attention(q, k, v, norms, rope, lengths, isinstance(x, Int8Rows), half_sums).flatten(1)
+        return out(compute.accepted(mixed, out), log2_in(q.dtype, ATTENTION_SCALE) - scale_log2, backend)
 
 
 class FeedForward(nn.Module):

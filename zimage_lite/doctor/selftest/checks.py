@@ -69,15 +69,21 @@ TORCH_PRODUCTS = ((32, 3840, 3840), (768, 10240, 3840), (4224, 3840, 3840), (422
 def _linear_int8(dtype: torch.dtype) -> str | None:
     """K of the model is a multiple of every step; the ragged loop and the optional terms belong to small models."""
 
-    def one(rows: int, columns: int, full: bool) -> str | None:
+    def one(rows: int, columns: int, full: bool, out: torch.dtype = dtype) -> str | None:
         x, w = _codes(rows, columns), _codes(144, columns)
         low_rank = (torch.randn(rows, 16).to(dtype), torch.randn(144, 16).to(dtype)) if full else None
         given = (*x, *w, torch.randn(144).to(dtype) if full else None, low_rank, -1 if full else 0)
         truth = ops.linear_int8_reference(*given, out_dtype=torch.float32)
-        return rounded(f"{rows} rows", ops.linear_int8(*given, out_dtype=dtype, backend="triton"), truth)
+        return rounded(f"{rows} rows", ops.linear_int8(*given, out_dtype=out, backend="triton"), truth)
 
-    plain = (one(rows, 512, False) for rows in _bucket_rows("linear_int8"))
+    outputs = {dtype, torch.float16} if _attends_in_float16() else {dtype}
+    plain = (one(rows, 512, False, out) for rows in _bucket_rows("linear_int8") for out in outputs)
     return first(plain) or one(9, 336, True) or _torch_products()
+
+
+def _attends_in_float16() -> bool:
+    """Whether v, and what attention gives, are float16 whatever else is computed in."""
+    return ops.adds_faster_in_float16(torch.empty(0).device)
 
 
 def _torch_products() -> str | None:
@@ -152,12 +158,13 @@ def _attention_int8(dtype: torch.dtype) -> str | None:
 
 
 def _quantize_rows(dtype: torch.dtype) -> str | None:
-    def one(columns: int) -> str | None:
+    def one(columns: int, dtype: torch.dtype) -> str | None:
         x = _activations(5, columns, dtype)
         got, expected = (ops.quantize_rows(x, GROUP, backend) for backend in ("triton", "reference"))
         return same_rows(f"rows of {columns}", got, expected)
 
-    return first(one(columns) for columns in (3840, 10240))
+    mixed = torch.float16 if _attends_in_float16() else dtype
+    return first(one(*rows) for rows in dict.fromkeys(((3840, dtype), (10240, dtype), (3840, mixed))))
 
 
 def _add_norm(dtype: torch.dtype) -> str | None:
