@@ -331,7 +331,7 @@ def chosen(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("zimage_lite.pipeline.backends.triton_obstacle", lambda device: obstacle)
         patch.setattr("zimage_lite.doctor.selftest.verdicts.verdicts", lambda device, tell: tested)
-        patch.setattr("zimage_lite.pipeline.backends.cpu_has_int8_units", lambda: units)
+        patch.setattr("zimage_lite.pipeline.backends.cpu_int8_is_faster", lambda: units)
         return choose(RuntimeOptions(**options), device, head_dim, [FORMATS[name] for name in formats])
 
 

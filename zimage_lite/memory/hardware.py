@@ -14,7 +14,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from zimage_kernels import cpu_has_int8_units, integer_product
+from zimage_kernels import cpu_int8_is_faster, integer_product
 
 from ..errors import UserError
 from .gpus import Gpu, find_gpu
@@ -55,7 +55,7 @@ def machine_here(hardware: Hardware) -> Machine:
     """This machine as the planner sees it, with what is free now. What the process holds already counts as free for
     it, and as held. A GPU that is not in the table is taken for one of its size and speed."""
     if hardware.device.type != "cuda":
-        return replace(_processor_here(), cpu_dtype=hardware.dtype_name, cpu_int8=cpu_has_int8_units())
+        return replace(_processor_here(), cpu_dtype=hardware.dtype_name, cpu_int8=cpu_int8_is_faster())
     gpu, device = gpu_here(hardware.device), hardware.device
     link_gbps = _link_gbps(device)
     torch.cuda.empty_cache()  # what is only kept for later is not held
@@ -117,7 +117,7 @@ def _cpu() -> Processor:
     """Its products, measured in about 30 ms; two threads of a laptop and eight differ by five times."""
     x, weight = torch.ones(256, 1024), torch.ones(1024, 1024)
     tflops = tops = _rate(lambda: F.linear(x, weight))
-    if cpu_has_int8_units():
+    if cpu_int8_is_faster():
         codes, weight_codes = x.char(), weight.char()
         tops = _rate(lambda: integer_product(codes, weight_codes))
     return Processor(tflops, tops, tflops, tflops, CPU_MEMORY_GBPS)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from zimage_kernels import Backend, cpu_has_int8_units, has_matrix_units, triton_obstacle
+from zimage_kernels import Backend, cpu_int8_is_faster, has_matrix_units, triton_obstacle
 
 from ..checkpoint.model_files import ModelFiles
 from ..config import RuntimeOptions
@@ -97,7 +97,7 @@ def _distrust(device: torch.device, tell: Callable[[str], None]) -> str | None:
 def _in_int8(options: RuntimeOptions, kernels: bool, device: torch.device, formats: set[Format]) -> bool:
     there = {format for format in formats if format.name == "int8" or (kernels and is_reencoded(format))}
     if options.compute == "auto":
-        return bool(there) and (kernels or (device.type == "cpu" and cpu_has_int8_units()))
+        return bool(there) and (kernels or (device.type == "cpu" and cpu_int8_is_faster()))
     if options.compute == "16bit":
         return False
     if not kernels and device.type != "cpu":

@@ -12,8 +12,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from zimage_kernels._numba import compiled
 
-from .kquants_cpu import MAGIC, ONE, ZERO, _kernel
+from .kquants_cpu import MAGIC, ONE, ZERO
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _SIGN = np.int32(-(2**31))
@@ -23,7 +24,7 @@ _LIMIT, _LEAST = np.float32(127), np.float32(1e-30)
 _EIGHT_AND_HALF = np.float32(8.5)
 
 
-@_kernel
+@compiled
 def _q8_0(x, bits, d, out):
     largest = np.empty(1, np.int32)
     found = largest.view(np.float32)
@@ -41,7 +42,7 @@ def _q8_0(x, bits, d, out):
             out[b, 2 + i] = np.uint8(np.int32(value + away))
 
 
-@_kernel
+@compiled
 def _q4_0(x, bits, d, out):
     largest = np.empty(2, np.int32)
     found = largest.view(np.float32)
@@ -90,7 +91,7 @@ def pack_q4_0(x: Tensor) -> Tensor:
 PACK = {"q8_0": pack_q8_0, "q4_0": pack_q4_0}
 
 
-@_kernel
+@compiled
 def _butterflies(a, b, c, d, n):
     """H4 / 2 on four stretches of n elements, in place."""
     for i in range(n):
@@ -103,7 +104,7 @@ def _butterflies(a, b, c, d, n):
         )
 
 
-@_kernel
+@compiled
 def _rotate(row, group, flat):
     """ConvRot in place. row: [columns]; flat: scratch of the same size.
 
@@ -128,7 +129,7 @@ def _rotate(row, group, flat):
         stride *= 4
 
 
-@_kernel
+@compiled
 def _int8(x, group, codes, scales):
     columns = x.shape[1]
     row, flat = np.empty(columns, np.float32), np.empty(columns, np.float32)
