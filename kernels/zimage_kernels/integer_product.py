@@ -53,11 +53,17 @@ def _filled(codes: Tensor) -> Tensor:
 
 
 @cache
+def cpu_has_int8_units() -> bool:
+    """Whether torch's int8 products are exact on this CPU, and faster than those of float32."""
+    return _torch_is_exact() and _is_faster(torch._int_mm, 128, 256, 256)
+
+
+@cache
 def cpu_product() -> Literal["torch", "compiled", "float32"]:
     """What multiplies int8 on this CPU: torch's product, ours, or float32 where neither is faster. Measured, for torch
     does not say on which instructions oneDNN runs. torch's takes 2 ms to decide for, and 25 to decide against; ours 10
     more, half a second of imports, and once some seconds of compiling."""
-    if _torch_is_exact() and _is_faster(torch._int_mm, 128, 256, 256):
+    if cpu_has_int8_units():
         return "torch"
     ours = _compiled()
     return "compiled" if ours and _is_faster(lambda x, w: ours.product(x, w.T), 96, 512, 768) else "float32"

@@ -12,9 +12,7 @@ processor: LLVM finds `vpmaddwd` in "widen, multiply, add even and odd". Elsewhe
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -26,7 +24,7 @@ from numba.core.errors import NumbaError
 from numba.extending import intrinsic
 from torch import Tensor
 
-from ._numba import compiled
+from ._numba import compiled, in_threads
 
 _STEP = 16  # columns: codes that are packed at once
 _MICRO_ROWS, _MICRO_OUTPUTS = 6, 16
@@ -202,26 +200,10 @@ def is_exact() -> bool:
 
 
 def _in_tiles(x, w, multiply):
-    """As many threads as torch takes, of which this one is one."""
     missing = -x.shape[1] % _STEP
     x, w = (F.pad(codes, (0, missing)) if missing else codes.contiguous() for codes in (x, w))
     operands = (x.view(-1).numpy(), w.view(-1).numpy(), x.shape[1])
-    tiles = deque(_tiles(len(x), len(w)))
-
-    def work():
-        while True:
-            try:
-                tile = tiles.popleft()
-            except IndexError:
-                return
-            multiply(*operands, *tile)
-
-    others = min(torch.get_num_threads(), len(tiles)) - 1
-    with ThreadPoolExecutor(max(others, 1)) as threads:
-        running = [threads.submit(work) for _ in range(others)]
-        work()
-        for future in running:
-            future.result()
+    in_threads(multiply, [(*operands, *tile) for tile in _tiles(len(x), len(w))])
 
 
 def _tiles(rows: int, outputs: int) -> Iterator[tuple[int, int, int, int]]:

@@ -73,6 +73,7 @@ def test_the_fastest_that_is_exact(
     ours = SimpleNamespace(product=taking(ours_ms, lambda x, w: None)) if ours_ms else None
     monkeypatch.setattr(module, "_torch_is_exact", lambda: exact)
     monkeypatch.setattr(module, "_compiled", lambda: ours)
+    monkeypatch.setattr(module, "cpu_has_int8_units", module.cpu_has_int8_units.__wrapped__)
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(torch, "_int_mm", taking(torch_ms, lambda x, w: None))
     monkeypatch.setattr(Tensor, "__matmul__", taking(5, lambda x, w: None))

@@ -14,7 +14,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from zimage_kernels import cpu_int8_is_faster, integer_product
+from zimage_kernels import integer_product
 
 from ..errors import UserError
 from .gpus import Gpu, find_gpu
@@ -51,11 +51,12 @@ def probe(device: str = "auto", dtype: str = "auto") -> Hardware:
     return Hardware(chosen, _DTYPES[dtype] if dtype != "auto" else _best_dtype(chosen))
 
 
-def machine_here(hardware: Hardware) -> Machine:
+def machine_here(hardware: Hardware, int8: bool = False) -> Machine:
     """This machine as the planner sees it, with what is free now. What the process holds already counts as free for
-    it, and as held. A GPU that is not in the table is taken for one of its size and speed."""
+    it, and as held. A GPU that is not in the table is taken for one of its size and speed. int8: what computes without
+    a GPU multiplies in 8 bits."""
     if hardware.device.type != "cuda":
-        return replace(_processor_here(), cpu_dtype=hardware.dtype_name, cpu_int8=cpu_int8_is_faster())
+        return replace(_processor_here(int8), cpu_dtype=hardware.dtype_name, cpu_int8=int8)
     gpu, device = gpu_here(hardware.device), hardware.device
     link_gbps = _link_gbps(device)
     torch.cuda.empty_cache()  # what is only kept for later is not held
@@ -73,8 +74,8 @@ def machine_here(hardware: Hardware) -> Machine:
     )
 
 
-def _processor_here() -> Machine:
-    cpu, used = _cpu(), rss_bytes()
+def _processor_here(int8: bool = False) -> Machine:
+    cpu, used = _cpu(int8), rss_bytes()
     free = used + psutil.virtual_memory().available - RAM_MARGIN_BYTES
     return Machine("this machine", free, cpu=cpu, process_bytes=used + ALLOCATOR_SLACK_BYTES)
 
@@ -113,11 +114,11 @@ def _link_gbps(device: torch.device) -> float:
 
 
 @cache
-def _cpu() -> Processor:
+def _cpu(int8: bool) -> Processor:
     """Its products, measured in about 30 ms; two threads of a laptop and eight differ by five times."""
     x, weight = torch.ones(256, 1024), torch.ones(1024, 1024)
     tflops = tops = _rate(lambda: F.linear(x, weight))
-    if cpu_int8_is_faster():
+    if int8:
         codes, weight_codes = x.char(), weight.char()
         tops = _rate(lambda: integer_product(codes, weight_codes))
     return Processor(tflops, tops, tflops, tflops, CPU_MEMORY_GBPS)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from zimage_kernels._numba import compiled
+from zimage_kernels._numba import compiled, in_threads
 
 from .kquants_cpu import MAGIC, ONE, ZERO
 
@@ -22,6 +22,7 @@ _ALMOST_HALF = np.float32(0.49999997)  # see `blocks`
 _TWO, _HALF = np.float32(2), np.float32(0.5)
 _LIMIT, _LEAST = np.float32(127), np.float32(1e-30)
 _EIGHT_AND_HALF = np.float32(8.5)
+_ROWS = 64  # that a thread takes at once
 
 
 @compiled
@@ -153,5 +154,6 @@ def _int8(x, group, codes, scales):
 def pack_int8(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """x: [rows, columns] float32 -> codes [rows, columns] int8, scales [rows, 1]. group: 0, or a power of 4 from 16."""
     codes, scales = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0], 1)
-    _int8(x.contiguous().numpy(), group, codes.numpy(), scales.view(-1).numpy())
+    arrays = [t.split(_ROWS) for t in (x.contiguous(), codes, scales.view(-1))]
+    in_threads(lambda *rows: _int8(rows[0].numpy(), group, *(t.numpy() for t in rows[1:])), zip(*arrays, strict=True))
     return codes, scales
