@@ -1,10 +1,11 @@
-"""One step of the transformer at 256x256 on this CPU: in float32 and in 8 bits, and diffusers' in float32.
+"""One step of the transformer on this CPU: in float32 and in 8 bits, and diffusers' in float32.
 
-    python benchmarks/cpu_step.py --out benchmarks/results/NAME.json
+    python benchmarks/cpu_step.py [--size 512] [--formats int8 q8_0 ...] --out benchmarks/results/NAME.json
 
-Random weights, the same in all; `int8` is the format, quantized by our own writer. Ways take turns, so that what
+Random weights, the same in all, quantized by our own writer. Other formats than `int8` are re-encoded before each
+block, as with `--compute int8`, or unpacked before each product, as with `16bit`. Ways take turns, so that what
 disturbs one disturbs all; ratios are of medians. A step of ours takes captions and adaLN vectors that were made once
-for all steps, as in `generate`; diffusers makes both in every step, so a block alone is timed too, without either.
+for all steps, as in `generate`; diffusers makes both in every step: ours in float32 tells what that saves.
 The last line is the JSON that also goes to --out.
 """
 
@@ -13,50 +14,51 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from full_size import machine
-from torch import Tensor
+from torch import Tensor, nn
+from zimage_kernels.integer_product import cpu_product
 
 from zimage_lite.bench.machine import commit
 from zimage_lite.config import TransformerConfig
 from zimage_lite.model.compute import Compute
-from zimage_lite.model.linear import bind
-from zimage_lite.model.rope import grid_positions, rope_angles
-from zimage_lite.model.transformer import Block, Transformer, is_time_weight
+from zimage_lite.model.linear import Linear, bind
+from zimage_lite.model.transformer import Transformer, is_time_weight
+from zimage_lite.pipeline.reencoding import Scratch
 from zimage_lite.quant.formats import FORMATS
 from zimage_lite.quant.tensor import QTensor
 
-SIDE, CAPTION_TOKENS = 32, 32  # the latent of 256x256; a caption of up to 32 tokens
-BAR = 1.5  # int8 against diffusers' float32
+CAPTION_TOKENS = 32  # a caption of up to 32
+BARS = {"torch": 1.5, "compiled": 1.0, "float32": 1.0}  # int8 against diffusers' float32, by what multiplies it
 
 Ways = dict[str, Callable[[], Any]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=256, help="of the square image (default: %(default)s)")
+    parser.add_argument("--formats", nargs="+", default=["int8"], help="default: int8")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
-    small = TransformerConfig(dim=1536, n_layers=4, n_heads=12)
+    side = args.size // 8
+    small, wide = TransformerConfig(dim=1536, n_layers=4, n_heads=12), TransformerConfig(n_layers=2, n_refiner_layers=1)
     with torch.inference_mode():
         rows = [
-            measured("step, 1536 wide, 4 layers and 2 + 2 refiners", steps(small), args.repeats),
-            measured("block, 3840 wide", blocks(TransformerConfig(n_layers=1, n_refiner_layers=1)), args.repeats),
+            measured("step, 1536 wide, 4 layers and 2 + 2 refiners", steps(small, side, args.formats), args.repeats),
+            measured("step, 3840 wide, 2 layers and 1 + 1 refiners", steps(wide, side, args.formats), args.repeats),
         ]
-    report = {"machine": machine(), "commit": commit(), "tokens": tokens(), "rows": rows}
+    here = machine() | {"instructions": torch.backends.cpu.get_cpu_capability(), "int8_product": cpu_product()}
+    report = {"machine": here, "commit": commit(), "tokens": side**2 // 4 + CAPTION_TOKENS, "rows": rows}
     if args.out:
         args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
-
-
-def tokens() -> int:
-    return SIDE**2 // 4 + CAPTION_TOKENS
 
 
 def measured(name: str, ways: Ways, repeats: int) -> dict[str, Any]:
@@ -76,7 +78,7 @@ def measured(name: str, ways: Ways, repeats: int) -> dict[str, Any]:
         "faster_than_diffusers": {way: middle["diffusers float32"] / its for way, its in middle.items()},
         "relative_error": {way: float((result - truth).norm() / truth.norm()) for way, result in results.items()},
     }
-    row["kept"] = row["faster_than_diffusers"]["int8"] >= BAR
+    row["kept"] = row["faster_than_diffusers"]["int8"] >= BARS[cpu_product()]
     for way, ratio in row["faster_than_diffusers"].items():
         print(
             f"{name}: {way:<18} {middle[way]:.3f} s, {ratio:.2f}x, error {row['relative_error'][way]:.1e}", flush=True
@@ -84,41 +86,40 @@ def measured(name: str, ways: Ways, repeats: int) -> dict[str, Any]:
     return row
 
 
-def steps(config: TransformerConfig) -> Ways:
+def steps(config: TransformerConfig, side: int, formats: Sequence[str]) -> Ways:
+    """side: of the latent."""
     theirs = diffusers_model(config)
-    latent, features = torch.randn(config.in_channels, SIDE, SIDE), torch.randn(CAPTION_TOKENS, config.cap_feat_dim)
+    latent, features = torch.randn(config.in_channels, side, side), torch.randn(CAPTION_TOKENS, config.cap_feat_dim)
     t = torch.tensor([0.5])
 
-    def ours(name: str) -> Callable[[], Tensor]:
-        model = Transformer(config, Compute(int8=name == "int8"))
-        bind(model, packed(theirs.state_dict(), name), torch.float32)
+    def ours(weights: dict[str, QTensor], int8: bool) -> Callable[[], Tensor]:
+        model = Transformer(config, Compute(int8=int8))
+        bind(model, weights, torch.float32)
         captions, (vectors,) = model.refine_captions([features]), model.modulations(t, torch.float32)
-        return lambda: model([latent], captions, vectors)[0]
+        if not int8:
+            return lambda: model([latent], captions, vectors)[0]
+        blocks = {str(n): dict(linears(block)) for n, block in enumerate(model.layers)}
+        stream = Scratch(blocks, torch.device("cpu"), "reference").through(iter)
+        return lambda: model([latent], captions, vectors, stream)[0]
 
     def diffusers() -> Tensor:
         (answer,) = theirs([latent[:, None]], t, [features], return_dict=False)[0]
         return answer[:, 0]
 
-    return {"diffusers float32": diffusers, "float32": ours("f32"), "int8": ours("int8")}
+    state = theirs.state_dict()
+    ways = {"diffusers float32": diffusers, "float32": ours(packed(state, "f32"), False)}
+    for name in formats:
+        weights = packed(state, name)
+        ways[name] = ours(weights, True)
+        if name != "int8":
+            ways[f"{name}, unpacked"] = ours(weights, False)
+    return ways
 
 
-def blocks(config: TransformerConfig) -> Ways:
-    theirs = diffusers_model(config).layers[0]
-    x = torch.randn(tokens(), config.dim)
-    condition = torch.randn(1, config.conditioning_dim)
-    cos, sin = rope_angles(grid_positions((tokens(), 1, 1), (0, 0, 0)), config.axes_dims, config.rope_theta)
-    mask, angles = torch.ones(1, tokens(), dtype=torch.bool), torch.complex(cos, sin)[None]
-
-    def ours(name: str) -> Callable[[], Tensor]:
-        block = Block(config)
-        bind(block, packed(theirs.state_dict(), name), torch.float32)
-        (vectors,), compute = block.modulation(condition), Compute(int8=name == "int8")
-        return lambda: block(x, (cos, sin), [tokens()], vectors, compute)
-
-    def diffusers() -> Tensor:
-        return theirs(x[None], mask, angles, condition)[0]
-
-    return {"diffusers float32": diffusers, "float32": ours("f32"), "int8": ours("int8")}
+def linears(block: nn.Module) -> Iterator[tuple[str, QTensor]]:
+    for own, module in block.named_modules():
+        if isinstance(module, Linear) and module.packed is not None:
+            yield own, module.packed
 
 
 def diffusers_model(config: TransformerConfig) -> Any:
@@ -138,7 +139,7 @@ def diffusers_model(config: TransformerConfig) -> Any:
 
 
 def packed(state: dict[str, Tensor], name: str) -> dict[str, QTensor]:
-    """Matrices of the blocks in that format, the rest in float32, as `quantize` does."""
+    """Matrices of the blocks in that format, the rest in float32."""
     chosen = {
         own: name
         if weight.ndim == 2 and not is_time_weight(own) and ("attention" in own or "feed_forward" in own)
@@ -149,7 +150,7 @@ def packed(state: dict[str, Tensor], name: str) -> dict[str, QTensor]:
     for own, weight in state.items():
         format = FORMATS[chosen[own]]
         options = format.codec.options(weight.shape[-1])
-        out[own] = QTensor(format, tuple(weight.shape), format.codec.quantize(weight, options), options)
+        out[own] = QTensor(format, tuple(weight.shape), format.codec.quantize(weight, options, "fast"), options)
     return out
 
 

@@ -14,7 +14,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -62,38 +61,13 @@ def write_card(folder: Path, card: dict) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def requantize_by_codec(kind: str, parts, weight_options, out, group: int, first_row: int = 0) -> None:
-    """What the kernel `requantize` does, slowly but without one."""
-    from zimage_kernels import quantize_rows_reference
-
-    from zimage_lite.quant.formats import FORMATS
-
-    rows, columns = out.codes.shape
-    wide = FORMATS[kind].codec.dequantize(parts, columns, weight_options)[first_row : first_row + rows]
-    for ours, theirs in zip(out, quantize_rows_reference(wide, group), strict=True):
-        ours.copy_(theirs)
-
-
-def reencode(pipeline) -> None:
-    """Make it compute in 8 bits whatever its weights are, as it would with the Triton kernels."""
-    from zimage_lite.model.compute import Compute
-    from zimage_lite.model.transformer import Transformer
-    from zimage_lite.pipeline import reencoding
-
-    reencoding.requantize = requantize_by_codec
-    component = pipeline.denoising.component
-    model = Transformer(component.model.config, Compute(int8=True))
-    vars(pipeline.denoising)["component"] = replace(component, model=model, reencoded=True)
-
-
 def own_sampler(folder: Path, steps: int, reencoded: bool = False) -> Sampler:
-    """zimage-lite on a model folder, at the size its card names, the same on every CPU: weights are unpacked."""
+    """zimage-lite on a model folder, at the size its card names, the same on every CPU: weights are unpacked, or
+    all re-encoded to int8."""
     from zimage_lite import GenerateOptions, load
     from zimage_lite.checkpoint.model_card import default_size
 
-    pipeline = load(folder, device="cpu", compute="16bit")
-    if reencoded:
-        reencode(pipeline)
+    pipeline = load(folder, device="cpu", compute="int8" if reencoded else "16bit")
     width, height = default_size(folder)
 
     def sample(caption: str, seed: int) -> Image.Image:

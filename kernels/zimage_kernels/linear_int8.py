@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ._triton import HALF_RATE_SUMS, OPTIONS, Backend, cdiv, has_matrix_units, jit, tl, use_triton
 from .aot import Variant
-from .integer_product import integer_product
+from .integer_product import scaled_product
 from .tuning import Tile, tile, tiles
 from .unfused_int8 import unfused_int8
 
@@ -74,7 +74,7 @@ def linear_int8_reference(
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """The definition of `linear_int8`, in torch."""
-    y = integer_product(x, w).float().mul_(x_scale[:, None]).mul_(w_scale)
+    y = scaled_product(x, x_scale, w, w_scale)
     if low_rank is not None:
         y += low_rank[0].float() @ low_rank[1].float().T
     if bias is not None:

@@ -18,13 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evaluate_demo import reencode, requantize_by_codec
 from live_bytes import LiveBytes, NoLaunch
 from oracles import PROMPT, psnr, relative_error, transformer_inputs
 from packing import packed_as
 from PIL import Image
 from torch import Tensor, nn
-from zimage_kernels import hadamard_rotate, quantize_rows_reference
+from zimage_kernels import Backend, hadamard_rotate, quantize_rows_reference
 from zimage_kernels._triton import interpreted
 
 from zimage_lite import GenerateOptions, load, quantize
@@ -35,7 +34,7 @@ from zimage_lite.doctor.selftest.checks import CHECKS
 from zimage_lite.doctor.selftest.process import Verdict
 from zimage_lite.errors import UserError
 from zimage_lite.memory.gpus import find_gpu
-from zimage_lite.memory.machine import machine
+from zimage_lite.memory.machine import Machine, machine
 from zimage_lite.memory.plan import activation_bytes
 from zimage_lite.model.compute import Compute
 from zimage_lite.model.linear import Linear, RMSNorm, bind, shapes
@@ -192,13 +191,14 @@ def test_each_linear_gets_what_it_takes() -> None:
     assert INT8["triton"].group(attention.to_q, attention.to_v) is None
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("name", ["int4", "q8_0", "q4_k", "nf4", "qint4", "bnb-int8"])
-def test_reencoded_weights(name: str) -> None:
+def test_reencoded_weights(name: str, backend: Backend) -> None:
     """As far from the unpacked weight as 8 bits make it, and int4 not at all: it stands for rotated integers."""
     weight = packed(torch.randn(16, 256), name)
     assert is_reencoded(weight.format)
     place = torch.empty(reencoded_bytes(weight.format, 16, 256), dtype=torch.uint8)
-    int8, wide = reencoded(weight, place), weight.dequantize()
+    int8, wide = reencoded(weight, place, backend), weight.dequantize()
     assert (int8.format.name, int8.options, int8.shape) == ("int8", {"group": 256}, (16, 256))
     if name == "int4":
         torch.testing.assert_close(int8.dequantize(), wide, rtol=1e-5, atol=1e-5)
@@ -294,22 +294,21 @@ def test_the_pipeline_says_what_ran(small: Path, tmp_path: Path, capsys: pytest.
 
 @pytest.mark.parametrize("to", ["q4_k_m", "nf4", "int4"])
 def test_the_pipeline_reencodes(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
-    """From the file to the picture, in two passes over blocks that stay. Codecs stand in for the kernel, which is slow
-    here and has tests of its own: what is tested is what it is given, and what is made of its results."""
+    """From the file to the picture, on the CPU, in two passes over blocks that stay."""
     given = []
 
-    def counted(*args: Any) -> None:
-        requantize_by_codec(*args)
-        given.append(args[0])
+    def counted(weight: QTensor, *args: Any) -> QTensor:
+        int8 = reencoded(weight, *args)
+        given.append(int8.format.name)
+        return int8
 
     quantize(tiny, tmp_path / to, to)
     request = GenerateOptions(PROMPT, 64, 64, steps=2, seed=3)
-    plain, ours = (load(tmp_path / to, device="cpu") for _ in range(2))
-    monkeypatch.setattr("zimage_lite.pipeline.reencoding.requantize", None)  # to be put back
-    reencode(ours)
-    monkeypatch.setattr("zimage_lite.pipeline.reencoding.requantize", counted)
+    plain, ours = (load(tmp_path / to, device="cpu", compute=bits) for bits in ("16bit", "int8"))
+    monkeypatch.setattr("zimage_lite.pipeline.reencoding.reencoded", counted)
     pictures = [pipeline.generate([request])[0] for pipeline in (plain, ours)]
-    assert len(given) == 2 * 3 * 6  # passes, layers, and of their 7 linears not w2, whose rows are 682 long
+    # Passes, layers, and of their 7 linears not w2, whose rows are 682 long.
+    assert given.count("int8") == 2 * 3 * 6 and ours.computes_with()["compute"] == "int8"
     assert 40 <= psnr(*pictures, 255) < float("inf")
 
 
@@ -344,13 +343,16 @@ def chosen(
     state: str = "ok",
     op: str = "attention_int8",
     units: bool = False,
+    faster: bool = False,
     **options: str,
 ) -> Any:
-    """state: what the self-test says of this op. units: whether the CPU has some for 8 bits."""
+    """state: what the self-test says of this op. units: whether the CPU has some for 8 bits; faster: whether int8 is
+    faster there, without."""
     tested = dict.fromkeys(CHECKS, Verdict("ok")) | {op: Verdict(state, "3.0 of 1.0")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("zimage_lite.pipeline.backends.triton_obstacle", lambda device: obstacle)
         patch.setattr("zimage_lite.doctor.selftest.verdicts.verdicts", lambda device, tell: tested)
+        patch.setattr("zimage_lite.pipeline.backends.cpu_int8_is_faster", lambda: faster or units)
         patch.setattr("zimage_lite.pipeline.backends.cpu_has_int8_units", lambda: units)
         return choose(RuntimeOptions(**options), device, head_dim, [FORMATS[name] for name in formats])
 
@@ -367,7 +369,13 @@ def chosen(
         (CPU, ("int8",), {}, PLAIN["reference"]),
         (CPU, ("int8",), {"units": True}, INT8["reference"]),
         (CPU, ("int8",), {"units": True, "compute": "16bit"}, PLAIN["reference"]),
-        (CPU, ("q8_0",), {"units": True}, PLAIN["reference"]),
+        (CPU, ("q8_0",), {}, PLAIN["reference"]),
+        (CPU, ("int8",), {"faster": True}, INT8["reference"]),
+        (CPU, ("q8_0",), {"units": True}, INT8["reference"]),
+        (CPU, ("q8_0",), {"faster": True}, PLAIN["reference"]),
+        (CPU, ("q8_0", "int8"), {"faster": True}, INT8["reference"]),
+        (CPU, ("bf16", "fp8"), {"units": True}, PLAIN["reference"]),
+        (CPU, ("q8_0",), {"compute": "int8"}, INT8["reference"]),
         (CPU, ("int8",), {"compute": "int8"}, INT8["reference"]),
         (CPU, ("q8_0",), {"backend": "triton"}, INT8["triton"]),
     ],
@@ -452,7 +460,13 @@ def test_only_what_is_needed_is_missed(op: str, formats: tuple[str, ...], comput
             {"compute": "int8"},
             "--compute int8: got bf16, expected weights quantized to integers",
         ),
-        ("absent", CPU, ("q8_0",), {"compute": "int8"}, "--compute int8: got q8_0, expected int8 weights"),
+        (
+            "absent",
+            CPU,
+            ("fp8",),
+            {"compute": "int8"},
+            "--compute int8: got fp8, expected weights quantized to integers",
+        ),
     ],
 )
 def test_what_cannot_be(obstacle: str | None, device: torch.device, formats: Any, options: Any, says: str) -> None:
@@ -465,7 +479,7 @@ def test_the_scratch_is_what_is_planned(name: str) -> None:
     """At full size. A GGUF has float32 norms, of which one is made bfloat16 at a time while the scratch is there."""
     files = open_synthetic(f"synthetic:{name}")
     blocks = ("context_refiner", "noise_refiner", "layers")
-    component = Component(Transformer(files.transformer.config), files.transformer, blocks, reencoded=True)
+    component = Component(Transformer(files.transformer.config), files.transformer, blocks, reencoded="triton")
     taken = Scratch(component.weights, torch.device("meta")).buffer.nbytes
     (_, (denoise,), _) = phases(true_model(name), Job(1024, 1024), machine(find_gpu("RTX 3060 Laptop"), 16 * 10**9))
     planned = dict(denoise.fixed)["unpacking"]
@@ -473,6 +487,9 @@ def test_the_scratch_is_what_is_planned(name: str) -> None:
     if taken:
         assert taken + 2 * 3840 * (name == "q4_k_m") == planned
         assert planned > 10 * (GPU_PIECE_WEIGHTS - 10240)  # what unpacking in pieces takes
+    here = Machine("a CPU", 16 * 10**9, cpu_int8=True)
+    (_, (denoise,), _) = phases(true_model(name), Job(1024, 1024), here)
+    assert taken == dict(denoise.fixed)["re-encoded block"]
 
 
 def block_in_int8(config: TransformerConfig, dtype: torch.dtype) -> Block:

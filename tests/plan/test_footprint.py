@@ -17,7 +17,8 @@ from zimage_lite.model.text_encoder import Layer
 from zimage_lite.model.transformer import Block
 from zimage_lite.model.vae import Decoder
 from zimage_lite.pipeline.decode import decode_as_planned
-from zimage_lite.plan.footprint import STREAM_BYTES, unpacking_bytes
+from zimage_lite.pipeline.reencoding import reencoded
+from zimage_lite.plan.footprint import STREAM_BYTES, is_reencoded, reencoded_bytes, unpacking_bytes
 from zimage_lite.quant.formats import FORMATS
 from zimage_lite.quant.tensor import TORCH_DTYPES, QTensor
 
@@ -103,6 +104,24 @@ def test_unpacking(name: str, dtype: str) -> None:
         packed.linear(x)
     promised = unpacking_bytes(Part("", chosen, rows, columns, packed.nbytes), "cpu", dtype)
     assert promised / 3 <= live.peak_bytes <= promised + 2 * 4 * rows + 10 * x.nbytes
+
+
+@pytest.mark.parametrize("name", [name for name in WRITABLE if is_reencoded(FORMATS[name])])
+@torch.inference_mode()
+def test_reencoding_on_the_cpu(name: str) -> None:
+    """Beside the scratch it takes no more than what is planned for unpacking: of full pieces, and more than an eighth
+    of that, or the promise is not about it."""
+    rows, columns = 9000, 256
+    chosen = FORMATS[name]
+    options = chosen.codec.options(columns)
+    weight = QTensor(
+        chosen, (rows, columns), chosen.codec.quantize(torch.zeros(rows, columns), options, "fast"), options
+    )
+    place = torch.empty(reencoded_bytes(chosen, rows, columns), dtype=torch.uint8)
+    with LiveBytes() as live:
+        assert reencoded(weight, place, "reference").format.name == "int8"
+    promised = unpacking_bytes(Part("", chosen, rows, columns, weight.nbytes), "cpu", "fp32")
+    assert promised / 8 <= live.peak_bytes <= promised + 4 * rows
 
 
 @pytest.mark.parametrize("way", [VaePlan(), VaePlan(32), VaePlan(32, False), VaePlan(16, False, False)], ids=str)

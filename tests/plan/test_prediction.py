@@ -526,7 +526,7 @@ def test_the_verb_says_what_generate_plans(
     it does what was planned."""
     there = replace(machine(LAPTOP, 16 * GB), name="here", vram_free_bytes=4 * GB, process_bytes=GB // 2)
     monkeypatch.setattr("zimage_lite.cli.plan._here", lambda: (LAPTOP, there))
-    monkeypatch.setattr("zimage_lite.plan.retry.machine_here", lambda _: there)
+    monkeypatch.setattr("zimage_lite.plan.retry.machine_here", lambda *_: there)
     asked = ["--width", "96", "--height", "64", "--steps", "2", "--count", "3", "--ram", "3GB", "--json"]
     model = load(tiny, device="cpu").model
     prompt = next(text for n in range(999) if len(model.tokenizer.encode(text := "9" * n)) == LONG_PROMPT_TOKENS)
@@ -547,6 +547,26 @@ def test_the_verb_says_what_generate_plans(
         resident.append(said["denoise"]["blocks"]["device"])
         vram_bytes = said["denoise"]["peak_vram_bytes"] - 1  # the second time too little for all blocks
     assert resident[0] == 5 and resident[1] < 5
+
+
+def test_a_cpu_that_multiplies_in_8_bits() -> None:
+    """int8 as it is, other integers re-encoded to one block of int8 in memory, which takes time, too; what is not made
+    of integers is unpacked as on any CPU."""
+    plain = Machine("a CPU", 16 * GB)
+    fast = replace(plain, cpu=replace(plain.cpu, linear8=2 * plain.cpu.linear16), cpu_int8=True)
+    job = Job(512, 512, prompt_tokens=(128,))
+    for name, in_int8, is_reencoded in (("int8", True, False), ("q4_k_m", True, True), ("fp8", False, False)):
+        (before,), (after,) = (phases(true_model(name), job, there)[1] for there in (plain, fast))
+        layers = [[b for b in phase.blocks if b.name.startswith("layers.")] for phase in (before, after)]
+        works = [[block.work for block in of] for of in layers]  # q4_k_m keeps the noise refiner in 16 bits
+        assert not any(work.int8 for work in works[0]) and all(work.int8 == in_int8 for work in works[1])
+        scratch = dict(after.fixed)["re-encoded block"]
+        block_weights = 4 * 3840**2 + 3 * 3840 * 10240
+        assert block_weights <= scratch < 1.001 * block_weights if is_reencoded else scratch == 0
+        others = [phase_works[0].other_flops for phase_works in works]
+        assert (others[1] > others[0]) == is_reencoded and (others[1] < others[0]) == (name == "int8")
+        times = [sum(map(there.cpu.milliseconds, of)) for there, of in zip((plain, fast), works, strict=True)]
+        assert (times[1] < times[0]) == in_int8
 
 
 def test_planning_loads_no_torch() -> None:

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from zimage_kernels._numba import compiled
 
 from zimage_lite.quant import blocks, flat, kquants, kquants_cpu, refine, search
 from zimage_lite.quant.formats import GGML_TYPES
@@ -195,7 +196,7 @@ def test_no_folder_for_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(**options)
 
     monkeypatch.setattr(numba, "njit", without_a_folder)
-    assert kquants_cpu._kernel(lambda x: x + 1)(41) == 42
+    assert compiled(lambda x: x + 1)(41) == 42
 
 
 def test_unknown_effort() -> None:

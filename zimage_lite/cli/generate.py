@@ -97,8 +97,9 @@ _MAX_IMAGES = 10_000
     type=click.Choice(COMPUTES),
     default="auto",
     show_default=True,
-    help="int8 multiplies the transformer's int8 weights in 8 bits, and with triton all other integer formats, "
-    "re-encoded; 16bit unpacks weights to --dtype. auto is int8 where triton, or a CPU with VNNI, runs such weights.",
+    help="int8 multiplies the transformer's int8 weights in 8 bits, and all other integer formats, re-encoded; 16bit "
+    "unpacks weights to --dtype. auto is int8 with triton; on a CPU for int8 weights if that is faster than float32, "
+    "for others where the CPU has units for it (VNNI).",
 )
 @click.option(
     "--no-cache",

@@ -64,9 +64,9 @@ def computed(chosen: Target) -> str:
     """How this runtime multiplies the weights of its main format, in words."""
     main = FORMATS[chosen.recipes["transformer"].format]
     if main.name == "int8":
-        return "multiplied as it is, on CUDA and on CPUs with VNNI"
+        return "multiplied as it is"
     if main.name in KINDS:
-        return "on CUDA re-encoded to int8"
+        return "re-encoded to int8"
     return "unpacked first" if main.lossy else "computed in 16 or 32 bits"
 
 

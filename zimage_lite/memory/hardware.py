@@ -14,7 +14,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from zimage_kernels import cpu_has_int8_units, integer_product
+from zimage_kernels import integer_product
 
 from ..errors import UserError
 from .gpus import Gpu, find_gpu, gpu_of
@@ -52,11 +52,12 @@ def probe(device: str = "auto", dtype: str = "auto") -> Hardware:
     return Hardware(chosen, _DTYPES[dtype] if dtype != "auto" else _best_dtype(chosen))
 
 
-def machine_here(hardware: Hardware) -> Machine:
+def machine_here(hardware: Hardware, int8: bool = False) -> Machine:
     """This machine as the planner sees it, with what is free now. What the process holds already counts as free for
-    it, and as held. A GPU that is not in the table is taken for one of its size and speed."""
+    it, and as held. A GPU that is not in the table is taken for one of its size and speed. int8: what computes without
+    a GPU multiplies in 8 bits."""
     if hardware.device.type != "cuda":
-        return replace(_processor_here(), cpu_dtype=hardware.dtype_name, cpu_int8=cpu_has_int8_units())
+        return replace(_processor_here(int8), cpu_dtype=hardware.dtype_name, cpu_int8=int8)
     gpu, device, windows = gpu_here(hardware.device), hardware.device, sys.platform == "win32"
     link_gbps = _link_gbps(device)
     _load_libraries(device, hardware.dtype)
@@ -77,8 +78,8 @@ def machine_here(hardware: Hardware) -> Machine:
     )
 
 
-def _processor_here() -> Machine:
-    cpu, used = _cpu(), rss_bytes()
+def _processor_here(int8: bool = False) -> Machine:
+    cpu, used = _cpu(int8), rss_bytes()
     free = used + psutil.virtual_memory().available - RAM_MARGIN_BYTES
     return Machine("this machine", free, cpu=cpu, process_bytes=used + ALLOCATOR_SLACK_BYTES)
 
@@ -128,11 +129,11 @@ def _load_libraries(device: torch.device, dtype: torch.dtype) -> None:
 
 
 @cache
-def _cpu() -> Processor:
+def _cpu(int8: bool) -> Processor:
     """Its products, measured in about 30 ms; two threads of a laptop and eight differ by five times."""
     x, weight = torch.ones(256, 1024), torch.ones(1024, 1024)
     tflops = tops = _rate(lambda: F.linear(x, weight))
-    if cpu_has_int8_units():
+    if int8:
         codes, weight_codes = x.char(), weight.char()
         tops = _rate(lambda: integer_product(codes, weight_codes))
     return Processor(tflops, tops, tflops, tflops, CPU_MEMORY_GBPS)

@@ -77,8 +77,8 @@ CPU = Processor(CPU_TFLOPS, CPU_TFLOPS, CPU_TFLOPS, CPU_TFLOPS, CPU_MEMORY_GBPS)
 @dataclass(frozen=True)
 class Machine:
     """gpu: None where there is none; vram_free_bytes: before this process took any. *_dtype: to compute in, "bf16",
-    "fp16" or "fp32". cpu_int8: the CPU multiplies int8 weights in 8 bits. pinned_limit_bytes: Windows lets about half
-    of the RAM be pinned."""
+    "fp16" or "fp32". cpu_int8: the CPU multiplies weights of integers in 8 bits, re-encoded if need be.
+    pinned_limit_bytes: Windows lets about half of the RAM be pinned."""
 
     name: str
     ram_free_bytes: int
@@ -98,10 +98,6 @@ class Machine:
 
     def dtype(self, device: str) -> str:
         return self.gpu_dtype if device == "gpu" else self.cpu_dtype
-
-    def unpacking(self) -> Machine:
-        """The same, made to unpack all weights."""
-        return replace(self, cpu=replace(self.cpu, linear8=self.cpu.linear16), cpu_int8=False)
 
 
 def processor(gpu: Gpu, high_power: bool = True, ideal: bool = False) -> Processor:

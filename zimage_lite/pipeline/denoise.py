@@ -40,7 +40,7 @@ class Denoise:
     @cached_property
     def component(self) -> Component:
         skeleton = Transformer(self.model.transformer.config, self.compute)
-        reencoded = self.compute.int8 and self.compute.backend == "triton"
+        reencoded = self.compute.backend if self.compute.int8 else None
         return Component(skeleton, self.model.transformer, BLOCKS, reencoded)
 
     @property

@@ -55,9 +55,9 @@ class Pipeline:
     tell: Tell = silent
 
     def __post_init__(self) -> None:
-        self.work = Workspace(probe(self.options.device, self.options.dtype), self.options, self.tell)
-        self.sizes = model_of(self.model)
-        self.choice = choose_for(self.model, self.sizes, self.options, self.hardware.device, self.tell)
+        hardware, self.sizes = probe(self.options.device, self.options.dtype), model_of(self.model)
+        self.choice = choose_for(self.model, self.sizes, self.options, hardware.device, self.tell)
+        self.work = Workspace(hardware, self.options, self.tell, int8=self.choice.compute.int8)
         if self.choice.note:
             self.tell(self.choice.note)
         self.encoding = Encode(self.model, self.sizes, self.choice.unpacking, self.work)

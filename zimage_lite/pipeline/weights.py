@@ -13,6 +13,7 @@ from functools import cached_property
 import psutil
 import torch
 from torch import Tensor, nn
+from zimage_kernels import Backend
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.stored import StoredTensor
@@ -41,7 +42,7 @@ class Component:
     model: nn.Module
     checkpoint: Checkpoint
     streamed: tuple[str, ...]
-    reencoded: bool = False  # the blocks compute with weights in int8 whatever they are stored in
+    reencoded: Backend | None = None  # what turns the blocks' weights to int8, whatever they are stored in
 
     @cached_property
     def wanted(self) -> Checkpoint:
@@ -89,7 +90,7 @@ class Weights:
         held = sum(_paged(sizes[name]) for name, home in plan.homes.items() if home in (PINNED, PAGEABLE))
         host = held + self._staging * _paged(plan.staging_bytes)
         self._host = torch.empty(host + PAGE_BYTES * bool(host), dtype=torch.uint8)
-        self._scratch = Scratch(component.weights, device) if component.reencoded else None
+        self._scratch = Scratch(component.weights, device, component.reencoded) if component.reencoded else None
 
     @contextmanager
     def prelude(self, passes: int = 1) -> Iterator[Stream]:

@@ -26,13 +26,15 @@ def silent(*_: object) -> None:
 
 @dataclass
 class Workspace:
-    """What encode, denoise and decode share. plans: by phase; of several, the one that takes the most."""
+    """What encode, denoise and decode share. plans: by phase; of several, the one that takes the most.
+    int8: the transformer multiplies in 8 bits."""
 
     hardware: Hardware
     options: RuntimeOptions
     tell: Tell = silent
     meter: Meter = field(default_factory=Meter)
     plans: dict[str, Plan] = field(default_factory=dict)
+    int8: bool = False
 
     def begin(self) -> None:
         """A call's record starts empty."""
@@ -40,7 +42,7 @@ class Workspace:
 
     @property
     def planning(self) -> Planning:
-        return Planning(self.hardware, self.options, self.tell)
+        return Planning(self.hardware, self.options, self.tell, self.int8)
 
     def hardware_of(self, plan: Plan) -> Hardware:
         """The GPU's work may be done by the CPU beside it."""

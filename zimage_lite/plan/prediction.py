@@ -14,7 +14,7 @@ the larger of the two counts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ..config import TOKENS_PER_PASS
 from ..convert.catalog import Part
@@ -128,7 +128,7 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
             "captions": stream * pads * (c.dim + c.cap_feat_dim),
             "activations": activations + (tokens + pads) * c.head_dim * 4,  # the angles of the parts stay, too
             "unpacking": unpacking,
-            **({**host, **holes(activations, unpacking)} if device == "cpu" else {}),
+            **({**host, **holes(activations, unpacking), **_scratch(of_blocks, machine)} if device == "cpu" else {}),
         },
         # On the CPU the first block takes the place of the time weights.
         ram_fixed={**host, "time weights": time_bytes(time_weights)} if device == "gpu" else {},
@@ -148,6 +148,11 @@ def _most_unpacking(blocks: Sequence[Sequence[Part]], device: str, machine: Mach
         return most(p for parts in blocks for p in parts if not (as_it_is and p.format.name == "int8" and p.rows > 1))
     beside = most(part for parts in blocks for part in _unpacked(parts))
     return max(most(part for parts in blocks for part in parts), max(map(_reencoded, blocks)) + beside)
+
+
+def _scratch(blocks: Mapping[str, Sequence[Part]], machine: Machine) -> dict[str, int]:
+    """Bytes of what the CPU re-encodes a block to, from the first to the last: no hole in its heap."""
+    return {"re-encoded block": max(map(_reencoded, blocks.values()))} if machine.cpu_int8 else {}
 
 
 def _encode(model: Model, prompt_tokens: Sequence[int], device: str, machine: Machine) -> Phase:
@@ -227,15 +232,15 @@ def _vector_bytes(model: Model, job: Job, dtype: str) -> int:
 def _transformer_work(
     parts: Sequence[Part], tokens: int, dim: int, attention: float, charge: float, device: str, machine: Machine
 ) -> Work:
-    flops, int8 = 2 * _linear_weights(parts) * tokens, any(part.format.name == "int8" for part in parts)
+    flops, int8 = 2 * _linear_weights(parts) * tokens, any(map(_in_int8, parts))
     if device == "cpu":
-        unpacking = 0 if int8 and machine.cpu_int8 else cpu_unpacking_flops(parts)
-        other = ELEMENTWISE_FLOPS * tokens * dim + unpacking
+        int8 = int8 and machine.cpu_int8
+        other = ELEMENTWISE_FLOPS * tokens * dim + cpu_unpacking_flops(parts, int8)
         return Work(charge * flops, charge * attention, int8=int8, other_flops=charge * other)
     traffic = _TRAFFIC * tokens * dim * 2 + sum(map(_reencoding_traffic, parts))
     if machine.gpu and machine.gpu.unfused8:
         traffic += _SUM_TRAFFIC * tokens * sum(part.rows for part in parts if _in_int8(part))
-    return Work(charge * flops, charge * attention, charge * traffic, any(map(_in_int8, parts)))
+    return Work(charge * flops, charge * attention, charge * traffic, int8)
 
 
 def _reencoding_traffic(part: Part) -> float:

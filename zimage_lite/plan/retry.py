@@ -35,6 +35,7 @@ class Planning:
     hardware: Hardware
     options: RuntimeOptions
     tell: Tell
+    int8: bool = False  # the transformer multiplies in 8 bits
 
     def planned(self, todo: Sequence[Callable[[Machine], Sequence[Phase]]]) -> list[Ways]:
         """todo: for each phase, what ways there are on a machine. All fit the budgets. Raises BudgetError."""
@@ -76,9 +77,7 @@ class Planning:
         return plan
 
     def _now(self) -> tuple[Machine, Budgets]:
-        machine = machine_here(self.hardware)
-        if self.options.compute == "16bit":
-            machine = machine.unpacking()
+        machine = machine_here(self.hardware, self.int8)
         return machine, budgets_in_force(machine, self.options.vram_bytes, self.options.ram_bytes)
 
 

@@ -73,16 +73,23 @@ class Int4Codec(Codec):
         return {**by_pieces(x.shape[0], x.shape[1], pack), "_codebook": codebook}
 
     def dequantize(self, parts: Parts, columns: int, options: Options) -> Tensor:
-        packed, group = parts[""].view(torch.uint8), options["scale_group"]
-        relative = parts["_s_rel"].view(torch.float8_e4m3fn) if parts["_s_rel"].itemsize == 1 else parts["_s_rel"]
-        channel = parts["_s_channel"].reshape(-1, 1, 1)
+        channel = parts["_s_channel"].reshape(-1, 1)
 
         def unpack(piece: slice) -> Tensor:
-            levels = _levels(packed[piece], columns, parts.get("_codebook")).view(-1, columns // group, group)
-            wide = levels.mul_(relative[piece].float().unsqueeze(2)).round_().clamp_(-127, 127).mul_(channel[piece])
-            return hadamard_rotate(wide.view(-1, columns), options["group"])
+            return hadamard_rotate(self._rotated(parts, piece, columns, options).mul_(channel[piece]), options["group"])
 
-        return widen(packed.shape[0], columns, unpack)
+        return widen(parts[""].shape[0], columns, unpack)
+
+    def rotated_int8(self, parts: Parts, columns: int, options: Options) -> tuple[Tensor, Tensor]:
+        """What it stands for: codes [rows, columns] int8, scales [rows]."""
+        return self._rotated(parts, slice(None), columns, options).char(), parts["_s_channel"].reshape(-1)
+
+    def _rotated(self, parts: Parts, piece: slice, columns: int, options: Options) -> Tensor:
+        """Rows in units of their scale: integers up to 127, as float32."""
+        packed, relative, group = parts[""].view(torch.uint8), parts["_s_rel"], options["scale_group"]
+        relative = relative.view(torch.float8_e4m3fn) if relative.itemsize == 1 else relative
+        levels = _levels(packed[piece], columns, parts.get("_codebook")).view(-1, columns // group, group)
+        return levels.mul_(relative[piece].float().unsqueeze(2)).round_().clamp_(-127, 127).view(-1, columns)
 
 
 def _levels(packed: Tensor, columns: int, codebook: Tensor | None) -> Tensor:
@@ -159,14 +166,21 @@ class ConvrotW4A4Codec(Codec):
         return {"": (rows, columns // 2), "_scale": (rows,)}
 
     def dequantize(self, parts: Parts, columns: int, options: Options) -> Tensor:
-        packed, scale = parts[""], parts["_scale"].reshape(-1, 1)
-        values = torch.tensor([*range(8), *range(-8, 0)], dtype=torch.float32, device=packed.device)
+        scale = parts["_scale"].reshape(-1, 1)
 
         def unpack(piece: slice) -> Tensor:
-            wide = unpack_nibbles(packed[piece], values, high_first=False).mul_(scale[piece])
-            return hadamard_rotate(wide, options["group"])
+            return hadamard_rotate(self._rotated(parts, piece).mul_(scale[piece]), options["group"])
 
-        return widen(packed.shape[0], columns, unpack)
+        return widen(parts[""].shape[0], columns, unpack)
+
+    def rotated_int8(self, parts: Parts, columns: int, options: Options) -> tuple[Tensor, Tensor]:
+        """What it stands for: codes [rows, columns] int8, scales [rows]."""
+        return self._rotated(parts, slice(None)).char(), parts["_scale"].reshape(-1)
+
+    def _rotated(self, parts: Parts, piece: slice) -> Tensor:
+        """Codes from -8 to 7, as float32."""
+        values = torch.tensor([*range(8), *range(-8, 0)], dtype=torch.float32, device=parts[""].device)
+        return unpack_nibbles(parts[""][piece], values, high_first=False)
 
 
 CODECS: dict[str, Codec] = {"int4": Int4Codec(), "convrot_w4a4": ConvrotW4A4Codec()}

@@ -2,21 +2,16 @@
 """The searches of `search`, compiled: the same functions with the same bits, for the CPU.
 
 Sub-blocks go through in tiles of 64, transposed to [element, lane]: the vectoriser turns the inner loop over lanes into
-AVX2, AVX-512 or NEON, while the sums of each lane keep ggml's order. No fastmath: that would allow another order, and
-fused multiply-adds. Scratch arrays instead of local sums, because the element loop is the outer one; they stay in L1.
-Kernels hold no lock, so several threads can search at once. The compiled code is kept between runs where numba finds a
-folder to write to.
+AVX2, AVX-512 or NEON, while the sums of each lane keep ggml's order. Scratch arrays instead of local sums, because the
+element loop is the outer one; they stay in L1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
 import torch
 from torch import Tensor
+from zimage_kernels._numba import compiled
 
 from .search import IQ4_BORDERS, IQ4_VALUES, MAGNITUDE, PLAIN, ZERO_BELOW
 
@@ -29,30 +24,23 @@ _STEPS = np.diff(_VALUES)
 _BORDERS = np.array(IQ4_BORDERS, np.float32)
 
 
-def _kernel(function: Callable[..., Any]) -> Any:
-    try:  # error_model: what divides by zero goes on, so the loop vectorises
-        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache is writable
-        return numba.njit(nogil=True, error_model="numpy")(function)
-
-
-@_kernel
+@compiled
 def _tile(n):
     return np.empty((n, LANES), np.float32)
 
 
-@_kernel
+@compiled
 def _lane():
     return np.empty(LANES, np.float32)
 
 
-@_kernel
+@compiled
 def _eight_lanes():
     """Arrays of their own: numba forgets that the rows of one array are contiguous, and nothing vectorises (6 x)."""
     return _lane(), _lane(), _lane(), _lane(), _lane(), _lane(), _lane(), _lane()
 
 
-@_kernel
+@compiled
 def _load(x, start, tile):
     """Sub-blocks from `start` on; lanes past the end repeat the last one."""
     for t in range(LANES):
@@ -61,14 +49,14 @@ def _load(x, start, tile):
             tile[i, t] = x[row, i]
 
 
-@_kernel
+@compiled
 def _store(codes, start, out):
     for t in range(min(LANES, out.shape[0] - start)):
         for i in range(out.shape[1]):
             out[start + t, i] = np.uint8(codes[i, t])
 
 
-@_kernel
+@compiled
 def _weigh(x, weighting, w, scratch):
     n = x.shape[0]
     for t in range(LANES):
@@ -84,7 +72,7 @@ def _weigh(x, weighting, w, scratch):
             w[i, t] = ONE if weighting == PLAIN else scratch[t] + abs(x[i, t])
 
 
-@_kernel
+@compiled
 def _affine_codes(x, multiplier, base, top, codes):
     for i in range(x.shape[0]):
         for t in range(LANES):
@@ -93,7 +81,7 @@ def _affine_codes(x, multiplier, base, top, codes):
             codes[i, t] = v if v < top else top
 
 
-@_kernel
+@compiled
 def _affine_sums(x, w, codes, sum_l, sum_l2, sum_xl):
     for t in range(LANES):
         sum_l[t] = sum_l2[t] = sum_xl[t] = ZERO
@@ -105,7 +93,7 @@ def _affine_sums(x, w, codes, sum_l, sum_l2, sum_xl):
             sum_xl[t] += wl * x[i, t]
 
 
-@_kernel
+@compiled
 def _affine_error(x, w, codes, absolute, scale, base, error):
     for t in range(LANES):
         error[t] = ZERO
@@ -115,7 +103,7 @@ def _affine_error(x, w, codes, absolute, scale, base, error):
             error[t] += w[i, t] * (abs(off) if absolute else off * off)
 
 
-@_kernel
+@compiled
 def _affine(x, weighting, top, steps, absolute, free, scales, minima, all_codes):
     n = x.shape[1]
     tile, w, codes = _tile(n), _tile(n), _tile(n)
@@ -174,7 +162,7 @@ def _affine(x, weighting, top, steps, absolute, free, scales, minima, all_codes)
             minima[start + t] = -low[t]
 
 
-@_kernel
+@compiled
 def _extreme(x, extreme):
     for t in range(LANES):
         extreme[t] = ZERO
@@ -183,7 +171,7 @@ def _extreme(x, extreme):
             extreme[t] = x[i, t] if abs(x[i, t]) > abs(extreme[t]) else extreme[t]
 
 
-@_kernel
+@compiled
 def _symmetric_codes(x, multiplier, top, codes):
     for i in range(x.shape[0]):
         for t in range(LANES):
@@ -192,7 +180,7 @@ def _symmetric_codes(x, multiplier, top, codes):
             codes[i, t] = v if v < top - ONE else top - ONE
 
 
-@_kernel
+@compiled
 def _weighted_sums(x, weighted, values, sum_xl, sum_l2):
     for t in range(LANES):
         sum_xl[t] = sum_l2[t] = ZERO
@@ -203,7 +191,7 @@ def _weighted_sums(x, weighted, values, sum_xl, sum_l2):
             sum_l2[t] += w * values[i, t] * values[i, t]
 
 
-@_kernel
+@compiled
 def _shift_codes(codes, extreme, top):
     """From signed to stored; a sub-block of zeros has the stored codes 0."""
     for i in range(codes.shape[0]):
@@ -211,7 +199,7 @@ def _shift_codes(codes, extreme, top):
             codes[i, t] = ZERO if abs(extreme[t]) < _EPS else codes[i, t] + top
 
 
-@_kernel
+@compiled
 def _symmetric(x, weighted, top, steps, scales, all_codes):
     n = x.shape[1]
     tile, codes = _tile(n), _tile(n)
@@ -238,7 +226,7 @@ def _symmetric(x, weighted, top, steps, scales, all_codes):
             scales[start + t] = ZERO if abs(extreme[t]) < _EPS else scale[t]
 
 
-@_kernel
+@compiled
 def _descend(x, top, passes, scales, all_codes):
     n = x.shape[1]
     tile, codes = _tile(n), _tile(n)
@@ -275,7 +263,7 @@ def _descend(x, top, passes, scales, all_codes):
             scales[start + t] = ZERO if zero else sum_xl[t] / sum_l2[t]
 
 
-@_kernel
+@compiled
 def _nearest(v):
     """The nearest of IQ4_VALUES: 15 compares and adds of integers, exact in float32, which vectorise."""
     value = _VALUES[0]
@@ -284,7 +272,7 @@ def _nearest(v):
     return value
 
 
-@_kernel
+@compiled
 def _lookup(x, weighted, steps, scales):
     tile, values = _tile(x.shape[1]), _tile(x.shape[1])
     extreme, scale, best, multiplier, sum_xl, sum_l2, _, _ = _eight_lanes()
@@ -311,7 +299,7 @@ def _lookup(x, weighted, steps, scales):
             scales[start + t] = ZERO if abs(extreme[t]) < _EPS else scale[t]
 
 
-@_kernel
+@compiled
 def _lookup_sums(x, weighted, values, sum_xl, sum_l2):
     """As _weighted_sums, but the factors come in the order in which ggml multiplies here."""
     for t in range(LANES):
@@ -323,7 +311,7 @@ def _lookup_sums(x, weighted, values, sum_xl, sum_l2):
             sum_l2[t] += wl * values[i, t]
 
 
-@_kernel
+@compiled
 def _score(x, scale, minimum, low, high, table, out):
     tile = _tile(x.shape[1])
     d, m, inverse, error, sum_v, sum_v2, sum_vx, _ = _eight_lanes()

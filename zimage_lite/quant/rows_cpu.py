@@ -12,8 +12,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from zimage_kernels._numba import compiled, in_threads
 
-from .kquants_cpu import MAGIC, ONE, ZERO, _kernel
+from .kquants_cpu import MAGIC, ONE, ZERO
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _SIGN = np.int32(-(2**31))
@@ -21,9 +22,10 @@ _ALMOST_HALF = np.float32(0.49999997)  # see `blocks`
 _TWO, _HALF = np.float32(2), np.float32(0.5)
 _LIMIT, _LEAST = np.float32(127), np.float32(1e-30)
 _EIGHT_AND_HALF = np.float32(8.5)
+_ROWS = 64  # that a thread takes at once
 
 
-@_kernel
+@compiled
 def _q8_0(x, bits, d, out):
     largest = np.empty(1, np.int32)
     found = largest.view(np.float32)
@@ -41,7 +43,7 @@ def _q8_0(x, bits, d, out):
             out[b, 2 + i] = np.uint8(np.int32(value + away))
 
 
-@_kernel
+@compiled
 def _q4_0(x, bits, d, out):
     largest = np.empty(2, np.int32)
     found = largest.view(np.float32)
@@ -90,7 +92,7 @@ def pack_q4_0(x: Tensor) -> Tensor:
 PACK = {"q8_0": pack_q8_0, "q4_0": pack_q4_0}
 
 
-@_kernel
+@compiled
 def _butterflies(a, b, c, d, n):
     """H4 / 2 on four stretches of n elements, in place."""
     for i in range(n):
@@ -103,7 +105,7 @@ def _butterflies(a, b, c, d, n):
         )
 
 
-@_kernel
+@compiled
 def _rotate(row, group, flat):
     """ConvRot in place. row: [columns]; flat: scratch of the same size.
 
@@ -128,7 +130,7 @@ def _rotate(row, group, flat):
         stride *= 4
 
 
-@_kernel
+@compiled
 def _int8(x, group, codes, scales):
     columns = x.shape[1]
     row, flat = np.empty(columns, np.float32), np.empty(columns, np.float32)
@@ -152,5 +154,6 @@ def _int8(x, group, codes, scales):
 def pack_int8(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """x: [rows, columns] float32 -> codes [rows, columns] int8, scales [rows, 1]. group: 0, or a power of 4 from 16."""
     codes, scales = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0], 1)
-    _int8(x.contiguous().numpy(), group, codes.numpy(), scales.view(-1).numpy())
+    arrays = [t.split(_ROWS) for t in (x.contiguous(), codes, scales.view(-1))]
+    in_threads(lambda *rows: _int8(rows[0].numpy(), group, *(t.numpy() for t in rows[1:])), zip(*arrays, strict=True))
     return codes, scales

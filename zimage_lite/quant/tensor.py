@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -74,12 +75,18 @@ class QTensor:
     def linear(self, x: Tensor, backend: Backend = "reference") -> Tensor:
         """x @ W.T. x: [tokens, columns] in the compute dtype -> [tokens, rows] in the same. backend: that unpacks W,
         if it can; else its codec does."""
-        rows, columns = self.shape
-        step = rows
-        if self.parts[""].dtype != x.dtype and self.format.row_group and self.parts[""].ndim == 2:
-            step = piece_rows(self.format, columns, CPU_PIECE_WEIGHTS if x.device.type == "cpu" else GPU_PIECE_WEIGHTS)
-        pieces = [self._rows(start, min(start + step, rows))._linear(x, backend) for start in range(0, rows, step)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+        pieces = [self] if self.parts[""].dtype == x.dtype else self.pieces()
+        products = [piece._linear(x, backend) for piece in pieces]
+        return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+
+    def pieces(self) -> Iterator[QTensor]:
+        """So many rows as are unpacked at once, as views; the whole if its parts cannot be cut."""
+        (rows, columns), step = self.shape, self.shape[0]
+        if self.format.row_group and self.parts[""].ndim == 2:
+            limit = CPU_PIECE_WEIGHTS if self.parts[""].device.type == "cpu" else GPU_PIECE_WEIGHTS
+            step = piece_rows(self.format, columns, limit)
+        for start in range(0, rows, step):
+            yield self._rows(start, min(start + step, rows))
 
     def _linear(self, x: Tensor, backend: Backend) -> Tensor:
         fused = getattr(self.format.codec, "linear", None)
