@@ -135,9 +135,24 @@ class VaeConfig:
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """Flow matching. Turbo was distilled with shift 3, Base wants 6."""
+    """Flow matching. Turbo was distilled with shift 3, Base wants 6: of what it says, that tells them apart."""
 
     shift: float = 3.0
+
+    @property
+    def undistilled(self) -> bool:
+        """Z-Image Base, which needs many steps and guidance."""
+        return self.shift == 6.0
+
+    @property
+    def steps(self) -> int:
+        """Its default. Base: the least that its authors name is 28."""
+        return 30 if self.undistilled else 8
+
+    @property
+    def guidance(self) -> float:
+        """Its default, as diffusers counts."""
+        return 4.0 if self.undistilled else 0.0
 
     def __post_init__(self) -> None:
         _require_positive(self)
@@ -150,9 +165,9 @@ class GenerateOptions:
     prompt: str = ""
     width: int | None = None
     height: int | None = None
-    steps: int = 8
+    steps: int | None = None
     seed: int = 0
-    guidance: float = 0.0
+    guidance: float | None = None
     negative: str = ""
     shift: float | None = None
 
@@ -162,8 +177,14 @@ class GenerateOptions:
         assert self.width is not None and self.height is not None, "Pipeline.complete fills them in"
         return self.width, self.height
 
+    @property
+    def step_count(self) -> int:
+        """Steps, once they are known."""
+        assert self.steps is not None, "Pipeline.complete fills it in"
+        return self.steps
+
     def __post_init__(self) -> None:
-        if not 1 <= self.steps <= MAX_STEPS:
+        if self.steps is not None and not 1 <= self.steps <= MAX_STEPS:
             raise UserError("--steps", got=self.steps, expected=f"a number from 1 to {MAX_STEPS} (Turbo is made for 8)")
         for flag, pixels in (("--width", self.width), ("--height", self.height)):
             if pixels is None:
@@ -173,8 +194,8 @@ class GenerateOptions:
                 near = f"{below} or {below + SIZE_MULTIPLE}" if pixels > SIZE_MULTIPLE else f"{below}"
                 raise UserError(flag, got=pixels, expected=f"a multiple of {SIZE_MULTIPLE}, such as {near}")
         if not 0 <= self.seed < 2**63:
-            raise UserError("--seed", got=self.seed, expected="a whole number from 0 to 2^63 - 1")
-        if not 0 <= self.guidance < _INFINITE:
+            raise UserError("--seed", got=self.seed, expected="a whole number from 0 to 2^63 - 1, or random")
+        if self.guidance is not None and not 0 <= self.guidance < _INFINITE:
             raise UserError("--guidance", got=self.guidance, expected="0 (off) or more")
         if self.shift is not None and not 0 < self.shift < _INFINITE:
             raise UserError("--shift", got=self.shift, expected="more than 0 (Turbo 3, Base 6)")

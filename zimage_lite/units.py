@@ -6,7 +6,7 @@ import re
 
 from .errors import UserError
 
-_UNITS = {"": 1, "b": 1}
+_UNITS = {"b": 1}
 _UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)}
 _UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", start=1)}
 _UNITS |= {prefix: 1000**power for power, prefix in enumerate("kmgt", start=1)}

@@ -120,7 +120,7 @@ def _draw(pipeline: Pipeline, request: GenerateOptions, count: int, runs: list[d
 def _work(pipeline: Pipeline, request: GenerateOptions, ceilings: Ceilings) -> dict[str, Any]:
     """Of each phase that ran where the ceilings were measured, in the way it was done."""
     tokens = len(pipeline.model.tokenizer.encode(request.prompt))
-    job = Job(*request.size, steps=request.steps, prompt_tokens=(tokens,))
+    job = Job(*request.size, steps=request.step_count, prompt_tokens=(tokens,))
     here = machine_here(pipeline.hardware, pipeline.choice.compute.int8)
     ways = [way for ways in phases(pipeline.sizes, job, here) for way in ways]
     on = "gpu" if here.gpu else "cpu"

@@ -17,7 +17,7 @@ from ..errors import FileFormatError, UserError
 from .json_file import read_json
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -40,9 +40,19 @@ class PromptTokenizer:
             raise UserError(f"{source}: {marks[0]} and {marks[1]} are not tokens", expected="the tokenizer of Qwen3")
 
     def encode(self, prompt: str) -> list[int]:
+        return self._encoding(prompt).ids[:MAX_PROMPT_TOKENS]
+
+    def cut(self, prompt: str) -> tuple[int, str]:
+        """How many tokens it would have, template included, and what of it is used."""
+        found, start = self._encoding(prompt), TEMPLATE.index("{prompt}")
+        if len(found.ids) <= MAX_PROMPT_TOKENS:
+            return len(found.ids), prompt
+        return len(found.ids), prompt[: max(found.offsets[MAX_PROMPT_TOKENS - 1][1] - start, 0)]
+
+    def _encoding(self, prompt: str) -> Encoding:
         if any("\ud800" <= char <= "\udfff" for char in prompt):  # what Python makes of bytes that are not UTF-8
             raise UserError("the prompt is not a text in UTF-8", got=ascii(prompt)[:60])
-        return self.tokenizer.encode(TEMPLATE.format(prompt=prompt)).ids[:MAX_PROMPT_TOKENS]
+        return self.tokenizer.encode(TEMPLATE.format(prompt=prompt))
 
 
 def tokenizer_from_folder(folder: Path) -> PromptTokenizer:

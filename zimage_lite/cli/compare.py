@@ -14,17 +14,21 @@ import click
 from ..checkpoint.output import followed, replacing, require_absent
 from ..config import GenerateOptions, RuntimeOptions
 from ..errors import UserError
+from ..pipeline.pictures import save
 from ..units import parse_bytes
 from . import leaving_at_once, print_json, say
 from .generate import command as generate
-from .generate import requests_of, save_png
+from .generate import options_of, recipe, requests_of
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
+
+    from ..pipeline.drawing import Pipeline
 
 _SHEET, _RESULT, _PICTURES = "sheet.png", "result.json", "pictures"
 _AS_IN_GENERATE = {
-    "prompt_file", "width", "height", "steps", "seed", "count", "guidance", "negative", "shift", "vram", "ram",
+    "prompt_file", "width", "height", "steps", "seed", "count", "guidance", "cfg", "negative", "shift", "vram", "ram",
     "device", "dtype", "backend", "compute", "as_json",
 }  # fmt: skip
 
@@ -46,7 +50,7 @@ _AS_IN_GENERATE = {
 def command(
     reference: str, quantized: tuple[str, ...], prompts: tuple[str, ...], prompt_file: Path | None, out: Path,
     count: int, vram: str | None, ram: str | None, device: str, dtype: str, backend: str, compute: str,
-    as_json: bool, **image: Any,
+    as_json: bool, cfg: float | None, **image: Any,
 ) -> None:  # fmt: skip
     """Draw the same prompts and seeds with several models, and say how alike the pictures are.
 
@@ -55,7 +59,7 @@ def command(
     memory. PSNR and SSIM of each picture, LPIPS if the package lpips is installed, seconds, peak memory and size of
     the files; `zimage-lite report` makes a table of the .json.
     """
-    requests = requests_of(prompts, prompt_file, GenerateOptions(**image), count)
+    requests = requests_of(prompts, prompt_file, options_of(image, cfg), count)
     limits = {"vram_bytes": parse_bytes(vram) if vram else None, "ram_bytes": parse_bytes(ram) if ram else None}
     options = RuntimeOptions(device, dtype, backend, cache=False, compute=compute, **limits)
     _require_place(out)
@@ -68,7 +72,7 @@ def command(
         say("note: random weights draw noise: time and memory are real, how alike the pictures are says nothing")
     with _work_folder(out) as folder:
         pictures = folder / _PICTURES
-        result = compare(pipelines, requests, pictures, save_png, say, phase_progress)
+        result = compare(pipelines, requests, pictures, _save, say, phase_progress)
         _write(sheet(result, pictures), result, *_places(out, folder))
     if out.suffix.lower() == ".png":
         say(f"{out}  and {out.with_suffix('.json')}, for zimage-lite report")
@@ -80,6 +84,10 @@ def command(
 
 # The same options mean the same: their names, defaults and texts stand in generate.py alone.
 command.params += [option for option in generate.params if option.name in _AS_IN_GENERATE]
+
+
+def _save(path: Path, pixels: Tensor, request: GenerateOptions, pipeline: Pipeline) -> None:
+    save(path, pixels, recipe(request, pipeline))
 
 
 def _require_place(out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,21 +15,34 @@ from .. import __version__
 from ..checkpoint.architecture import other_encoder
 from ..checkpoint.detect import COMPONENTS
 from ..checkpoint.model_card import DEMO
-from ..checkpoint.output import replacing, require_absent
+from ..checkpoint.output import require_absent
 from ..config import BACKENDS, COMPUTES, DEVICES, DTYPES, GenerateOptions, RuntimeOptions
 from ..errors import UserError
 from ..memory.meter import peak_rss_bytes
+from ..pipeline.pictures import require_kind, save
 from ..units import format_gb, parse_bytes
 from . import leaving_at_once, print_json, say
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..pipeline.drawing import Pipeline
 
 _IMAGE = GenerateOptions()
 _PATH = click.Path(path_type=Path)
 _MAX_IMAGES = 10_000
+
+
+class _Seed(click.ParamType):
+    """A whole number, or random."""
+
+    name = "integer|random"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if value in ("random", "-1", -1):
+            return secrets.randbelow(2**32)  # as many as other programs have
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"got {value!r}, expected a whole number or random", param, ctx)
 
 
 @click.command(name="generate")
@@ -38,7 +52,7 @@ _MAX_IMAGES = 10_000
     "prompt_file",
     type=_PATH,
     metavar="FILE.jsonl",
-    help="One JSON object a line: prompt, and seed, width, height if wanted.",
+    help="One JSON object a line: prompt, and seed (a number or random), width, height if wanted.",
 )
 @click.option(
     "--model",
@@ -52,22 +66,25 @@ _MAX_IMAGES = 10_000
     type=_PATH,
     default=Path("image.png"),
     show_default=True,
-    help="PNG file; several images count up from it.",
+    help="PNG, JPEG or WebP file, by its end; several images count up from it.",
 )
 @click.option("--width", type=int, help="Pixels, a multiple of 16.  [default: the model's; Turbo 1024]")
 @click.option("--height", type=int, help="Pixels, a multiple of 16.  [default: the model's; Turbo 1024]")
-@click.option("--steps", type=int, default=_IMAGE.steps, show_default=True, help="Denoising steps.")
+@click.option("--steps", type=int, help="Denoising steps.  [default: the model's; Turbo 8, Base 30]")
 @click.option(
-    "--seed", type=int, default=_IMAGE.seed, show_default=True, help="Seed of the first image; the next ones count up."
+    "--seed",
+    type=_Seed(),
+    default=str(_IMAGE.seed),
+    show_default=True,
+    help="Seed of the first image; the next ones count up. random (or -1) draws one.",
 )
 @click.option("--count", type=int, default=1, show_default=True, help="Images per prompt.")
 @click.option(
     "--guidance",
     type=float,
-    default=_IMAGE.guidance,
-    show_default=True,
-    help="Guidance as diffusers counts it; 0 is off, as Turbo wants.",
+    help="Guidance as diffusers counts it; 0 is off.  [default: the model's; Turbo 0, Base 4]",
 )
+@click.option("--cfg", type=float, help="The same as ComfyUI counts it: 1 is off, and 5 is --guidance 4.")
 @click.option("--negative", metavar="TEXT", default="", help="What to steer away from, with --guidance.")
 @click.option("--shift", type=float, help="Shift of the noise schedule.  [default: the model's; Turbo 3]")
 @click.option("--vram", metavar="SIZE", help="Ceiling for the GPU's memory, such as 6GB.  [default: what is free]")
@@ -112,7 +129,7 @@ def command(
     prompts: tuple[str, ...], prompt_file: Path | None, model: str | None, out: Path, count: int,
     vram: str | None, ram: str | None, device: str, dtype: str, backend: str, compute: str, no_cache: bool,
     as_json: bool, transformer: Path | None, text_encoder: Path | None, vae: Path | None, tokenizer: Path | None,
-    **image: Any,
+    cfg: float | None, **image: Any,
 ) -> None:  # fmt: skip
     """Draw images from prompts.
 
@@ -120,7 +137,7 @@ def command(
     """
     parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
     model = _model(model, parts)
-    requests = requests_of(prompts, prompt_file, GenerateOptions(**image), count)
+    requests = requests_of(prompts, prompt_file, options_of(image, cfg), count)
     options = RuntimeOptions(
         device,
         dtype,
@@ -134,18 +151,20 @@ def command(
 
     with leaving_at_once():
         from ..api import open_named
+        from ..pipeline.advice import advice
         from ..pipeline.drawing import Pipeline
     from .progress import phase_progress
 
     pipeline = Pipeline(open_named(model, parts), options, tell=lambda line: say(f"note: {line}"))
     requests = [pipeline.complete(request) for request in requests]
-    for note in _notes(model, pipeline, requests):
+    for note in (*_notes(model, pipeline), *_words(prompts), *advice(requests, pipeline.model)):
         say(f"note: {note}")
     with phase_progress() as progress:
         for index, pixels in pipeline.images(requests, progress):
-            save_png(paths[index], pixels, requests[index], pipeline)
+            save(paths[index], pixels, recipe(requests[index], pipeline))
             say(f"{paths[index]}  seed {requests[index].seed}")
-    result = {"images": [str(path) for path in paths], **_measured(pipeline, requests)}
+    images = {"images": [str(path) for path in paths], "seeds": [request.seed for request in requests]}
+    result = {**images, **_measured(pipeline, requests)}
     say(_summary(result))
     if as_json:
         print_json(result)
@@ -164,13 +183,28 @@ def _model(model: str | None, parts: Mapping[str, Path | None]) -> str | None:
     return None
 
 
-def _notes(model: str | None, pipeline: Pipeline, requests: Sequence[GenerateOptions]) -> Iterator[str]:
+def options_of(image: Mapping[str, Any], cfg: float | None) -> GenerateOptions:
+    """image: the options of one; cfg: guidance as ComfyUI counts it, None where it is not given."""
+    if cfg is None:
+        return GenerateOptions(**image)
+    if image["guidance"] is not None:
+        raise UserError("--cfg and --guidance are one setting, counted in two ways", fix="name one of them")
+    if not cfg >= 1:
+        raise UserError("--cfg", got=f"{cfg:g}", expected="1 (off) or more")
+    return GenerateOptions(**{**image, "guidance": cfg - 1})
+
+
+def _words(prompts: Sequence[str]) -> Iterator[str]:
+    """Several prompts of one word each are probably one that nobody quoted."""
+    if len(prompts) > 1 and not any(" " in prompt.strip() for prompt in prompts):
+        yield f'these are {len(prompts)} prompts, a picture each; for one picture, quote it: "{" ".join(prompts)}"'
+
+
+def _notes(model: str | None, pipeline: Pipeline) -> Iterator[str]:
     """What the user might not expect."""
     device = pipeline.hardware.device.type
     if pipeline.options.vram_bytes and device != "cuda":
         yield f"--vram has no effect on {device}, where all memory is --ram"
-    if requests[0].negative and not requests[0].guidance:
-        yield "--negative has no effect without --guidance"
     encoder = pipeline.model.text_encoder
     if other := other_encoder(encoder.metadata, encoder.config):
         yield other
@@ -196,7 +230,7 @@ def requests_of(
 
 
 def _read_prompts(path: Path, base: GenerateOptions) -> list[GenerateOptions]:
-    fields = {"prompt": str, "seed": int, "width": int, "height": int}
+    fields: dict[str, type] = {"prompt": str, "seed": int, "width": int, "height": int}
     requests = []
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold what splitlines would split at
@@ -214,6 +248,8 @@ def _read_prompts(path: Path, base: GenerateOptions) -> list[GenerateOptions]:
             raise UserError(f"{where}: not JSON") from error
         if not isinstance(values, dict) or "prompt" not in values:
             raise UserError(where, got=line[:60], expected='an object such as {"prompt": "...", "seed": 1}')
+        if values.get("seed") in ("random", -1):
+            values["seed"] = _Seed().convert("random", None, None)
         for name, value in values.items():
             if name not in fields or not isinstance(value, fields[name]) or isinstance(value, bool):
                 raise UserError(
@@ -227,8 +263,7 @@ def _read_prompts(path: Path, base: GenerateOptions) -> list[GenerateOptions]:
 
 def _output_paths(out: Path, count: int) -> list[Path]:
     """out itself, or out-1, out-2, ... ; checked before any work is done."""
-    if out.suffix.lower() != ".png":
-        raise UserError("-o", got=str(out), expected="a name that ends in .png")
+    require_kind(out)
     digits = len(str(count))
     numbered = [out.with_name(f"{out.stem}-{i:0{digits}}{out.suffix}") for i in range(1, count + 1)]
     paths = [out] if count == 1 else numbered
@@ -239,19 +274,8 @@ def _output_paths(out: Path, count: int) -> list[Path]:
     return paths
 
 
-def save_png(path: Path, pixels: Tensor, request: GenerateOptions, pipeline: Pipeline) -> None:
-    """pixels: [height, width, 3] uint8. The file carries what it takes to draw it again."""
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    for key, value in _recipe(request, pipeline).items():
-        info.add_itxt(key, str(value))
-    with replacing(path) as partial:
-        Image.fromarray(pixels.numpy()).save(partial, format="PNG", pnginfo=info)
-
-
-def _recipe(request: GenerateOptions, pipeline: Pipeline) -> dict[str, Any]:
+def recipe(request: GenerateOptions, pipeline: Pipeline) -> dict[str, Any]:
+    """What it takes to draw a picture again, by the names of the options."""
     model = pipeline.model
     return {
         "prompt": request.prompt,
@@ -268,7 +292,7 @@ def _recipe(request: GenerateOptions, pipeline: Pipeline) -> dict[str, Any]:
 
 
 def _measured(pipeline: Pipeline, requests: Sequence[GenerateOptions]) -> dict[str, Any]:
-    meter, steps = pipeline.meter, sum(request.steps for request in requests)
+    meter, steps = pipeline.meter, sum(request.step_count for request in requests)
     return {
         **pipeline.computes_with(),
         "format": pipeline.model.transformer.main_format,

@@ -104,7 +104,7 @@ def _predict(
     from ..plan.prediction import phases
 
     gpu, machines = _machines(gpu_name, *limits)
-    todo = phases(model, Job(*wanted.size, steps=wanted.steps, images=count), machines[0])
+    todo = phases(model, Job(*wanted.size, steps=wanted.step_count, images=count), machines[0])
     budgets = budgets_in_force(machines[0], *limits)
     fast, slow = (plan_phases(todo, one, budgets) for one in machines)
     return _Prediction(model.name, gpu, budgets, count, fast, slow)
@@ -148,7 +148,7 @@ def _describe(prediction: _Prediction, wanted: GenerateOptions) -> None:
     gpu, budgets = prediction.gpu, prediction.budgets
     width, height = wanted.size
     images = f"{prediction.count} images of {width}x{height}" if prediction.count > 1 else f"{width}x{height}"
-    say(f"A prediction, nothing was run: {prediction.model}, {images}, {wanted.steps} steps, {gpu.name}")
+    say(f"A prediction, nothing was run: {prediction.model}, {images}, {wanted.step_count} steps, {gpu.name}")
     watts = f"{gpu.watts[0]}-{gpu.watts[1]} W" if gpu.watts[0] < gpu.watts[1] else f"{gpu.watts[1]} W"
     say(
         f"at {watts}, copies at {gpu.link_gbps:g} GB/s (PCIe {gpu.pcie}); within {_gib(budgets.vram_bytes)} of GPU "
@@ -195,7 +195,7 @@ def _as_json(prediction: _Prediction, wanted: GenerateOptions) -> dict[str, Any]
         "gpu": prediction.gpu.name,
         "watts": prediction.gpu.watts,
         "size": wanted.size,
-        "steps": wanted.steps,
+        "steps": wanted.step_count,
         "count": prediction.count,
         "vram_bytes": prediction.budgets.vram_bytes,
         "ram_bytes": prediction.budgets.ram_bytes,

@@ -55,7 +55,7 @@ class Denoise:
         """What all images of the same steps and shift share. One, to be run as a phase is."""
         assert request.shift is not None
         with self.work.meter.phase("denoise"):
-            found = schedule(self.component, request.steps, request.shift, self.work.hardware_of(plan))
+            found = schedule(self.component, request.step_count, request.shift, self.work.hardware_of(plan))
         yield found
 
     def run(

@@ -85,7 +85,7 @@ class Pipeline:
         embeddings = todo.kept
         if todo.encode:
             embeddings = {**embeddings, **self.encoding.embeddings(todo.prompts, todo.encode, progress)}
-        steps = Count(progress, "denoise", sum(request.steps for request in requests))
+        steps = Count(progress, "denoise", sum(request.step_count for request in requests))
         images = Count(progress, "decode", len(requests))
         for group, denoise, decode in todo.groups:
             (times,) = within(denoise, partial(self.denoising.schedule, group.requests[0]))
@@ -116,12 +116,14 @@ class Pipeline:
 
     def complete(self, request: GenerateOptions) -> GenerateOptions:
         """What was left open is what the model says of itself."""
-        width, height = self.model.default_size
+        (width, height), scheduler = self.model.default_size, self.model.scheduler
         return replace(
             request,
             width=width if request.width is None else request.width,
             height=height if request.height is None else request.height,
-            shift=self.model.scheduler.shift if request.shift is None else request.shift,
+            steps=scheduler.steps if request.steps is None else request.steps,
+            guidance=scheduler.guidance if request.guidance is None else request.guidance,
+            shift=scheduler.shift if request.shift is None else request.shift,
         )
 
     @torch.inference_mode()

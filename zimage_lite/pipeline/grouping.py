@@ -28,7 +28,7 @@ def grouped(
     """In the order of the first of each. texts: what each request needs encoded; tokens: text -> its tokens."""
     found: dict[tuple, list[int]] = {}
     for index, request in enumerate(requests):
-        found.setdefault((request.size, request.steps, request.shift, request.guidance > 0), []).append(index)
+        found.setdefault((request.size, request.step_count, request.shift, bool(request.guidance)), []).append(index)
     groups, all_tokens = [], sum(tokens[text] for text in {text for own in texts for text in own})
     for ((width, height), steps, _, guided), indices in found.items():
         own = dict.fromkeys(text for index in indices for text in texts[index])
