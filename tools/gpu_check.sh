@@ -87,6 +87,6 @@ for name in block step linear_int8 attention laptop_ptx streaming tier_6gb eleme
     [[ -s "$results/$name.json" ]] && found+=("$results/$name.json")
 done
 reserve=0
-((${#found[@]})) && part report 15 15 "$python" -m zimage_lite report "${found[@]}" -o "$results/report.html" \
+((${#found[@]})) && part report 15 "$total" "$python" -m zimage_lite report "${found[@]}" -o "$results/report.html" \
     --markdown "$results/report.md"
 exit "$failed"
