@@ -17,13 +17,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from qwen_vocabulary import SPECIAL_TOKENS, byte_vocabulary, qwen_vocabulary
 from torch import Tensor
 
 from zimage_lite.checkpoint import safetensors
 from zimage_lite.checkpoint.diffusers_config import config_json, model_index
 from zimage_lite.checkpoint.names import NATIVE_TRANSFORMER, NameMap, flux_vae
-from zimage_lite.checkpoint.tokenizer import byte_level_bpe
+from zimage_lite.checkpoint.qwen3 import ADDED, byte_characters, qwen3_vocabulary
+from zimage_lite.checkpoint.tokenizer import PromptTokenizer, byte_level_bpe, save_tokenizer
 from zimage_lite.checkpoint.writer import open_writer
 from zimage_lite.config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VaeConfig
 from zimage_lite.convert.catalog import component_shapes
@@ -31,11 +31,6 @@ from zimage_lite.convert.catalog import component_shapes
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 SHARD_BYTES = 9_973_693_184  # as the Hub's transformer is cut: three shards in float32
 CHUNK = 2**24
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 SIZES = {
     "full": (TransformerConfig(), TextEncoderConfig(), VaeConfig()),
@@ -71,8 +66,8 @@ def make_checkpoint(
     """Write a whole model folder. Raises FileExistsError."""
     out.mkdir(parents=True)
     write = write_diffusers if layout == "diffusers" else write_comfyui
-    write_tokenizer(out / "tokenizer", size)  # first: it may lack its package
     write(out, SIZES[size], DTYPES[dtype], seed)
+    write_tokenizer(out / "tokenizer", size)
 
 
 def write_diffusers(out: Path, configs: tuple, dtype: torch.dtype, seed: int) -> None:
@@ -186,19 +181,9 @@ def distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
 
 def write_tokenizer(folder: Path, size: str) -> None:
     """The true Qwen tokenizer at full size; at tiny size one token per byte, which any text can be written in."""
-    folder.mkdir()
-    vocab, merges = qwen_vocabulary() if size == "full" else byte_vocabulary()
-    tokenizer = byte_level_bpe(vocab, merges, SPECIAL_TOKENS)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(folder / "vocab.json", vocab)
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    added = {str(tokenizer.token_to_id(text)): {"content": text, "special": True, "normalized": False,
-             "lstrip": False, "rstrip": False, "single_word": False} for text in SPECIAL_TOKENS}  # fmt: skip
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "Qwen2Tokenizer", "model_max_length": 131072, "pad_token": "<|endoftext|>",
-        "eos_token": "<|im_end|>", "added_tokens_decoder": added, "chat_template": CHAT_TEMPLATE,
-    })  # fmt: skip
+    bytes_only = {char: n for n, char in enumerate(byte_characters().values())}
+    vocab, merges = qwen3_vocabulary() if size == "full" else (bytes_only, [])
+    save_tokenizer(folder, PromptTokenizer(byte_level_bpe(vocab, merges, ADDED), size))
 
 
 def write_json(path: Path, values: object) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from zimage_lite.checkpoint.model_files import open_model
 from zimage_lite.checkpoint.names import LLAMA_CPP_QWEN3, NATIVE_TRANSFORMER, NameMap, flux_vae
-from zimage_lite.checkpoint.tokenizer import tokenizer_from_folder, tokenizer_to_gguf
+from zimage_lite.checkpoint.tokenizer import tokenizer_from, tokenizer_to_gguf
 from zimage_lite.config import GenerateOptions, RuntimeOptions
 from zimage_lite.pipeline.drawing import Pipeline
 
@@ -170,7 +170,7 @@ def test_other_ggml_types(diffusers_folder: Path, tmp_path: Path, kind: str) -> 
 
 def test_text_encoder_gguf_brings_its_tokenizer(diffusers_folder: Path, image: torch.Tensor, tmp_path: Path) -> None:
     tensors = renamed(weights(diffusers_folder, "text_encoder"), LLAMA_CPP_QWEN3)
-    tokens = tokenizer_to_gguf(tokenizer_from_folder(diffusers_folder / "tokenizer"), 320)
+    tokens = tokenizer_to_gguf(tokenizer_from(diffusers_folder / "tokenizer"), 320)
     tokens["tokenizer.ggml.tokens"][300] = "ab"  # gguf-py writes no empty list, and one token per byte needs no merge
     metadata = {
         "general.architecture": "qwen3",

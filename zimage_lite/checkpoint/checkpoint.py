@@ -19,7 +19,7 @@ from ..quant.tensor import rows_columns
 from . import configs
 from .architecture import architecture, refuse_other_encoder, text_encoder_values
 from .container import TensorFile, file_stamp
-from .detect import contents, detect, refuse_relatives
+from .detect import contents, detect, is_adapter, refuse_relatives
 from .json_file import read_json
 from .names import LLAMA_CPP_QWEN3, NATIVE_TRANSFORMER, OLD_DIFFUSERS_VAE, NameMap, flux_vae
 from .opening import open_tensor_file
@@ -34,7 +34,8 @@ ModelConfig = TransformerConfig | TextEncoderConfig | VaeConfig
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`tensors`: canonical name -> where it lies. `config`: the sizes of the model that they make."""
+    """`tensors`: canonical name -> where it lies. `config`: the sizes of the model that they make. `unused`: tensors of
+    the file that were found to be no part of it."""
 
     component: str
     source: Path
@@ -43,6 +44,7 @@ class Checkpoint:
     config: Any
     metadata: Mapping[str, Any] = field(default_factory=dict)
     stamps: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)  # of the files when they were opened
+    unused: tuple[str, ...] = ()
 
     def require_unchanged(self) -> None:
         """Raise UserError if a file was written to or replaced since it was opened."""
@@ -144,14 +146,20 @@ def checkpoint_of(
     found, prefix = detect(names, str(path), component, architecture(files[0].metadata))
     if found == "text_encoder":
         refuse_other_encoder(files[0].metadata, str(path))
-    canonical = [
-        tensor for stored in raw if stored.name.startswith(prefix) for tensor in _canonical(found, stored, prefix)
-    ]
+    alone = len(contents(names, str(path))) == 1  # else what is not under the prefix belongs to the other components
+    mine, unused = [], []
+    for stored in raw:
+        if stored.name.startswith(prefix) and not is_adapter(stored.name):
+            mine.append(stored)
+        elif stored.name.startswith(prefix) or alone:
+            unused.append(stored.name)
+    canonical = [tensor for stored in mine for tensor in _canonical(found, stored, prefix)]
     tensors = {tensor.name: tensor for tensor in canonical}
     if len(tensors) < len(canonical):
         raise FileFormatError(f"{path}: the same tensor is there twice, under two spellings")
     config = _config(found, tensors, _embedded_config(files[0]) if given is None else given, str(path))
-    return Checkpoint(found, path, _layout(found, files, prefix, names), tensors, config, files[0].metadata)
+    layout = _layout(found, files, prefix, names)
+    return Checkpoint(found, path, layout, tensors, config, files[0].metadata, unused=tuple(unused))
 
 
 def components_in(path: Path) -> tuple[str, ...]:
@@ -184,6 +192,9 @@ def _canonical(component: str, stored: StoredTensor, prefix: str) -> Iterator[St
         yield replace(stored, name=names[0])
         return
     rows = stored.rows // len(names)
+    if rows * len(names) != stored.rows and not stored.name.endswith(".weight"):
+        yield replace(stored, name=stored.name.removeprefix(prefix))  # not the matrix, so no model has it
+        return
     if rows * len(names) != stored.rows:
         raise WrongModelError(
             f"{stored.where} (shape)", got=stored.shape, expected=f"rows for {len(names)} equal parts"

@@ -30,15 +30,14 @@ _SIGNATURES = {
     ),
 }
 
+# Parts of the names that a LoRA and its kin have. They make a file an adapter only if no whole model is beside them.
+_ADAPTERS = (
+    "lora_A", "lora_B", "lora_down", "lora_up", "lora.down", "lora.up", "lokr_w", "hada_w", "dora_scale", ".alpha",
+)  # fmt: skip
+
 # Part of a name that no file of Z-Image has -> what has it. First hit wins, before any signature: a whole SDXL
 # checkpoint has a VAE with the names of Flux's, and Gemma 3 has all the names of Qwen3.
 _STRANGERS = {
-    "lora_A": "a LoRA",
-    "lora_down": "a LoRA",
-    "lora_up": "a LoRA",
-    "lora.down": "a LoRA",
-    "lokr_w": "a LoRA",
-    "hada_w": "a LoRA",
     "double_blocks.": "a Flux transformer",
     "single_transformer_blocks.": "a Flux transformer",
     "joint_blocks.": "a Stable Diffusion 3 transformer",
@@ -81,16 +80,33 @@ def contents(names: Collection[str], where: str, architecture: str = "") -> dict
     """Every component that the names make up -> its prefix; an all-in-one checkpoint has three. Raises
     WrongModelError if there is none."""
     said = f" (it says {architecture[:60]})" if architecture else ""
-    _refuse(_STRANGERS, names, where, said)
+    whole = {name for name in names if not is_adapter(name)}
+    _refuse(_STRANGERS, whole, where, said)
     found = {component: _prefix(component, names) for component in _SIGNATURES}
     known = {component: prefix for component, prefix in found.items() if prefix is not None}
     if known:
         return known
+    if len(whole) < len(names):
+        raise WrongModelError(f"{where}: this is a LoRA", expected=_EXPECTED)
     _refuse(_OTHERS, names, where, said)
     sample = ", ".join(name[:60] for name in sorted(names)[:3]) or "no tensors"
     raise WrongModelError(
         f"{where}: no model that is known here{said}", got=f"{len(names)} tensors ({sample})", expected=_EXPECTED
     )
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a tensor belongs to a LoRA, not to a model."""
+    return any(part in name for part in _ADAPTERS)
+
+
+def said_of_unused(names: Collection[str]) -> str:
+    """For people: what the tensors are that no model has a place for, the names of the first ones."""
+    adapters = sum(map(is_adapter, names))
+    others = [name[:60] for name in names if not is_adapter(name)]
+    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    said = [f"an unmerged LoRA ({adapters} tensors)"] if adapters else []
+    return ", ".join([*said, *others[:3]]) + more
 
 
 def _prefix(component: str, names: Collection[str]) -> str | None:

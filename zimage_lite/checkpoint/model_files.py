@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import SchedulerConfig, from_mapping
+from ..config import SchedulerConfig, TextEncoderConfig, from_mapping
 from ..errors import UserError, WrongModelError
 from .checkpoint import Checkpoint, components_in, open_checkpoint
 from .detect import COMPONENTS
 from .impostors import no_such, refuse_cache_root
 from .json_file import read_json
 from .model_card import default_size
-from .tokenizer import PromptTokenizer, tokenizer_from_folder, tokenizer_from_gguf
+from .qwen3 import Qwen3Tokenizer, is_vocabulary_of_qwen3
+from .tokenizer import PromptTokenizer, has_tokenizer, tokenizer_from, tokenizer_from_gguf
 from .weight_files import are_shards, is_weight_file
 
 # Component -> ComfyUI's folders for it, new and old.
@@ -49,24 +50,30 @@ def open_model(model: Path | None, overrides: Mapping[str, Path | None] | None =
     chosen = {name: path for name, path in (overrides or {}).items() if path is not None}
     if model is not None and not model.exists():
         raise no_such(model, "no such model", "a folder with transformer/, text_encoder/ and vae/")
-    if model is not None and model.is_file() and len(components_in(model)) < len(COMPONENTS):
-        raise UserError(f"{model}: a model is a folder", fix=f"name a single file with {_flag_for(model)}")
-    parts: dict[str, Any] = {}
-    for component in COMPONENTS:
-        path = chosen.get(component) or find_component(model, component)
-        if path is None:
-            place = f"{model} has no {component}/" if model else f"no {COMPONENTS[component]}"
-            raise UserError(place, fix=f"name one with {_FLAGS[component]} FILE")
-        parts[component] = open_checkpoint(path, component)
+    places = {component: chosen.get(component) or find_component(model, component) for component in COMPONENTS}
+    require_all(model, places)
+    parts: dict[str, Any] = {part: open_checkpoint(path, part) for part, path in places.items() if path is not None}
     files = ModelFiles(
         name=(model or parts["transformer"].source).resolve().name,
-        tokenizer=_tokenizer(model, chosen.get("tokenizer"), parts["text_encoder"]),
+        tokenizer=_tokenizer(model, parts["text_encoder"], chosen.get("tokenizer")),
         scheduler=scheduler_config(model),
         default_size=default_size(model),
         **parts,
     )
     require_fit(files)
     return files
+
+
+def require_all(model: Path | None, places: Mapping[str, Path | None]) -> None:
+    """Raise UserError that names the components without a place, and what a model that is one file has instead."""
+    missing = [component for component, path in places.items() if path is None]
+    if not missing:
+        return
+    in_folder = model is not None and model.is_dir()
+    lacks = " and no ".join(f"{part}/" if in_folder else COMPONENTS[part] for part in missing)
+    has = None if model is None or in_folder else " and ".join(f"a {COMPONENTS[part]}" for part in components_in(model))
+    flags = " and ".join(f"{_FLAGS[part]} FILE" for part in missing)
+    raise UserError(f"{model or 'the model'} has no {lacks}", got=has, fix=f"name what is missing with {flags}")
 
 
 def require_fit(files: ModelFiles) -> None:
@@ -79,7 +86,7 @@ def require_fit(files: ModelFiles) -> None:
     ):
         if got != expected:
             raise WrongModelError(f"{part.source}: {what}", got=got, expected=f"{expected}, as the transformer {verb}")
-    highest, rows = max(files.tokenizer.tokenizer.get_vocab().values()), encoder.config.vocab_size
+    highest, rows = files.tokenizer.highest_id, encoder.config.vocab_size
     if highest >= rows:
         raise WrongModelError(
             f"{files.tokenizer.source}: the highest token",
@@ -120,21 +127,27 @@ def scheduler_config(model: Path | None) -> SchedulerConfig:
     return from_mapping(SchedulerConfig, values, str(path))
 
 
-def _tokenizer(model: Path | None, chosen: Path | None, text_encoder: Checkpoint) -> PromptTokenizer:
+def find_tokenizer(model: Path | None, text_encoder: Checkpoint, chosen: Path | None = None) -> PromptTokenizer | None:
+    """`chosen`, or the model folder's own, or what came in the text encoder's GGUF file or folder, or the built-in one
+    of Qwen3 if it fits the encoder's vocabulary; else None."""
     if chosen is not None:
-        return tokenizer_from_folder(chosen)
+        return tokenizer_from(chosen)
     if model is not None and (model / "tokenizer").is_dir():
-        return tokenizer_from_folder(model / "tokenizer")
-    if "tokenizer.ggml.tokens" in text_encoder.metadata:
+        return tokenizer_from(model / "tokenizer")
+    if {"tokenizer.ggml.tokens", "tokenizer.ggml.merges"} <= text_encoder.metadata.keys():
         return tokenizer_from_gguf(text_encoder.metadata, str(text_encoder.source))
-    raise UserError(
-        "no tokenizer: neither the model folder nor the text encoder file has one",
-        fix="name a folder that holds Qwen3's tokenizer.json with --tokenizer DIR",
-    )
+    if has_tokenizer(text_encoder.source):
+        return tokenizer_from(text_encoder.source)
+    return Qwen3Tokenizer() if is_vocabulary_of_qwen3(text_encoder.config.vocab_size) else None
 
 
-def _flag_for(path: Path) -> str:
-    try:
-        return _FLAGS[open_checkpoint(path).component]
-    except UserError:
-        return "--transformer, --text-encoder or --vae"
+def _tokenizer(model: Path | None, text_encoder: Checkpoint, chosen: Path | None) -> PromptTokenizer:
+    found = find_tokenizer(model, text_encoder, chosen)
+    if found is None:
+        raise UserError(
+            f"{text_encoder.source}: no tokenizer came with this text encoder, and the built-in one does not fit it",
+            got=f"{text_encoder.config.vocab_size} tokens",
+            expected=f"Qwen3's {TextEncoderConfig.vocab_size}",
+            fix="name its tokenizer.json with --tokenizer; Qwen3-4B's is at https://huggingface.co/Qwen/Qwen3-4B",
+        )
+    return found

@@ -90,10 +90,14 @@ class StoredTensor:
         return min(max(n_weights // max(self.columns, 1) // group, 1) * group, max(self.rows, 1))
 
     @property
+    def stored_name(self) -> str:
+        """The one that it has in the file."""
+        return self.parts[""].name
+
+    @property
     def where(self) -> str:
         """For messages: the file and the name that the tensor has there."""
-        entry = self.parts[""]
-        return f"{entry.path}: tensor {entry.name}"
+        return f"{self.parts[''].path}: tensor {self.stored_name}"
 
     def read(self, start: int = 0, stop: int | None = None, into: Take = fresh) -> QTensor:
         """Rows [start, stop), packed as stored, in memory that `into` gives. Parts that cannot be cut come whole."""

@@ -2,13 +2,14 @@
 10 ms where importing transformers takes a second, and gives the same ids.
 
 Qwen's tokenizer is a byte-level BPE over NFC text. It is found as tokenizer.json, as vocab.json and merges.txt, or in
-the metadata of a Qwen3 GGUF file.
+the metadata of a Qwen3 GGUF file; qwen3.py has the true one.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
 TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
+_CHAT_TEMPLATE = (  # the same for transformers
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
 # Qwen2's split: contractions, words with one leading symbol, single digits, punctuation runs, line breaks, spaces.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -31,6 +37,9 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_t
 class PromptTokenizer:
     """Prompt -> ids, template included, cut to 512 tokens as diffusers cuts it."""
 
+    tokenizer: Tokenizer
+    source: str  # for messages
+
     def __init__(self, tokenizer: Tokenizer, source: str) -> None:
         self.tokenizer, self.source = tokenizer, source
         self.tokenizer.no_padding()
@@ -38,6 +47,10 @@ class PromptTokenizer:
         marks = ("<|im_start|>", "<|im_end|>")
         if self.tokenizer.encode("".join(marks)).ids != [self.tokenizer.token_to_id(mark) for mark in marks]:
             raise UserError(f"{source}: {marks[0]} and {marks[1]} are not tokens", expected="the tokenizer of Qwen3")
+
+    @cached_property
+    def highest_id(self) -> int:
+        return max(self.tokenizer.get_vocab().values())
 
     def encode(self, prompt: str) -> list[int]:
         return self._encoding(prompt).ids[:MAX_PROMPT_TOKENS]
@@ -55,28 +68,41 @@ class PromptTokenizer:
         return self.tokenizer.encode(TEMPLATE.format(prompt=prompt))
 
 
-def tokenizer_from_folder(folder: Path) -> PromptTokenizer:
-    """tokenizer.json, or else vocab.json with merges.txt."""
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds files that `tokenizer_from` takes."""
+    return (folder / "tokenizer.json").exists() or all(
+        (folder / name).exists() for name in ("vocab.json", "merges.txt")
+    )
+
+
+def tokenizer_from(path: Path) -> PromptTokenizer:
+    """A tokenizer.json, or a folder with one, or else with vocab.json and merges.txt. Raises UserError."""
+    if path.is_file():
+        return _from_json(path, str(path))
+    if (path / "tokenizer.json").exists():
+        return _from_json(path / "tokenizer.json", str(path))
+    if not has_tokenizer(path):
+        raise UserError(f"{path}: no tokenizer", expected="tokenizer.json, or vocab.json and merges.txt")
+    vocab = read_json(path / "vocab.json")
+    if not all(isinstance(n, int) for n in vocab.values()):
+        raise FileFormatError(f"{path / 'vocab.json'}: not a map of texts to numbers")
+    try:
+        lines = (path / "merges.txt").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise FileFormatError(f"{path / 'merges.txt'}: not a text in UTF-8") from error
+    merges = _pairs(lines[1:] if lines[:1] and lines[0].startswith("#version") else lines, str(path))
+    return PromptTokenizer(byte_level_bpe(vocab, merges, _added_tokens(path), str(path)), str(path))
+
+
+def _from_json(file: Path, source: str) -> PromptTokenizer:
     from tokenizers import Tokenizer
 
-    if (folder / "tokenizer.json").exists():
-        try:
-            return PromptTokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")), str(folder))
-        except UserError:
-            raise
-        except Exception as error:
-            raise FileFormatError(f"{folder / 'tokenizer.json'}: not a tokenizer ({error})") from error
-    if not (folder / "vocab.json").exists() or not (folder / "merges.txt").exists():
-        raise UserError(f"{folder}: no tokenizer", expected="tokenizer.json, or vocab.json and merges.txt")
-    vocab = read_json(folder / "vocab.json")
-    if not all(isinstance(n, int) for n in vocab.values()):
-        raise FileFormatError(f"{folder / 'vocab.json'}: not a map of texts to numbers")
     try:
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise FileFormatError(f"{folder / 'merges.txt'}: not a text in UTF-8") from error
-    merges = _pairs(lines[1:] if lines[:1] and lines[0].startswith("#version") else lines, str(folder))
-    return PromptTokenizer(byte_level_bpe(vocab, merges, _added_tokens(folder), str(folder)), str(folder))
+        return PromptTokenizer(Tokenizer.from_file(str(file)), source)
+    except UserError:
+        raise
+    except Exception as error:
+        raise FileFormatError(f"{file}: not a tokenizer ({error})") from error
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> PromptTokenizer:
@@ -84,16 +110,17 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> PromptToken
     tokens, merges, types = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "merges", "token_type"))
     if not _are_texts(tokens) or not _are_texts(merges) or not isinstance(types, list) or len(types) != len(tokens):
         raise UserError(f"{source}: the GGUF file has no whole tokenizer inside", fix="name a folder with --tokenizer")
-    special = [text for text, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _USER_DEFINED)]
+    kinds = zip(tokens, types, strict=True)
+    added = {text: kind == _CONTROL for text, kind in kinds if kind in (_CONTROL, _USER_DEFINED)}
     vocab = {text: n for n, text in enumerate(tokens)}
-    return PromptTokenizer(byte_level_bpe(vocab, _pairs(merges, source), special, source), source)
+    return PromptTokenizer(byte_level_bpe(vocab, _pairs(merges, source), added, source), source)
 
 
 def byte_level_bpe(
-    vocab: dict[str, int], merges: list[tuple[str, str]], special: Iterable[str], source: str = "tokenizer"
+    vocab: dict[str, int], merges: list[tuple[str, str]], added: Mapping[str, bool], source: str = "tokenizer"
 ) -> Tokenizer:
-    """Qwen's pipeline around a vocabulary. special: texts that are never split; those that the vocabulary lacks get
-    the ids after it, in order."""
+    """Qwen's pipeline around a vocabulary. added: texts that are never split -> whether they are for control; those
+    that the vocabulary lacks get the ids after it, in order."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     try:
@@ -109,7 +136,7 @@ def byte_level_bpe(
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in special])
+    tokenizer.add_tokens([AddedToken(text, normalized=False, special=special) for text, special in added.items()])
     return tokenizer
 
 
@@ -127,14 +154,14 @@ def _pairs(lines: Iterable[str], source: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def _added_tokens(folder: Path) -> list[str]:
+def _added_tokens(folder: Path) -> dict[str, bool]:
     config = folder / "tokenizer_config.json"
     added = read_json(config).get("added_tokens_decoder") if config.exists() else None
     if not isinstance(added, dict):
-        return ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        return dict.fromkeys(("<|endoftext|>", "<|im_start|>", "<|im_end|>"), True)
     try:
-        return [str(added[n]["content"]) for n in sorted(added, key=int)]
-    except (ValueError, KeyError, TypeError) as error:
+        return {str(added[n]["content"]): added[n].get("special") is not False for n in sorted(added, key=int)}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileFormatError(f"{config}: added_tokens_decoder is not a map of numbers to tokens") from error
 
 
@@ -164,3 +191,24 @@ def tokenizer_to_gguf(prompts: PromptTokenizer, vocab_size: int) -> dict[str, An
         "tokenizer.ggml.add_bos_token": False,
         **{f"tokenizer.ggml.{name}_token_id": n for name, n in ids.items() if n is not None},
     }
+
+
+def save_tokenizer(folder: Path, prompts: PromptTokenizer) -> None:
+    """A new folder with all files in which diffusers and transformers, old and new, look for a tokenizer."""
+    folder.mkdir()
+    prompts.tokenizer.save(str(folder / "tokenizer.json"))
+    described = json.loads(prompts.tokenizer.to_str())
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in described["model"]["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    flags = ("content", "special", "normalized", "lstrip", "rstrip", "single_word")
+    added = {str(token["id"]): {flag: token[flag] for flag in flags} for token in described["added_tokens"]}
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "model_max_length": 131072,
+        "pad_token": "<|endoftext|>",
+        "eos_token": "<|im_end|>",
+        "added_tokens_decoder": added,
+        "chat_template": _CHAT_TEMPLATE,
+    }
+    for name, values in (("vocab.json", described["model"]["vocab"]), ("tokenizer_config.json", config)):
+        (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ import click
 
 from .. import __version__
 from ..checkpoint.architecture import other_encoder
-from ..checkpoint.detect import COMPONENTS
+from ..checkpoint.detect import COMPONENTS, said_of_unused
 from ..checkpoint.model_card import DEMO
 from ..checkpoint.output import require_absent
 from ..config import BACKENDS, COMPUTES, DEVICES, DTYPES, GenerateOptions, RuntimeOptions
@@ -92,7 +92,7 @@ class _Seed(click.ParamType):
 @click.option("--transformer", type=_PATH, metavar="FILE", help="Use this transformer.")
 @click.option("--text-encoder", type=_PATH, metavar="FILE", help="Use this text encoder.")
 @click.option("--vae", type=_PATH, metavar="FILE", help="Use this VAE.")
-@click.option("--tokenizer", type=_PATH, metavar="DIR", help="Use this tokenizer.")
+@click.option("--tokenizer", type=_PATH, metavar="PATH", help="Use this tokenizer.json, or the one in this folder.")
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
 @click.option(
     "--dtype",
@@ -208,6 +208,8 @@ def _notes(model: str | None, pipeline: Pipeline) -> Iterator[str]:
     encoder = pipeline.model.text_encoder
     if other := other_encoder(encoder.metadata, encoder.config):
         yield other
+    if pipeline.model.transformer.unused:
+        yield f"the transformer carries {said_of_unused(pipeline.model.transformer.unused)}, which has no effect"
     if pipeline.model.synthetic:
         yield f"{pipeline.model.name}: the weights are random, so the picture is noise"
     if model == DEMO:

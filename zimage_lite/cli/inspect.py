@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ..checkpoint.detect import said_of_unused
 from ..checkpoint.model_card import model_folder
 from ..units import format_gb
 from . import print_json, say
@@ -41,6 +42,8 @@ def _describe(part: Any) -> None:
     if len(part.formats) > 1 and part.groups:
         for group, (formats, nbytes) in part.groups.items():
             say(f"    {group:<19} {format_gb(nbytes):>11}  {' '.join(formats)}")
+    if part.unused:
+        say(f"    carries what the model has no use for: {said_of_unused(part.unused)}")
     if part.recipe:
         say(f"    made by the recipe {part.recipe}")
 

@@ -89,7 +89,8 @@ def true_parts(component: str, chosen: Target) -> list[Part]:
 
 def stored_parts(checkpoint: Checkpoint) -> list[Part]:
     """The tensors of a checkpoint as they are stored."""
-    return [Part(name, t.format, t.rows, t.columns, t.packed_bytes) for name, t in checkpoint.tensors.items()]
+    tensors = without_unused(checkpoint).tensors
+    return [Part(name, t.format, t.rows, t.columns, t.packed_bytes) for name, t in tensors.items()]
 
 
 def kept(chosen: Target, component: str = "transformer") -> tuple[int, int]:
@@ -117,6 +118,14 @@ def without_files(config: ModelConfig) -> Checkpoint:
     bf16 = FORMATS["bf16"]
     tensors = {name: StoredTensor(name, bf16, shape, {}) for name, shape in component_shapes(config).items()}
     return Checkpoint(_COMPONENTS[type(config)], Path(), "", tensors, config)
+
+
+def without_unused(checkpoint: Checkpoint) -> Checkpoint:
+    """The tensors that its component has; what else is there (EMA copies, a language model's head) becomes unused."""
+    known = component_shapes(checkpoint.config)
+    unused = tuple(tensor.stored_name for name, tensor in checkpoint.tensors.items() if name not in known)
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name in known}
+    return replace(checkpoint, tensors=tensors, unused=(*checkpoint.unused, *dict.fromkeys(unused)))
 
 
 def component_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

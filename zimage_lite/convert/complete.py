@@ -12,16 +12,18 @@ from ..model.linear import shapes
 from ..model.text_encoder import TextEncoder
 from ..model.transformer import Transformer
 from ..model.vae import Decoder
+from .catalog import without_unused
 
 
 def open_complete(path: Path, component: str | None = None, file_bytes: Mapping[Path, int] | None = None) -> Checkpoint:
-    """Open a checkpoint that has, in the right shape, every tensor `generate` would ask of it. Raises UserError.
+    """Open a checkpoint that has, in the right shape, every tensor `generate` would ask of it, and leave out those that
+    no component has. Raises UserError.
 
     file_bytes: as in `open_checkpoint`.
     """
     checkpoint = open_checkpoint(path, component, file_bytes)
     checkpoint.restricted_to(shapes(skeleton(checkpoint)))
-    return checkpoint
+    return without_unused(checkpoint)
 
 
 def skeleton(checkpoint: Checkpoint) -> nn.Module:

@@ -22,7 +22,8 @@ from .output_file import RECIPE_KEY
 class Part:
     """One component, or the reason why it is refused.
 
-    formats: name -> (tensors, bytes); groups: of tensors -> (formats, bytes); recipe: what made the file.
+    formats: name -> (tensors, bytes); groups: of tensors -> (formats, bytes); recipe: what made the file; unused: names
+    of tensors that are no part of the model.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Part:
     recipe: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     refusal: str | None = None
+    unused: tuple[str, ...] = ()
 
 
 def inspect(path: Path) -> list[Part]:
@@ -88,6 +90,7 @@ def _part(name: str, path: Path, component: str | None) -> Part:
         _groups(checkpoint),
         checkpoint.metadata.get(RECIPE_KEY),
         asdict(checkpoint.config),
+        unused=checkpoint.unused,
     )
 
 

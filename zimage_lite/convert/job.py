@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.gguf import encoded_values
+from ..checkpoint.detect import said_of_unused
 from ..checkpoint.hub import LocalFiles
 from ..checkpoint.output import clear_leftovers, require_absent
-from ..checkpoint.tokenizer import PromptTokenizer, tokenizer_from_folder, tokenizer_to_gguf
 from ..errors import UserError
 from ..quant.formats import FORMATS
 from . import streaming
 from .fidelity import TensorError
 from .output_file import output_tensors, require_overrides_fit
 from .recipe import Target
+from .tokenizers import tokenizer_metadata
 
 Progress = Callable[[int, int], None]  # source bytes done, in all
 Note = Callable[[str], None]  # a line for people
@@ -103,14 +102,16 @@ def convert_part(
     checkpoint: Checkpoint, to: Target, out: Path, source: Path, job: Job, meter: Meter
 ) -> list[TensorError]:
     """Write `out`, from a checkpoint that is `source` or in it; returns each tensor's error, if they are measured."""
-    _note_lossy(checkpoint, to, job.note)
-    extra = _tokenizer_metadata(checkpoint, source, to)
+    _note_losses(checkpoint, to, job.note)
+    extra = tokenizer_metadata(checkpoint, source, to)
     files = job.files if job.files.file_bytes else None  # else they are here all along
     return streaming.convert(checkpoint, to, out, extra=extra, options=job.options, files=files, on_bytes=meter)
 
 
-def _note_lossy(checkpoint: Checkpoint, to: Target, note: Note) -> None:
-    """Say that what a smaller format lost does not come back."""
+def _note_losses(checkpoint: Checkpoint, to: Target, note: Note) -> None:
+    """Say what is left out, and that what a smaller format lost does not come back."""
+    if checkpoint.unused:
+        note(f"{checkpoint.component}: left out what the model has no use for: {said_of_unused(checkpoint.unused)}")
     main = checkpoint.main_format
     encoded_again = any(
         part.format.lossy and part.format != tensor.format
@@ -122,19 +123,6 @@ def _note_lossy(checkpoint: Checkpoint, to: Target, note: Note) -> None:
             f"{checkpoint.component}: the source is {main} already, so {to.name} keeps its losses and adds its own; "
             "start from 16-bit weights where you can"
         )
-
-
-def _tokenizer_metadata(checkpoint: Checkpoint, source: Path, to: Target) -> dict[str, Any]:
-    """A text encoder in a GGUF file carries its tokenizer, when one is at hand."""
-    if checkpoint.component != "text_encoder" or to.container != "gguf":
-        return {}
-    if "tokenizer.ggml.tokens" in checkpoint.metadata:
-        return encoded_values(next(iter(checkpoint.tensors.values())).parts[""].path, "tokenizer.")
-    folder = source / "tokenizer"
-    if not folder.is_dir():
-        return {}
-    tokenizer: PromptTokenizer = tokenizer_from_folder(folder)
-    return tokenizer_to_gguf(tokenizer, checkpoint.config.vocab_size)
 
 
 def _source_bytes(checkpoint: Checkpoint, to: Target | None) -> int:

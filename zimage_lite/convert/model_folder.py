@@ -17,6 +17,7 @@ from ..checkpoint.diffusers_config import config_json, model_index
 from ..checkpoint.model_card import CARD
 from ..checkpoint.model_files import find_component, scheduler_config
 from ..checkpoint.output import replacing
+from ..checkpoint.tokenizer import save_tokenizer
 from ..checkpoint.weight_files import WeightSet, weight_set
 from ..errors import UserError
 from .complete import open_complete
@@ -24,6 +25,7 @@ from .fidelity import TensorError
 from .job import Job, Meter, Written, convert_part, expect, prepare, source_name
 from .output_file import output_tensors, quantization_config
 from .recipe import KEEP, as_it_is
+from .tokenizers import tokenizer_to_add
 
 _ENTRIES = {*COMPONENTS, "tokenizer", "scheduler", "model_index.json", CARD}  # of an output folder
 _DIFFUSERS_NAMES = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
@@ -36,6 +38,7 @@ def quantize_model(source: Path, out: Path | None, job: Job) -> list[Written]:
     prepare(out, list(checkpoints.values()), job)
     _require_replaceable(out)
     meter = expect(out, [(checkpoint, job.target_of(part)) for part, checkpoint in checkpoints.items()], job)
+    tokenizer = tokenizer_to_add(source, checkpoints["text_encoder"], job.note)
     written = []
     with replacing(out) as partial:
         partial.mkdir()
@@ -51,15 +54,16 @@ def quantize_model(source: Path, out: Path | None, job: Job) -> list[Written]:
                 )
             )
         _carry_over(source, partial)
+        if tokenizer is not None:
+            save_tokenizer(partial / "tokenizer", tokenizer)
     return written
 
 
 def _open_part(source: Path, component: str, job: Job) -> Checkpoint:
     path = find_component(source, component)
     if path is None:
-        raise UserError(
-            f"{source} has no {component}/", expected="a model folder with transformer/, text_encoder/ and vae/"
-        )
+        lacks = f"{component}/" if source.is_dir() else COMPONENTS[component]
+        raise UserError(f"{source} has no {lacks}", fix="convert what it has, one by one, with --component")
     return open_complete(path, component, job.files.file_bytes)
 
 

@@ -137,9 +137,7 @@ def _names(source: Checkpoint, container: str) -> dict[str, tuple[str, ...]]:
     if source.component == "vae":
         return {name: (name,) for name in source.tensors}
     names = LLAMA_CPP_QWEN3.to_foreign(source.tensors)
-    # What the map does not know is a language model's head, which nobody needs: the embedding is tied.
-    known = {name: members for name, members in names.items() if members != (name,)}
-    return known if container == "gguf" else {f"model.{members[0]}": members for members in known.values()}
+    return names if container == "gguf" else {f"model.{members[0]}": members for members in names.values()}
 
 
 def _block_order(name: str) -> tuple[int, list[tuple[int, int, str]]]:

@@ -28,7 +28,7 @@ from ..checkpoint.container import Entry, Take, TensorFile, fresh
 from ..checkpoint.detect import COMPONENTS
 from ..checkpoint.model_card import DEMO, model_folder
 from ..checkpoint.model_files import ModelFiles, require_fit
-from ..checkpoint.tokenizer import tokenizer_from_folder
+from ..checkpoint.tokenizer import tokenizer_from
 from ..config import DEFAULT_SIZE, SchedulerConfig, TextEncoderConfig, TransformerConfig, VaeConfig
 from ..quant.formats import Format, Options
 from .catalog import without_files
@@ -68,7 +68,7 @@ def open_synthetic(
         parts[component] = open_checkpoint(path, component) if path else synthetic_checkpoint(config, to)
     files = ModelFiles(
         name=f"{PREFIX}{chosen.name}",
-        tokenizer=tokenizer_from_folder(given.get("tokenizer") or model_folder(DEMO) / "tokenizer"),
+        tokenizer=tokenizer_from(given.get("tokenizer") or model_folder(DEMO) / "tokenizer"),
         scheduler=SchedulerConfig(),
         default_size=(DEFAULT_SIZE, DEFAULT_SIZE),
         synthetic=True,

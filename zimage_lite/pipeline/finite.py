@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..convert.catalog import without_unused
 from ..errors import UserError
 from ..model.transformer import Watch
 
@@ -30,7 +31,7 @@ def raise_if_damaged(checkpoint: Checkpoint) -> None:
 
     Called when a result is not finite: looking at all weights beforehand would read 12 GB for nothing.
     """
-    for tensor in checkpoint.tensors.values():
+    for tensor in without_unused(checkpoint).tensors.values():
         step = tensor.piece_rows(_PIECE_WEIGHTS)
         for start in range(0, tensor.rows, step):
             tensor.read_float(start, min(start + step, tensor.rows))
