@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from zimage_lite.checkpoint import hub
 from zimage_lite.checkpoint.hub import hub_files, is_hub_id, snapshot
+from zimage_lite.checkpoint.hub_client import reporting_bar
 from zimage_lite.cli import run
 from zimage_lite.errors import UserError
 
@@ -233,7 +234,7 @@ def test_leaving_ends_the_download_ahead(server: HubServer, tmp_path: Path) -> N
 def test_whatever_is_done_with_a_progress_bar_works() -> None:
     """As hf_xet's reporter does it, which no test of ours can reach."""
     done: list[int] = []
-    made = hub._bar(done.append)
+    made = reporting_bar(done.append)
     assert callable(made.update_transfer)  # by which huggingface_hub tells how to report
     with made(total=100, unit="B", unit_scale=True, initial=0, desc="x", position=1, leave=True) as bar:
         bar.total = max(bar.total or 0, 200)

@@ -9,14 +9,12 @@ it takes half a second; it downloads, and so reads HF_ENDPOINT, HF_HOME and HF_T
 
 from __future__ import annotations
 
-import errno
 import inspect
 import os
 import re
 import struct
-import sys
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +22,7 @@ from typing import Any
 
 from ..errors import FileFormatError, UserError
 from .detect import COMPONENTS
+from .hub_client import OnBytes, endpoint, quiet, reporting_bar, telling
 from .model_card import CARD
 from .output import require_space
 
@@ -34,8 +33,6 @@ _WEIGHTS = (*_STUBBED, ".gguf")  # a GGUF header does not say how long it is, so
 _SUFFIXES = (".json", ".txt", ".jinja", *_WEIGHTS)
 _FOLDERS = (*COMPONENTS, "tokenizer", "scheduler")
 _ROOT_FILES = ("model_index.json", CARD)
-
-OnBytes = Callable[[int], None]  # bytes just downloaded, maybe told by a second thread, one call at a time
 
 
 def is_hub_id(text: str) -> bool:
@@ -49,8 +46,8 @@ def snapshot(repo_id: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = [*_ROOT_FILES, *(f"{folder}/*{suffix}" for folder in _FOLDERS for suffix in _SUFFIXES)]
-    with _quiet(), _telling(repo_id, revision):
-        return Path(snapshot_download(repo_id, revision=revision, endpoint=_endpoint(), allow_patterns=patterns))
+    with quiet(), telling(repo_id, revision):
+        return Path(snapshot_download(repo_id, revision=revision, endpoint=endpoint(), allow_patterns=patterns))
 
 
 class LocalFiles:
@@ -87,7 +84,7 @@ def hub_files(
         os.environ.setdefault("HF_XET_CHUNK_CACHE_SIZE_BYTES", "0")  # 10 GB in some builds of hf_xet
     else:
         place.mkdir(parents=True, exist_ok=True)
-    with _quiet(), TemporaryDirectory(prefix=".hub-", dir=place, ignore_cleanup_errors=True) as temporary:
+    with quiet(), TemporaryDirectory(prefix=".hub-", dir=place, ignore_cleanup_errors=True) as temporary:
         files = HubFiles(repo_id, revision, Path(temporary).resolve(), discard, on_bytes)
         try:
             files.open(components)
@@ -117,8 +114,8 @@ class HubFiles(LocalFiles):
         """Bring the small files and the headers."""
         from huggingface_hub import HfApi
 
-        with _telling(self.repo_id, self.revision):
-            api = HfApi(endpoint=_endpoint())
+        with telling(self.repo_id, self.revision):
+            api = HfApi(endpoint=endpoint())
             info = api.model_info(self.repo_id, revision=self.revision, files_metadata=True, timeout=TIMEOUT_S)
         self.commit = info.sha or ""
         files = [file for file in info.siblings or [] if _is_wanted(file.rfilename, components)]
@@ -190,12 +187,12 @@ class HubFiles(LocalFiles):
     def _download(self, path: Path) -> Path:
         from huggingface_hub import hf_hub_download
 
-        bar = _bar(self._report)
+        bar = reporting_bar(self._report)
         options: dict[str, Any] = {"local_dir": self.path} if self.discard else {}
         if "tqdm_class" in inspect.signature(hf_hub_download).parameters:  # since huggingface_hub 1.0
             options["tqdm_class"] = bar
-        with _telling(self.repo_id, self.revision, name := self._name(path)):
-            file = hf_hub_download(self.repo_id, name, revision=self.commit, endpoint=_endpoint(), **options)
+        with telling(self.repo_id, self.revision, name := self._name(path)):
+            file = hf_hub_download(self.repo_id, name, revision=self.commit, endpoint=endpoint(), **options)
             self._report(self.file_bytes[path] - bar.done_bytes)
         return Path(file)
 
@@ -225,14 +222,14 @@ class HubFiles(LocalFiles):
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-        url = hf_hub_url(self.repo_id, name := self._name(path), revision=self.commit, endpoint=_endpoint())
+        url = hf_hub_url(self.repo_id, name := self._name(path), revision=self.commit, endpoint=endpoint())
         headers = {**build_hf_headers(), "Range": f"bytes=0-{stop - 1}", "Accept-Encoding": "identity"}
         session: Any = get_session()
         how = {"headers": headers, "timeout": TIMEOUT_S}
         is_httpx = callable(session.stream)  # since huggingface_hub 1.0
         raw = b""
         with (
-            _telling(self.repo_id, self.revision, name),
+            telling(self.repo_id, self.revision, name),
             session.stream("GET", url, **how) if is_httpx else session.get(url, stream=True, **how) as response,
         ):
             hf_raise_for_status(response)
@@ -255,102 +252,3 @@ def _is_wanted(name: str, components: Collection[str]) -> bool:
     folder, _, leaf = name.rpartition("/")
     is_one = folder in (components if name.endswith(_WEIGHTS) else _FOLDERS) and leaf.endswith(_SUFFIXES)
     return name in _ROOT_FILES or (is_one and bool(re.fullmatch(r"\w[\w.-]*", leaf)))
-
-
-def _endpoint() -> str:
-    from huggingface_hub import constants
-
-    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT
-
-
-def _bar(report: OnBytes) -> Any:
-    """What huggingface_hub takes for a progress bar, but it reports instead of drawing."""
-
-    class Bar:  # not a tqdm: those start a thread
-        done_bytes = 0
-
-        def __init__(self, **settings: Any) -> None:
-            self.total = self.n = 0
-
-        def __enter__(self) -> Bar:
-            return self
-
-        def __exit__(self, *error: object) -> None: ...
-
-        def update(self, n: float | None = 1) -> None:
-            Bar.done_bytes += int(n or 0)
-            report(int(n or 0))
-
-        def update_transfer(self, n: float) -> None:
-            """hf_xet's bytes on the wire, which come beside those of the file."""
-
-        def __getattr__(self, name: str) -> Callable[..., None]:
-            return lambda *args, **settings: None  # whatever else a version calls
-
-    return Bar
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """huggingface_hub logs errors alone, and draws on a terminal alone."""
-    from huggingface_hub.utils import disable_progress_bars, logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-
-
-@contextmanager
-def _telling(repo_id: str, revision: str | None, name: str = "") -> Iterator[None]:
-    """Whatever fails becomes a UserError."""
-    from huggingface_hub import errors
-
-    # requests, httpx or its successor, as the version has it
-    of_the_client: Any = (*errors.HfHubHTTPError.__bases__, errors.XetDownloadError)
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError, *of_the_client) as error:
-        raise _told(error, repo_id, revision, name) from error
-
-
-def _told(error: BaseException, repo_id: str, revision: str | None, name: str) -> UserError:
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
-        error = error.__cause__
-    endpoint, token = _endpoint(), "set HF_TOKEN or run `hf auth login`"
-    no_model = (
-        errors.RepositoryNotFoundError,
-        f"no such path, nor model at {endpoint}",
-        f"check the name; if it is a private one, {token}",
-    )
-    known = (
-        (errors.GatedRepoError, "granted on request only", f"accept its terms at {endpoint}/{repo_id}, then {token}"),
-        (errors.RevisionNotFoundError, f"no revision {revision}", "name a branch, a tag or a commit"),
-        no_model,
-        (errors.HFValidationError, "not a model's name", "name a folder, or a model as OWNER/NAME"),
-        (errors.OfflineModeIsEnabled, "not in the cache, and HF_HUB_OFFLINE is set", "unset it to download the model"),
-    )
-    for kind, what, fix in known:
-        if isinstance(error, kind):
-            return UserError(f"{repo_id}: {what}", fix=fix)
-    if isinstance(error, errors.HfHubHTTPError):
-        status, wrong = error.response.status_code, "redentials" in error.response.headers.get("X-Error-Message", "")
-        if status in (401, 404) and not name and not wrong:  # what strangers are told of private and missing ones
-            return UserError(f"{repo_id}: {no_model[1]}", fix=no_model[2])
-        fix = f"check the token: {token}" if status in (401, 403) else "try again later"
-        return UserError(f"{repo_id}: refused by {endpoint}", got=f"HTTP status {status}", fix=fix)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return UserError(f"{repo_id}: the disk is full", fix="free some space, or add --discard-source")
-    reason = next(iter(str(error).splitlines()), type(error).__name__)[:160]
-    while inner := error.__cause__ or error.__context__:
-        error = inner
-    if isinstance(error, OSError) and error.strerror:
-        reason = error.strerror  # the system's own words
-    what = f"{repo_id}/{name}: the download failed" if name else f"{repo_id}: no connection to {endpoint}"
-    return UserError(f"{what} ({reason})", fix="check the network and HF_ENDPOINT, then start again")
