@@ -202,6 +202,7 @@ def test_places_of_weights() -> None:
     assert [options.get("low_cpu_mem_usage") for _, options in called[3:]] == [None, True]
 
 
+@pytest.mark.slow  # a process that imports diffusers
 @pytest.mark.filterwarnings("ignore")
 def test_diffusers_draws(tiny: Path, q8_0: Path) -> None:
     """From 16 bits and from our GGUF file, in as many steps as asked for."""
@@ -227,6 +228,7 @@ def test_diffusers_without_memory_is_a_result(monkeypatch: pytest.MonkeyPatch) -
 # --- zimage-lite
 
 
+@pytest.mark.slow  # a process for each case
 def test_ours_is_measured_as_bench_does(q8_0: Path) -> None:
     (one,) = with_zimage_lite.cases([str(q8_0)], "cpu")
     assert (one.setting, one.bits) == ("q8_0", 8)

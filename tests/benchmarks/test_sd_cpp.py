@@ -112,6 +112,7 @@ def test_ways_that_a_version_lacks(tmp_path: Path) -> None:
     assert found == {"outcome": FAILED, "reason": "sd-cli: No such file or directory"}
 
 
+@pytest.mark.slow  # a process for each case
 @needs_posix
 def test_the_whole_command(q8_0: Path, tmp_path: Path) -> None:
     """As people run it, with a program that pretends, on what `quantize` wrote: seconds are those of its log, those of

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from zimage_lite.cli import run
 
+pytestmark = pytest.mark.slow  # a process and a server for each test
+
 
 def zimage(work: Path, server: HubServer, *args: object) -> subprocess.CompletedProcess[str]:
     """In a process of its own: huggingface_hub reads its environment once."""

@@ -38,6 +38,8 @@ from zimage_lite.model.transformer import Transformer
 from zimage_lite.pipeline.drawing import Pipeline
 from zimage_lite.pipeline.weights import read_into
 
+pytestmark = pytest.mark.slow  # a model in every format
+
 # What most bytes of `model` are in, whose rows of 96 weights not every format divides.
 MAIN = {"q4_k_m": "q5_0", "q2_k": "iq4_nl", "nf4": "bf16"}
 BLOCKS = ["", *(f"{refiner}_refiner.{n}" for refiner in ("context", "noise") for n in range(2))]

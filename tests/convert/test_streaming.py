@@ -28,6 +28,7 @@ from zimage_lite.convert.quantize import quantize
 from zimage_lite.convert.recipe import target as recipe
 
 
+@pytest.mark.slow  # a model in every format, several times
 @pytest.mark.parametrize("target", TARGETS)
 def test_bytes_depend_neither_on_the_run_nor_on_the_chunks(
     model: Path, outputs: dict[str, Path], target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -70,6 +70,7 @@ def test_no_process_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert verdicts._test(DEVICE)["add_norm"].state == "not tested"
 
 
+@pytest.mark.slow  # every kernel in Triton's interpreter
 def test_the_real_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two kernels, as a user's first image would have them tested. In a folder that has another torch in it."""
     (tmp_path / "torch.py").write_text("raise ImportError('the wrong one')")

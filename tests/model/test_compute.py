@@ -35,7 +35,10 @@ from zimage_lite.quant.formats import FORMATS
 from zimage_lite.quant.tensor import QTensor
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(not interpreted(), reason="kernels on CPU tensors: needs TRITON_INTERPRET=1")
+pytestmark = [
+    pytest.mark.skipif(not interpreted(), reason="kernels on CPU tensors: needs TRITON_INTERPRET=1"),
+    pytest.mark.slow,  # whole blocks in Triton's interpreter
+]
 CONFIG = TransformerConfig(dim=256, n_heads=2, n_layers=1, n_refiner_layers=1, cap_feat_dim=128)
 LENGTHS = [33, 31]  # several sequences, neither a multiple of a tile
 

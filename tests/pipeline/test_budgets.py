@@ -27,6 +27,8 @@ from zimage_lite.memory.plan import FILE
 from zimage_lite.pipeline.drawing import Pipeline
 from zimage_lite.units import parse_bytes
 
+pytestmark = pytest.mark.slow  # pictures within many budgets
+
 
 def smallest_named(line: str) -> str:
     match = re.search(r"the smallest that works is --ram (\S+)", line)

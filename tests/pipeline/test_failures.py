@@ -17,6 +17,8 @@ from zimage_lite.checkpoint.stored import StoredTensor
 from zimage_lite.config import GenerateOptions
 from zimage_lite.memory.meter import rss_bytes
 
+pytestmark = pytest.mark.slow  # pictures, drawn again and again
+
 # Files that break
 
 
@@ -51,7 +53,7 @@ def test_a_file_that_is_cut_while_it_is_read(tiny: Path, exact, refused, monkeyp
     ("call", "budget", "many"),
     [("images", "streaming", 60), ("generate", "resident", 60)]
     + [
-        pytest.param(call, budget, 1000, marks=pytest.mark.slow)
+        pytest.param(call, budget, 1000, marks=pytest.mark.full_size)
         for call in ("images", "generate")
         for budget in ("resident", "streaming")
     ],

@@ -17,6 +17,8 @@ from zimage_lite.pipeline import weights as loading
 from zimage_lite.pipeline.drawing import Pipeline
 from zimage_lite.plan import prediction
 
+pytestmark = pytest.mark.slow  # pictures, drawn again and again
+
 WANTED = [
     GenerateOptions("a cat", 64, 48, steps=2),
     GenerateOptions("a dog in the snow", 48, 64, steps=2, seed=1),

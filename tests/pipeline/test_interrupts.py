@@ -26,6 +26,8 @@ import zimage_lite
 from zimage_lite.config import GenerateOptions, TransformerConfig
 from zimage_lite.memory.meter import rss_bytes
 
+pytestmark = pytest.mark.slow  # pictures, drawn again and again
+
 OPENING = (
     "drawing.py", "encode.py", "denoise.py", "decode.py", "workspace.py", "weights.py", "retry.py", "workers.py",
     "streamer.py", "meter.py", "linear.py",
@@ -124,7 +126,7 @@ def timed(draw: Callable[[], object]) -> float:
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer signals here")
-@pytest.mark.parametrize("moments", [8, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moments", [8, pytest.param(50, marks=pytest.mark.full_size)])
 def test_a_signal_at_any_moment(tiny: Path, exact, moments: int) -> None:
     lasting: list[float] = []
 
@@ -136,7 +138,7 @@ def test_a_signal_at_any_moment(tiny: Path, exact, moments: int) -> None:
     interrupted_often(tiny, interrupt, moments)
 
 
-@pytest.mark.parametrize("moments", [16, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moments", [16, pytest.param(400, marks=pytest.mark.full_size)])
 def test_an_interrupt_at_any_line(tiny: Path, exact, moments: int) -> None:
     total: list[int] = []
 
@@ -187,7 +189,7 @@ def drawing(args: list[str], after: float | None = None) -> tuple[int, float, st
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one process")
-@pytest.mark.parametrize("moments", [4, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moments", [4, pytest.param(50, marks=pytest.mark.full_size)])
 def test_ctrl_c_at_any_moment(larger: Path, tmp_path: Path, moments: int) -> None:
     """From the command line's first line to its last: also while torch is being loaded."""
     args = ["cat", "--model", str(larger), "--width", "96", "--height", "96", "--steps", "6", "--json", "-o"]

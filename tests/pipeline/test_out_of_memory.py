@@ -21,6 +21,8 @@ from zimage_lite.plan import prediction
 from zimage_lite.plan import retry as planning
 from zimage_lite.plan.retry import Planning
 
+pytestmark = pytest.mark.slow  # pictures, drawn again and again
+
 
 class Failing:
     """Raises `error` in the calls of `owner.name` that are named by number, from 0."""

@@ -28,7 +28,10 @@ from zimage_lite.plan.prediction import phases
 from zimage_lite.quant.tensor import GPU_PIECE_WEIGHTS, QTensor
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(not interpreted(), reason="kernels on CPU tensors: needs TRITON_INTERPRET=1")
+pytestmark = [
+    pytest.mark.skipif(not interpreted(), reason="kernels on CPU tensors: needs TRITON_INTERPRET=1"),
+    pytest.mark.slow,  # whole models in Triton's interpreter
+]
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])

@@ -107,6 +107,7 @@ def plan_or_learn(todo: Ways, there: Machine, budgets: Budgets) -> list[Plan]:
     return []
 
 
+@pytest.mark.slow  # thousands of plans
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_every_plan_adds_up(format_name: str) -> None:
     """All GPUs, sizes and RAM: sums, slots, order, peaks; more RAM is never slower; refusals are true."""
@@ -126,6 +127,7 @@ def test_every_plan_adds_up(format_name: str) -> None:
             before = times
 
 
+@pytest.mark.slow  # thousands of plans
 @pytest.mark.parametrize("gpu", [gpu.name for gpu in GPUS[::6]])
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_more_is_never_slower(format_name: str, gpu: str) -> None:
