@@ -25,15 +25,15 @@ from zimage_lite.cli import run
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--run-slow", action="store_true", help="run tests that take minutes or gigabytes")
+    parser.addoption("--run-full-size", action="store_true", help="run tests that take minutes or gigabytes")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    skip_slow = pytest.mark.skip(reason="slow; run with --run-slow")
+    skip_full_size = pytest.mark.skip(reason="minutes or gigabytes; run with --run-full-size")
     skip_gpu = pytest.mark.skip(reason="no CUDA device")
     for item in items:
-        if "slow" in item.keywords and not config.getoption("--run-slow"):
-            item.add_marker(skip_slow)
+        if "full_size" in item.keywords and not config.getoption("--run-full-size"):
+            item.add_marker(skip_full_size)
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip_gpu)
 

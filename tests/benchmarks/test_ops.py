@@ -35,6 +35,8 @@ from zimage_lite.convert.synthetic import synthetic_checkpoint
 from zimage_lite.model import linear as linear_module
 from zimage_lite.report.sections import sections
 
+pytestmark = pytest.mark.slow  # whole blocks in Triton's interpreter
+
 ROOT = Path(__file__).parents[2]
 OPS = ROOT / "benchmarks" / "ops"
 SCRIPTS = [*sorted(OPS.glob("bench_*.py")), OPS / "check_laptop_ptx.py", OPS / "gpu_facts.py"]

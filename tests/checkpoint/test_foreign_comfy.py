@@ -35,6 +35,8 @@ from zimage_lite.convert.quantize import quantize
 from zimage_lite.errors import UserError
 from zimage_lite.pipeline.drawing import Pipeline
 
+pytestmark = pytest.mark.slow  # whole models, written and read by other libraries
+
 
 def plain_file(path: Path, expected: Weights) -> Path:
     save_file({name: tensor.float().contiguous() for name, tensor in expected.items()}, path)

@@ -27,7 +27,10 @@ from transformers import AutoModel
 from zimage_lite.checkpoint.checkpoint import open_checkpoint
 from zimage_lite.convert.quantize import quantize
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # that quanto is deprecated, that bitsandbytes casts
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # that quanto is deprecated, that bitsandbytes casts
+    pytest.mark.slow,  # whole models, written and read by other libraries
+]
 
 FILE = "diffusion_pytorch_model.safetensors"
 

@@ -26,7 +26,10 @@ from zimage_lite.convert.inspection import inspect
 from zimage_lite.convert.quantize import quantize
 from zimage_lite.quant.formats import GGML_TYPES
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # gguf-py multiplies infinities in passing
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # gguf-py multiplies infinities in passing
+    pytest.mark.slow,  # whole models, written and read by other libraries
+]
 
 
 @pytest.fixture(scope="module")

@@ -3,78 +3,22 @@
 from __future__ import annotations
 
 import inspect
-import os
-import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import COMMIT, PIECE_BYTES, HubServer, serving
-from huggingface_hub import constants, file_download, try_to_load_from_cache
-from oracles import PROMPT
-from safetensors.torch import load_file, save_file
+from hub_cache import REPO, SLACK_BYTES, cut_for_good, nothing_left, size_of
+from hub_server import COMMIT, PIECE_BYTES, HubServer
+from huggingface_hub import file_download, try_to_load_from_cache
+from safetensors.torch import load_file
 
 from zimage_lite.checkpoint import hub
 from zimage_lite.checkpoint.hub import hub_files, is_hub_id, snapshot
 from zimage_lite.checkpoint.hub_client import reporting_bar
-from zimage_lite.cli import run
 from zimage_lite.errors import UserError
-
-REPO = "someone/tiny"
-SLACK_BYTES = 300_000  # stubs and small files
-
-
-@pytest.fixture(scope="module")
-def folder(diffusers_pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model cut into several shards, as on the Hub, with files around it that nobody needs."""
-    folder = tmp_path_factory.mktemp("hub") / "tiny"
-    diffusers_pipeline.save_pretrained(folder, max_shard_size="4MB")
-    (folder / "README.md").write_text("# Tiny")
-    (folder / "onnx").mkdir()
-    (folder / "onnx" / "model.safetensors").write_bytes(bytes(1000))
-    return folder
-
-
-@pytest.fixture
-def server(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A Hub of our own, and an empty cache."""
-    with serving(folder) as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(hub, "FIRST_BYTES", 4096)  # of shards so small, 100 kB would be a good part
-        monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)  # between attempts
-        (tmp_path / "work").mkdir()
-        monkeypatch.chdir(tmp_path / "work")
-        yield server
-
-
-def nothing_left(tmp_path: Path) -> bool:
-    hidden = [*(tmp_path / "work").iterdir(), *(tmp_path / "cache").glob(".hub-*")]
-    return not hidden
-
-
-def size_of(path: Path) -> int:
-    """0 for a folder, and for a file that was renamed a moment ago."""
-    with suppress(FileNotFoundError):
-        return path.stat().st_size if path.is_file() else 0
-    return 0
-
-
-def cut_for_good(server: HubServer, name: str) -> None:
-    """The header comes through, then half of the file, and no attempt to go on gets a further byte."""
-
-    def die(piece_of: str) -> None:
-        if piece_of == name and server.served_bytes(name) > PIECE_BYTES:
-            raise ConnectionError
-
-    server.on_piece, server.cuts = die, {name: 1}
 
 
 def shard_paths(files: hub.HubFiles, folder: str = "") -> list[Path]:
@@ -426,96 +370,3 @@ def test_pieces_are_smaller_than_shards(server: HubServer) -> None:
     """What the tests above rely on."""
     assert all(server.size(name) > 4 * PIECE_BYTES for name in server.shards()[1:])
     assert len(server.shards("transformer")) > 3
-
-
-# From here on as a user sees it.
-
-
-def zimage(work: Path, server: HubServer, *args: object) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: huggingface_hub reads its environment once."""
-    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(work.parent / "home")}
-    command = [sys.executable, "-m", "zimage_lite", *map(str, args)]
-    return subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, check=False)
-
-
-@pytest.mark.parametrize("to", ["q8_0", "int8"])
-def test_quantize_from_the_hub_is_quantize(server: HubServer, tmp_path: Path, to: str) -> None:
-    work = tmp_path / "work"
-    assert run(["quantize", str(server.folder), "--to", to, "-o", str(tmp_path / "local")]) == 0
-    for options in ([], [], ["--discard-source"], ["--discard-source", "--revision", COMMIT]):
-        done = zimage(work, server, "quantize", REPO, "--to", to, "--overwrite", *options)
-        assert done.returncode == 0, done.stderr
-        assert os.listdir(work) == [f"tiny-{to}"]
-        expected = sorted(path.relative_to(tmp_path / "local") for path in (tmp_path / "local").rglob("*"))
-        assert sorted(path.relative_to(work / f"tiny-{to}") for path in (work / f"tiny-{to}").rglob("*")) == expected
-        for name in expected:
-            if (tmp_path / "local" / name).is_file():
-                assert (work / f"tiny-{to}" / name).read_bytes() == (tmp_path / "local" / name).read_bytes(), name
-
-
-@pytest.mark.parametrize("to", ["q8_0", "bf16"])  # bf16 keeps the text encoder as it is
-def test_quantize_with_discard_needs_one_shard_beside_the_output(server: HubServer, tmp_path: Path, to: str) -> None:
-    work, held = tmp_path / "work", []
-
-    def look(name: str) -> None:
-        held.append(sum(size_of(path) for path in work.rglob("*.safetensors") if ".hub-" in str(path)))
-
-    server.on_piece = look
-    assert zimage(work, server, "quantize", REPO, "--to", to, "--discard-source").returncode == 0
-    assert max(held) < SLACK_BYTES  # nothing but stubs is there when a shard begins, or goes on, to come
-    shards = server.shards()[1:]
-    fetched = [answer.name for answer in server.served if answer.n_bytes == server.size(answer.name)]
-    assert sorted(name for name in fetched if name in shards) == shards  # each of them once
-    assert os.listdir(work) == [f"tiny-{to}"]
-    assert not (tmp_path / "home" / "hub").exists()
-
-
-def test_one_component_from_the_hub(server: HubServer, tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    done = zimage(work, server, "quantize", REPO, "--to", "q8_0", "--component", "transformer", "--discard-source")
-    assert done.returncode == 0, done.stderr
-    assert os.listdir(work) == ["tiny-transformer-q8_0.gguf"]
-    assert server.served_bytes(*server.shards("text_encoder"), *server.shards("vae")) == 0
-
-
-@pytest.mark.parametrize("trouble", ["gated", "missing", "dead", "cut", "lie", "nan"])
-@pytest.mark.parametrize("discard", [True, False])
-def test_trouble_is_one_line_and_leaves_nothing(
-    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str], trouble: str,
-    discard: bool,
-) -> None:  # fmt: skip
-    repo = "someone/else" if trouble == "missing" else REPO
-    last = server.shards("transformer")[-1]
-    if trouble == "gated":
-        server.token = "hf_right"
-    elif trouble == "dead":
-        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    elif trouble == "lie":
-        server.listed = {last: server.size(last) + 1}
-    elif trouble == "cut":
-        cut_for_good(server, last)
-    elif trouble == "nan":
-        server.folder = shutil.copytree(server.folder, tmp_path / "damaged")
-        weights = load_file(server.folder / last)
-        next(iter(weights.values())).view(-1)[0] = float("nan")
-        save_file(weights, server.folder / last)
-    line = refused("quantize", repo, "--to", "q8_0", *(["--discard-source"] if discard else []))
-    assert line.startswith(f"error: {repo}{'' if trouble in ('gated', 'missing', 'dead') else '/' + last}: ")
-    assert nothing_left(tmp_path)
-
-
-def test_arguments_are_looked_at_before_the_network(server: HubServer, refused: Callable[..., str]) -> None:
-    assert "--to" in refused("quantize", REPO, "--to", "q9_9")
-    assert "--discard-source" in refused("quantize", "demo", "--to", "q8_0", "--discard-source")
-    assert server.requests == []
-
-
-def test_generate_from_the_hub(server: HubServer, tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    for _ in range(2):
-        options = ("--width", 32, "--height", 32, "--steps", 1)
-        done = zimage(work, server, "generate", PROMPT, "--model", REPO, *options)
-        assert done.returncode == 0, done.stderr
-        assert (work / "image.png").exists()
-        (work / "image.png").unlink()
-        assert "Fetching" not in done.stderr

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from zimage_lite.checkpoint.checkpoint import open_checkpoint
-from zimage_lite.checkpoint.container import open_tensor_file
+from zimage_lite.checkpoint.opening import open_tensor_file
 from zimage_lite.cli import run
 
 

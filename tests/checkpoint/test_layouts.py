@@ -20,6 +20,8 @@ from zimage_lite.checkpoint.tokenizer import tokenizer_from, tokenizer_to_gguf
 from zimage_lite.config import GenerateOptions, RuntimeOptions
 from zimage_lite.pipeline.drawing import Pipeline
 
+pytestmark = pytest.mark.slow  # a picture from every layout
+
 Weights = dict[str, torch.Tensor]
 
 REQUEST = GenerateOptions("a red circle, 你好", 64, 64, steps=2, seed=1)

@@ -299,6 +299,7 @@ def test_text_encoder_of_another_width(tiny: Path, tmp_path: Path, out: Path, re
     assert "width of the text encoder: got 64, expected 128" in line
 
 
+@pytest.mark.slow  # a picture for each flip
 def test_flipped_bytes_in_the_body_never_crash(model: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each flip gives an image or the name of a tensor that is not finite."""
     generator = torch.Generator().manual_seed(0)
@@ -381,6 +382,7 @@ def test_inspect_shows_every_part_of_a_crowded_folder(tiny: Path, tmp_path: Path
     assert "vae: Flux VAE" in said
 
 
+@pytest.mark.slow  # hundreds of prompts
 def test_many_prompts_stay_inside_the_plan(tiny: Path) -> None:
     """Captions are refined a few at a time, and what is kept of each is planned for."""
     from zimage_lite import GenerateOptions, load

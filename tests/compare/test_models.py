@@ -6,7 +6,6 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,79 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from comparing import BLUE, RED, SHORT, compare, table
 from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from skimage.metrics import peak_signal_noise_ratio
 
 from zimage_lite import Pipeline, load
 from zimage_lite.checkpoint.model_card import DEMO, model_folder
 from zimage_lite.cli import run
-from zimage_lite.compare.contact_sheet import GAP, SIDE, TEXT_WIDTH, Layout, Row, contact_sheet, scaled
-from zimage_lite.compare.likeness import said
+from zimage_lite.compare.contact_sheet import Layout
 from zimage_lite.compare.models import SHEET_ROWS, measured, picture_path, sheet
-from zimage_lite.compare.similarity import psnr_db, ssim
 from zimage_lite.errors import BudgetError
 from zimage_lite.memory.machine import CUDA_CONTEXT_BYTES
-from zimage_lite.page.html import Table, as_markdown
-from zimage_lite.report.ratios import compared
-from zimage_lite.report.sections import sections
 
 Refused = Callable[..., str]
-RED, BLUE = "a red circle on a blue background", "蓝色背景上的黄色星形"
-SHORT = ("--steps", 2, "--device", "cpu")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the demo in q8_0 and in q4_0, and the q4_0 transformer alone."""
-    folder = tmp_path_factory.mktemp("quantized")
-    for to in ("q8_0", "q4_0"):
-        assert run(["quantize", DEMO, "--to", to, "-o", str(folder / to)]) == 0
-    only = next((folder / "q4_0" / "transformer").glob("*.gguf"))
-    (folder / "alone.gguf").write_bytes(only.read_bytes())
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _without_lpips(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether or not it is installed: its network would be fetched."""
-    monkeypatch.setitem(sys.modules, "lpips", None)
-
-
-def compare(*args: object) -> int:
-    return run([str(arg) for arg in ("compare", *args, *SHORT)])
-
-
-# --- Figures
-
-
-def noisy(height: int, width: int, deviation: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """A picture with edges and flat areas, the brightest ones included, and the same with noise."""
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    clean = torch.stack([(x > width // 2) * 255.0, (x + y) / (height + width) * 200, 255.0 * (y < height // 3)], dim=-1)
-    spoilt = clean + deviation * torch.randn(height, width, 3)
-    return clean.to(torch.uint8), spoilt.clamp(0, 255).to(torch.uint8)
-
-
-@pytest.mark.parametrize("deviation", [0.7, 20.0, 300.0])
-@pytest.mark.parametrize("size", [(64, 64), (16, 48), (33, 11)])
-def test_figures_are_those_of_scikit_image(size: tuple[int, int], deviation: float) -> None:
-    """Both in float64, with the windows and constants of Wang et al.: they differ by the order of sums."""
-    a, b = noisy(*size, deviation)
-    wang = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "K1": 0.01, "K2": 0.03}
-    theirs = structural_similarity(a.numpy(), b.numpy(), channel_axis=2, data_range=255, **wang)
-    assert ssim(a, b) == pytest.approx(theirs, abs=1e-10)
-    assert psnr_db(a, b) == pytest.approx(peak_signal_noise_ratio(a.numpy(), b.numpy()), abs=1e-10)
-
-
-def test_figures_by_hand() -> None:
-    """A grey picture and one that is a step brighter: 20 log10(255), and SSIM's first factor alone."""
-    a = torch.full((16, 16, 3), 100, dtype=torch.uint8)
-    assert psnr_db(a, a + 1) == pytest.approx(48.1308, abs=1e-4)
-    c1 = 2.55**2
-    assert ssim(a, a + 1) == pytest.approx((2 * 100 * 101 + c1) / (100**2 + 101**2 + c1), abs=1e-12)
-    assert (psnr_db(a, a), ssim(a, a)) == (100.0, 1.0)
-    assert (said("psnr_db", 100.0), said("psnr_db", 48.13), said("ssim", 1.0)) == ("identical", "48.1 dB", "1.0000")
 
 
 # --- The command
@@ -282,45 +222,6 @@ def test_lpips_without_its_network(models: Path, tmp_path: Path, monkeypatch: py
     assert "LPIPS is left out: its network cannot be loaded (no route to host)" in capsys.readouterr().err
 
 
-# --- The sheet
-
-
-def test_geometry_of_the_sheet(tmp_path: Path) -> None:
-    """Pictures of one colour each, wide, high and square ones: each fills its box, and no two boxes meet."""
-    sizes = [(64, 64), (96, 64), (32, 512)]
-    rows = list[Row]()
-    for number, size in enumerate(sizes):
-        paths = [tmp_path / f"{number}{column}.png" for column in range(3)]
-        for column, path in enumerate(paths):
-            Image.new("RGB", size, (80 * number, 90 * column, 200)).save(path)
-        rows.append(Row("one two three " * 40, size, paths, ["n" * 90] * 3))
-    made = contact_sheet([("h" * 90, "i" * 90, "not drawn")] * 3, rows)
-    layout = Layout(3, sizes)
-    assert made.size == layout.size
-    boxes = {(row, column): layout.picture(row, column) for row in range(3) for column in range(3)}
-    for (row, column), box in boxes.items():
-        assert (box[2] - box[0], box[3] - box[1]) == scaled(*sizes[row])
-        assert made.crop(box).getcolors() == [((box[2] - box[0]) * (box[3] - box[1]), (80 * row, 90 * column, 200))]
-    for one, other in combinations([*boxes.values()], 2):
-        assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
-    # No label leaves its column: the gaps beside the columns are empty, and the labels are there.
-    for column in range(4):
-        left = GAP + TEXT_WIDTH + column * (SIDE + GAP)
-        assert made.crop((left, 0, left + GAP, made.height)).getcolors() == [(GAP * made.height, (255, 255, 255))]
-    for spot in (
-        (GAP, boxes[0, 0][1], GAP + TEXT_WIDTH, boxes[0, 0][3]),
-        (boxes[0, 1][0], GAP, boxes[0, 1][2], 2 * GAP),
-    ):
-        assert len(made.crop(spot).getcolors() or [0, 0]) > 1
-
-
-@pytest.mark.parametrize(
-    ("size", "expected"), [((64, 64), (256, 256)), ((1024, 512), (256, 128)), ((16, 4096), (1, 256))]
-)
-def test_scaled(size: tuple[int, int], expected: tuple[int, int]) -> None:
-    assert scaled(*size) == expected
-
-
 def test_of_many_prompts_the_least_alike_are_shown(tmp_path: Path) -> None:
     count = SHEET_ROWS + 8
     psnr = [20.0 + (7 * i) % count for i in range(count)]
@@ -338,28 +239,3 @@ def test_of_many_prompts_the_least_alike_are_shown(tmp_path: Path) -> None:
     assert made.size == layout.size
     shown = [made.getpixel(layout.picture(row, 0)[:2])[0] for row in range(SHEET_ROWS)]
     assert shown == [i for i in range(count) if psnr[i] < 20 + SHEET_ROWS]
-
-
-# --- The report
-
-
-def table(result: dict[str, Any]) -> Table:
-    (found,) = (part for part in sections({"c.json": result})[0].parts if isinstance(part, Table))
-    return found
-
-
-def test_report(models: Path, tmp_path: Path) -> None:
-    assert compare(DEMO, models / "q8_0", "--prompt", RED, "-o", tmp_path / "s.png") == 0
-    assert run(["report", str(tmp_path / "s.json"), "-o", str(tmp_path / "r.html")]) == 0
-    result = json.loads((tmp_path / "s.json").read_text())
-    found, alike = table(result), result["models"][1]["alike"]
-    assert found.header[-2:] == ["PSNR", "SSIM"]
-    reference, q8_0 = found.rows
-    assert reference[:2] == ["demo", "bf16"] and reference[-2:] == ["reference"] * 2
-    assert q8_0[-2] == f"{alike['psnr_db']['mean']:.1f} dB ({alike['psnr_db']['mean']:.1f} dB)"
-    text = as_markdown("t", sections({"c.json": result}))
-    assert "LPIPS is left out: its package is not installed" in text
-    assert "noise" not in text
-    assert [(one.what, one.middle >= 1) for one in compared({"c.json": result})] == [("demo", True), ("q8_0", True)]
-    result["models"][1]["synthetic"] = True
-    assert "noise" in as_markdown("t", sections({"c.json": result}))

@@ -155,6 +155,7 @@ def weights_by_group(path: Path) -> dict[str, np.ndarray]:
     return {group: np.concatenate(parts) for group, parts in found.items()}
 
 
+@pytest.mark.slow  # a model in every format
 @pytest.mark.parametrize("to", ["q8_0", "q4_0", "q2_k", "int8", "int4", "fp8", "nf4", "qint8", "bf16"])
 def test_report_is_the_error_of_what_was_written(source: Path, tmp_path: Path, to: str) -> None:
     out, file = tmp_path / "out", tmp_path / "report.json"
@@ -276,6 +277,7 @@ def error_in(written: Written, row: str) -> float:
     return sum((error.sums for error in written.errors if error.format == row), Sums()).relative_rmse
 
 
+@pytest.mark.slow  # every format at every effort
 @pytest.mark.parametrize("name", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "q4_0", "q8_0"])
 def test_effort_reaches_the_codec(wide: Path, tmp_path: Path, name: str) -> None:
     recipe = {"q3_k": "q3_k_s", "q4_k": "q4_k_s", "q5_k": "q5_k_s"}.get(name, name)

@@ -31,7 +31,10 @@ from zimage_lite.convert import job
 from zimage_lite.convert.quantize import quantize
 from zimage_lite.errors import UserError
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, to start a hundred runs in seconds")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, to start a hundred runs in seconds"),
+    pytest.mark.slow,  # a process for each moment
+]
 
 # Loads everything once; then each line of its input is a command line that a fork of it runs like the console script.
 STARTER = """

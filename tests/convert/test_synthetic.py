@@ -85,6 +85,7 @@ def test_kept_parts_are_as_released(tiny: Path) -> None:
         assert made.config == real.config
 
 
+@pytest.mark.slow  # a picture from every format
 @pytest.mark.parametrize("to", targets())
 def test_draws_a_picture(to: str) -> None:
     model = open_synthetic(f"synthetic:{to}", configs=TINY)
@@ -142,6 +143,7 @@ def test_any_cut_reads_the_same_bytes(to: str) -> None:
             assert torch.equal(tensor.read_float(64, 128), tensor.read_float()[64:128])
 
 
+@pytest.mark.slow  # the true model's header in every format
 @pytest.mark.parametrize("to", targets())
 def test_full_size_is_what_the_catalog_says(to: str) -> None:
     """Opening reads no weight, so it takes a fraction of a second."""

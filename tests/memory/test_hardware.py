@@ -1,4 +1,4 @@
-"""What is made of a GPU that the driver describes: a row of the table, or its own numbers."""
+"""What is free on this machine, and what is made of a GPU that the driver describes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ import torch
 
 from zimage_lite.memory import hardware
 from zimage_lite.memory.gpus import Gpu
+from zimage_lite.memory.hardware import ALLOCATOR_SLACK_BYTES, RAM_MARGIN_BYTES, Hardware
 from zimage_lite.memory.machine import CUDA_CONTEXT_BYTES
+from zimage_lite.memory.planner import budgets_in_force
 
 GIB = 2**30
+CPU = Hardware(torch.device("cpu"), torch.float32)
 
 
 def described(
@@ -103,3 +106,17 @@ def test_products_are_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
         hardware._load_libraries(torch.device("cpu"), torch.float32)
     assert calls == [1]
     hardware._load_libraries.cache_clear()
+
+
+def test_what_is_free_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the process holds already counts as free for it, and as held."""
+    monkeypatch.setattr(hardware, "rss_bytes", lambda: 3 * 10**8)
+    monkeypatch.setattr(hardware.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**10, total=2 * 10**10))
+    there = hardware.machine_here(CPU)
+    assert there.ram_free_bytes == 3 * 10**8 + 10**10 - RAM_MARGIN_BYTES and there.gpu is None
+    assert there.process_bytes == 3 * 10**8 + ALLOCATOR_SLACK_BYTES
+    given = budgets_in_force(there, ram_bytes=10**9)
+    assert (given.ram_bytes, given.ram_limit) == (10**9, "--ram")
+    for too_much in (None, 10**12):
+        free = budgets_in_force(there, ram_bytes=too_much)
+        assert free.ram_bytes == there.ram_free_bytes and not free.ram_limit.startswith("--")

@@ -67,6 +67,7 @@ def assert_same(value: torch.Tensor, truth: torch.Tensor) -> None:
     assert (value - truth).abs().max() <= 5e-6 * (truth.max() - truth.min())
 
 
+@pytest.mark.slow  # every size in every way
 @pytest.mark.parametrize("rows", BANDS)
 @pytest.mark.parametrize("size", range(len(LATENTS)))
 @torch.inference_mode()
@@ -158,6 +159,7 @@ def count(run: Any, *args: Any) -> int:
 COUNTED = [(TINY, 128, 272, 9), (TINY, 208, 112, 16), (TRUE, 256, 512, 32), (TRUE, 1024, 1024, 64)]
 
 
+@pytest.mark.slow  # large images
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("config", "height", "width", "rows"), COUNTED)
 def test_what_is_predicted_is_used(config: VaeConfig, height: int, width: int, rows: int, dtype: torch.dtype) -> None:

@@ -4,8 +4,7 @@ against unpacked weights in float32.
 A result may be at most twice as far from float32 as that of the references, which round and quantize at the same
 points. What lies between the two is small against that distance, so that it cannot come from another path: codes that
 fall on the other side of a half, few in float32 and more in float16, where rounding moves what is quantized by up to
-1/16 of a step.
-"""
+1/16 of a step."""
 
 from __future__ import annotations
 
@@ -13,56 +12,35 @@ import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from computing import FULL, HALF, INT8, PLAIN, as_on_turing, packed
 from live_bytes import LiveBytes, NoLaunch
 from oracles import PROMPT, psnr, relative_error, transformer_inputs
-from packing import packed_as
 from PIL import Image
 from torch import Tensor, nn
-from zimage_kernels import Backend, hadamard_rotate, quantize_rows_reference
 from zimage_kernels._triton import interpreted
 
 from zimage_lite import GenerateOptions, load, quantize
 from zimage_lite.cli import run
-from zimage_lite.config import RuntimeOptions, TransformerConfig
-from zimage_lite.convert.synthetic import open_synthetic
-from zimage_lite.doctor.selftest.checks import CHECKS
-from zimage_lite.doctor.selftest.process import Verdict
-from zimage_lite.errors import UserError
-from zimage_lite.memory.gpus import find_gpu
-from zimage_lite.memory.machine import Machine, machine
+from zimage_lite.config import TransformerConfig
 from zimage_lite.memory.plan import activation_bytes
 from zimage_lite.model.compute import Compute
 from zimage_lite.model.linear import Linear, RMSNorm, bind, shapes
 from zimage_lite.model.rope import grid_positions, rope_angles
 from zimage_lite.model.transformer import Block, Transformer, is_time_weight
-from zimage_lite.pipeline.backends import choose
-from zimage_lite.pipeline.reencoding import Scratch, reencoded
-from zimage_lite.pipeline.weights import Component
-from zimage_lite.plan.footprint import is_reencoded, reencoded_bytes
-from zimage_lite.plan.job import Job
-from zimage_lite.plan.model_sizes import true_model
-from zimage_lite.plan.prediction import phases
 from zimage_lite.quant.formats import FORMATS
-from zimage_lite.quant.tensor import GPU_PIECE_WEIGHTS, QTensor
+from zimage_lite.quant.tensor import QTensor
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(not interpreted(), reason="kernels on CPU tensors: needs TRITON_INTERPRET=1")
-
+pytestmark = [
+    pytest.mark.skipif(not interpreted(), reason="kernels on CPU tensors: needs TRITON_INTERPRET=1"),
+    pytest.mark.slow,  # whole blocks in Triton's interpreter
+]
 CONFIG = TransformerConfig(dim=256, n_heads=2, n_layers=1, n_refiner_layers=1, cap_feat_dim=128)
 LENGTHS = [33, 31]  # several sequences, neither a multiple of a tile
-HALF, FULL = torch.float16, torch.float32
-INT8 = {backend: Compute(backend, int8=True) for backend in ("reference", "triton")}
-PLAIN = {backend: Compute(backend) for backend in ("reference", "triton")}
-
-
-def packed(weight: Tensor, name: str) -> QTensor:
-    """In that format, or plain where its rows do not fit: w2 has 682 columns here."""
-    return packed_as(name if weight.ndim == 2 and (name == "f32" or weight.shape[1] % 16 == 0) else "f32", weight)
 
 
 def dense(module: nn.Module) -> dict[str, Tensor]:
@@ -123,10 +101,7 @@ def test_values_that_float16_sums_do_not_hold_are_told() -> None:
 
 @pytest.fixture
 def turing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter as a GPU of compute capability 7.5, on which no kernel with products may be launched."""
-    monkeypatch.setattr("zimage_kernels._triton.capability", lambda device: 75)
-    for op in ("linear_int8", "swiglu_int8", "attention"):
-        monkeypatch.setattr(importlib.import_module(f"zimage_kernels.{op}"), f"_{op}_kernel", None)
+    as_on_turing(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [FULL, HALF])
@@ -191,62 +166,6 @@ def test_each_linear_gets_what_it_takes() -> None:
     assert INT8["triton"].group(attention.to_q, attention.to_v) is None
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-@pytest.mark.parametrize("name", ["int4", "q8_0", "q4_k", "nf4", "qint4", "bnb-int8"])
-def test_reencoded_weights(name: str, backend: Backend) -> None:
-    """As far from the unpacked weight as 8 bits make it, and int4 not at all: it stands for rotated integers."""
-    weight = packed(torch.randn(16, 256), name)
-    assert is_reencoded(weight.format)
-    place = torch.empty(reencoded_bytes(weight.format, 16, 256), dtype=torch.uint8)
-    int8, wide = reencoded(weight, place, backend), weight.dequantize()
-    assert (int8.format.name, int8.options, int8.shape) == ("int8", {"group": 256}, (16, 256))
-    if name == "int4":
-        torch.testing.assert_close(int8.dequantize(), wide, rtol=1e-5, atol=1e-5)
-        return
-    expected = quantize_rows_reference(wide, 256)
-    steps = (int8.parts[""].int() - expected.codes.int()).abs()
-    assert steps.max() <= 1 and steps.count_nonzero() <= 1  # of 4096; see tests/ops/activations.py
-    torch.testing.assert_close(int8.parts["_scale"].squeeze(1), expected.scale, rtol=2**-15, atol=0)
-
-
-class Pair(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = Linear(256, 8), Linear(256, 8)
-
-
-def test_blocks_are_int8_while_they_compute_and_packed_again_afterwards() -> None:
-    """The second pass over the same blocks, which stay bound, finds what the first one found."""
-    weights = [{own: packed(torch.randn(8, 256), "q8_0") for own in ("a.weight", "b.weight")} for _ in range(2)]
-    blocks = [Pair(), Pair()]
-    for block, own in zip(blocks, weights, strict=True):
-        bind(block, own, FULL)
-    scratch = Scratch({str(n): own for n, own in enumerate(weights)}, torch.device("cpu"))
-    assert scratch.buffer.nbytes == 2 * (8 * 256 + 64)
-    for _ in range(2):
-        for block, own in zip(scratch.through(iter)(blocks), weights, strict=True):
-            for linear, weight in ((block.a, own["a.weight"]), (block.b, own["b.weight"])):
-                assert linear.group == 256
-                codes, scale = linear.int8_rows
-                assert codes.data_ptr() - scratch.buffer.data_ptr() in (0, 8 * 256 + 64)
-                wide = hadamard_rotate(codes * scale[:, None], 256)
-                assert relative_error(wide, weight.dequantize()) <= 0.01
-        assert all(block.a.packed is own["a.weight"] for block, own in zip(blocks, weights, strict=True))
-    scratch.end()
-    assert not scratch.buffer.nbytes
-
-
-def test_an_abandoned_pass_does_not_bring_released_weights_back() -> None:
-    block = Pair()
-    bind(block, {own: packed(torch.randn(8, 256), "q8_0") for own in ("a.weight", "b.weight")}, FULL)
-    scratch = Scratch({"0": {"a": block.a.packed, "b": block.b.packed}}, torch.device("cpu"))
-    running = iter(scratch.through(iter)([block]))
-    next(running)
-    block.a.packed = None
-    running.close()  # type: ignore[attr-defined]
-    assert block.a.packed is None and block.b.packed.format.name == "q8_0"
-
-
 @pytest.mark.parametrize("to", ["int8", "f32"])
 def test_the_transformer_with_several_sequences(to: str) -> None:
     """Two images and their captions: sequences of their own lengths, through all blocks."""
@@ -292,26 +211,6 @@ def test_the_pipeline_says_what_ran(small: Path, tmp_path: Path, capsys: pytest.
     assert psnr(drawn["triton"], drawn["reference"], 255) >= 50
 
 
-@pytest.mark.parametrize("to", ["q4_k_m", "nf4", "int4"])
-def test_the_pipeline_reencodes(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
-    """From the file to the picture, on the CPU, in two passes over blocks that stay."""
-    given = []
-
-    def counted(weight: QTensor, *args: Any) -> QTensor:
-        int8 = reencoded(weight, *args)
-        given.append(int8.format.name)
-        return int8
-
-    quantize(tiny, tmp_path / to, to)
-    request = GenerateOptions(PROMPT, 64, 64, steps=2, seed=3)
-    plain, ours = (load(tmp_path / to, device="cpu", compute=bits) for bits in ("16bit", "int8"))
-    monkeypatch.setattr("zimage_lite.pipeline.reencoding.reencoded", counted)
-    pictures = [pipeline.generate([request])[0] for pipeline in (plain, ours)]
-    # Passes, layers, and of their 7 linears not w2, whose rows are 682 long.
-    assert given.count("int8") == 2 * 3 * 6 and ours.computes_with()["compute"] == "int8"
-    assert 40 <= psnr(*pictures, 255) < float("inf")
-
-
 def test_the_demo_draws_the_same_in_8_bits(tmp_path: Path) -> None:
     quantize("demo", tmp_path / "int8", "int8")
     captions = ("a red circle on a blue background", "a small green square on a yellow background")
@@ -330,166 +229,6 @@ def test_the_pipeline_on_compute_capability_7_5(small: Path, turing: None) -> No
     assert pipeline.denoising.component.reencoded
     (note,) = told
     assert note.startswith("Triton has no matrix units on this GPU: torch multiplies and attends")
-
-
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-
-
-def chosen(
-    obstacle: str | None,
-    device: torch.device,
-    *formats: str,
-    head_dim: int = 128,
-    state: str = "ok",
-    op: str = "attention_int8",
-    units: bool = False,
-    faster: bool = False,
-    **options: str,
-) -> Any:
-    """state: what the self-test says of this op. units: whether the CPU has some for 8 bits; faster: whether int8 is
-    faster there, without."""
-    tested = dict.fromkeys(CHECKS, Verdict("ok")) | {op: Verdict(state, "3.0 of 1.0")}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("zimage_lite.pipeline.backends.triton_obstacle", lambda device: obstacle)
-        patch.setattr("zimage_lite.doctor.selftest.verdicts.verdicts", lambda device, tell: tested)
-        patch.setattr("zimage_lite.pipeline.backends.cpu_int8_is_faster", lambda: faster or units)
-        patch.setattr("zimage_lite.pipeline.backends.cpu_has_int8_units", lambda: units)
-        return choose(RuntimeOptions(**options), device, head_dim, [FORMATS[name] for name in formats])
-
-
-@pytest.mark.parametrize(
-    ("device", "formats", "options", "compute"),
-    [
-        (CUDA, ("int8", "bf16"), {}, INT8["triton"]),
-        (CUDA, ("q4_k", "q6_k"), {}, INT8["triton"]),
-        (CUDA, ("bf16",), {}, PLAIN["triton"]),
-        (CUDA, ("fp8",), {}, PLAIN["triton"]),
-        (CUDA, ("int8",), {"compute": "16bit"}, PLAIN["triton"]),
-        (CUDA, ("int8",), {"backend": "reference"}, PLAIN["reference"]),
-        (CPU, ("int8",), {}, PLAIN["reference"]),
-        (CPU, ("int8",), {"units": True}, INT8["reference"]),
-        (CPU, ("int8",), {"units": True, "compute": "16bit"}, PLAIN["reference"]),
-        (CPU, ("q8_0",), {}, PLAIN["reference"]),
-        (CPU, ("int8",), {"faster": True}, INT8["reference"]),
-        (CPU, ("q8_0",), {"units": True}, INT8["reference"]),
-        (CPU, ("q8_0",), {"faster": True}, PLAIN["reference"]),
-        (CPU, ("q8_0", "int8"), {"faster": True}, INT8["reference"]),
-        (CPU, ("bf16", "fp8"), {"units": True}, PLAIN["reference"]),
-        (CPU, ("q8_0",), {"compute": "int8"}, INT8["reference"]),
-        (CPU, ("int8",), {"compute": "int8"}, INT8["reference"]),
-        (CPU, ("q8_0",), {"backend": "triton"}, INT8["triton"]),
-    ],
-)
-def test_choices(device: torch.device, formats: tuple[str, ...], options: dict[str, Any], compute: Compute) -> None:
-    choice = chosen(None, device, *formats, **options)
-    assert choice.compute == compute and choice.note is None
-
-
-def test_falling_back_is_told() -> None:
-    choice = chosen("Triton is not installed", CUDA, "int8")
-    assert choice.compute == PLAIN["reference"]
-    assert choice.note == "the Triton kernels cannot run: Triton is not installed; torch computes"
-    assert chosen("got tensors on cpu, expected cuda", CPU, "int8").note is None
-
-
-def test_compute_capability_7_5(turing: None) -> None:
-    """What cannot run there is not missed; what failed there is."""
-    for options, compute in (({}, INT8), ({"backend": "triton"}, INT8), ({"compute": "16bit"}, PLAIN)):
-        choice = chosen(None, CUDA, "q4_k", state="not supported", **options)
-        assert (choice.compute, choice.backend) == (compute["triton"], "triton+torch")
-        assert choice.note is not None and "torch multiplies" in choice.note
-    failed = chosen(None, CUDA, "q4_k", state="wrong", op="add_norm")
-    assert (failed.compute, failed.backend, failed.unpacking) == (PLAIN["reference"], "reference", "reference")
-
-
-def test_older_than_7_5(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zimage_kernels._triton.capability", lambda device: 61)
-    choice = choose(RuntimeOptions(), CUDA, 128, [FORMATS["int8"]])
-    assert choice.compute == PLAIN["reference"]
-    assert choice.note is not None and "got compute capability 6.1, expected at least 7.5" in choice.note
-
-
-def test_a_kernel_that_failed_its_self_test_is_not_taken() -> None:
-    """Unless it is asked for. Others are, where it is not needed."""
-    choice = chosen(None, CUDA, "int8", state="wrong", op="add_norm")
-    assert choice.compute == PLAIN["reference"]
-    assert choice.note is not None and "add_norm: wrong (3.0 of 1.0)" in choice.note
-    assert chosen(None, CUDA, "int8", state="wrong", backend="triton").compute == INT8["triton"]
-
-
-@pytest.mark.parametrize(
-    ("op", "formats", "compute"),
-    [
-        ("attention_int8", ("int8",), PLAIN["triton"]),
-        ("swiglu_int8", ("q4_k", "q6_k"), PLAIN["triton"]),
-        ("flash_attention", ("int8",), INT8["triton"]),
-        ("flash_attention", ("int8", "bf16"), PLAIN["reference"]),
-        ("requantize", ("int8",), INT8["triton"]),
-        ("requantize", ("int4",), PLAIN["triton"]),
-        ("dequantize", ("int4",), INT8["triton"]),
-        ("dequantize", ("int4", "bf16"), PLAIN["reference"]),
-        ("dequantize", ("bf16",), PLAIN["triton"]),
-        ("linear_int8", ("bf16",), PLAIN["triton"]),
-    ],
-)
-@pytest.mark.parametrize("state", ["wrong", "crashed", "not tested"])
-def test_only_what_is_needed_is_missed(op: str, formats: tuple[str, ...], compute: Compute, state: str) -> None:
-    choice = chosen(None, CUDA, *formats, op=op, state=state)
-    assert choice.compute == compute
-    as_before = chosen(None, CUDA, *formats).compute
-    assert (choice.note is None) == (choice.compute == as_before)
-    assert choice.unpacking == ("auto" if op != "dequantize" and compute.backend == "triton" else "reference")
-
-
-@pytest.mark.parametrize(
-    ("obstacle", "device", "formats", "options", "says"),
-    [
-        (
-            "Triton is not installed",
-            CUDA,
-            ("int8",),
-            {"backend": "triton"},
-            "--backend triton: Triton is not installed",
-        ),
-        (None, CUDA, ("int8",), {"backend": "triton", "head_dim": 64}, "--backend triton: got heads of 64"),
-        ("absent", CUDA, ("int8",), {"compute": "int8"}, "--compute int8 needs the Triton kernels on cuda"),
-        (
-            None,
-            CUDA,
-            ("bf16",),
-            {"compute": "int8"},
-            "--compute int8: got bf16, expected weights quantized to integers",
-        ),
-        (
-            "absent",
-            CPU,
-            ("fp8",),
-            {"compute": "int8"},
-            "--compute int8: got fp8, expected weights quantized to integers",
-        ),
-    ],
-)
-def test_what_cannot_be(obstacle: str | None, device: torch.device, formats: Any, options: Any, says: str) -> None:
-    with pytest.raises(UserError, match=f"^{says}"):
-        chosen(obstacle, device, *formats, **options)
-
-
-@pytest.mark.parametrize("name", ["q4_k_m", "int4", "nf4", "int8", "fp8"])
-def test_the_scratch_is_what_is_planned(name: str) -> None:
-    """At full size. A GGUF has float32 norms, of which one is made bfloat16 at a time while the scratch is there."""
-    files = open_synthetic(f"synthetic:{name}")
-    blocks = ("context_refiner", "noise_refiner", "layers")
-    component = Component(Transformer(files.transformer.config), files.transformer, blocks, reencoded="triton")
-    taken = Scratch(component.weights, torch.device("meta")).buffer.nbytes
-    (_, (denoise,), _) = phases(true_model(name), Job(1024, 1024), machine(find_gpu("RTX 3060 Laptop"), 16 * 10**9))
-    planned = dict(denoise.fixed)["unpacking"]
-    assert (taken > 1.7e8) == (name not in ("int8", "fp8"))  # 4 x 3840^2 + 3 x 3840 x 10240 weights
-    if taken:
-        assert taken + 2 * 3840 * (name == "q4_k_m") == planned
-        assert planned > 10 * (GPU_PIECE_WEIGHTS - 10240)  # what unpacking in pieces takes
-    here = Machine("a CPU", 16 * 10**9, cpu_int8=True)
-    (_, (denoise,), _) = phases(true_model(name), Job(1024, 1024), here)
-    assert taken == dict(denoise.fixed)["re-encoded block"]
 
 
 def block_in_int8(config: TransformerConfig, dtype: torch.dtype) -> Block:

@@ -30,6 +30,8 @@ from zimage_lite.pipeline.drawing import Pipeline
 from zimage_lite.quant.formats import FORMATS
 from zimage_lite.quant.tensor import QTensor
 
+pytestmark = pytest.mark.slow  # whole models with enlarged weights
+
 TOLERANCE = 10 * 2**-11
 
 # What is multiplied, by what. Products of 300 x 300 reach 10^6: below 65504 / FEED_FORWARD_SCALE, so that they fit.

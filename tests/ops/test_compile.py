@@ -23,6 +23,8 @@ from zimage_kernels.aot import Variant
 
 from zimage_lite.doctor.selftest.verdicts import COMPILATIONS
 
+pytestmark = pytest.mark.slow  # compiles for every architecture
+
 ROOT = Path(__file__).parents[2]
 HELPERS = ROOT / "tests" / "helpers"
 GEMM = Variant("gemm", None, {}, {}, (), matrix=("s8",))

@@ -17,6 +17,8 @@ pytest.importorskip("triton")
 
 import tune_kernels
 
+pytestmark = pytest.mark.slow  # compiles every tile that is tried
+
 TOOLS = Path(__file__).parents[2] / "tools"
 LINEAR = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP_M": 8, "DOTS": 2, "num_warps": 8, "num_stages": 4}
 

@@ -20,6 +20,8 @@ from zimage_kernels import (
 )
 from zimage_kernels._triton import interpreted
 
+pytestmark = pytest.mark.slow  # products in Triton's interpreter
+
 pytest.importorskip("triton")
 
 SHAPES = [(1, 40, 16), (17, 1026, 48), (129, 136, 336), (300, 72, 64)]  # more outputs than a program has, and few

@@ -19,7 +19,7 @@ from zimage_lite.cli import run
 
 CAPTIONS = held_out_captions("one", 24)
 FORMATS = ["bf16", "f16", "q8_0", "q4_k_m", "q4_0", "int8", "int4", "nf4"]
-FORMATS += [pytest.param(name, marks=pytest.mark.slow) for name in ("q3_k_s", "q2_k", "fp8", "qint4", "bnb-int8")]
+FORMATS += [pytest.param(name, marks=pytest.mark.full_size) for name in ("q3_k_s", "q2_k", "fp8", "qint4", "bnb-int8")]
 LEAST_RIGHT = (
     22  # of 24; of 200 such captions 98 % are right, so 21 or fewer has a chance of 1 in 80 for an equal model
 )
@@ -49,6 +49,7 @@ def test_draws_what_held_out_captions_ask(images: list[torch.Tensor]) -> None:
     assert right(images[1:] + images[:1]) <= 4  # the judge does look: each picture against the next one's caption
 
 
+@pytest.mark.slow  # many pictures
 @pytest.mark.parametrize("to", FORMATS)
 def test_every_format_still_follows_the_prompt(images: list[torch.Tensor], tmp_path: Path, to: str) -> None:
     quantize(DEMO, tmp_path / to, to)

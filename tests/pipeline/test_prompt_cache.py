@@ -272,6 +272,7 @@ def put_and_get(folder: Path, seed: int) -> int:
     return wrong
 
 
+@pytest.mark.slow  # several processes
 def test_processes_share_a_folder(tmp_path: Path) -> None:
     """Two of them write, read and remove the same few files."""
     context = multiprocessing.get_context("spawn")
@@ -306,6 +307,7 @@ def test_no_cache_flag(model: Path, folder: Path, tmp_path: Path) -> None:
     assert len(list(folder.iterdir())) == 1
 
 
+@pytest.mark.slow  # several processes
 def test_another_process_finds_it(model: Path, folder: Path) -> None:
     """Keys must not hang on anything that a process has to itself, such as Python's hash seeds."""
     draw(model, CAT)

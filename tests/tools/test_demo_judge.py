@@ -72,6 +72,7 @@ def worn(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
+@pytest.mark.slow  # hundreds of drawings
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("level", LEVELS)
 def test_truth_is_accepted_and_wrong_captions_are_refused(level: str, size: int) -> None:

@@ -1,0 +1,122 @@
+"""The verb plan: what it prints, and that it says what generate plans."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from plans import GB, GIB, LAPTOP, named
+
+from zimage_lite import load
+from zimage_lite.cli import run
+from zimage_lite.memory.machine import Machine, machine
+from zimage_lite.plan.job import LONG_PROMPT_TOKENS, Job
+from zimage_lite.plan.model_sizes import true_model
+from zimage_lite.plan.prediction import phases
+
+
+def test_the_verb(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "step.svg"
+    arguments = ["plan", "--gpu", "3060 laptop", "--format", "int4", "--vram", "3GB", "--plot", str(picture), "--json"]
+    assert run(arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith("A prediction, nothing was run: Z-Image-Turbo in int4, 1024x1024, 8 steps")
+    result = json.loads(captured.out)
+    assert result["gpu"] == "RTX 3060 Laptop 6GB" and result["vram_bytes"] == 3 * GB
+    assert [phase["phase"] for phase in result["phases"]] == ["encode", "denoise", "decode"]
+    assert all(phase["peak_vram_bytes"] <= 3 * GB for phase in result["phases"])
+    assert result["phases"][1]["way"] == 1 and not result["phases"][2]["way"]["spilled"]
+    fast, slow = result["phases"][1]["pass_ms"]
+    assert fast < slow
+    assert picture.read_text(encoding="utf-8").startswith("<svg")
+
+
+def test_the_verb_says_how(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--vram", "1.8GB", "--width", "512", "--height", "512", "--count", "8"]
+    assert run(["plan", "--gpu", "4050 laptop", *sizes, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "8 images of 512x512" in captured.err
+    assert re.search(r"denoise .*compute +\d images at once\n", captured.err)
+    assert re.search(r"decode .*compute +whole image\n", captured.err)
+    result = json.loads(captured.out)
+    assert result["count"] == 8 and result["phases"][2]["passes"] == 8
+    assert result["phases"][1]["way"] > 1 and result["phases"][2]["way"]["rows_per_band"] == 0
+
+
+def test_the_verb_refuses(refused, tiny: Path) -> None:
+    assert "RTX 4070 Ti" in refused("plan", "--gpu", "4070")
+    line = refused("plan", "--gpu", "RTX 3060 Laptop", "--vram", "1GB", code=3)
+    assert named(line)[0]["vram"] <= 2 * GIB
+    refused("plan", "--gpu", "RTX 3060 Laptop", "--format", "int5")
+    refused("plan", "--gpu", "RTX 3060 Laptop", "--plot", "step.png")
+    refused("plan", "--gpu", "RTX 3060 Laptop", "--count", "0")
+    refused("plan", "--gpu", "RTX 3060 Laptop", "--model", tiny, "--format", "int8")
+
+
+def test_a_model_folder_has_its_own_sizes(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "--vram", "2GB", "--model", str(tiny), "--width", "64", "--height", "64", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["model"] == "tiny (bf16)" and result["vram_bytes"] == 2 * GB
+    assert list(result["phases"][1]["homes"]) == [f"noise_refiner.{i}" for i in (0, 1)] + [
+        f"layers.{i}" for i in range(3)
+    ]
+
+
+def test_the_verb_says_what_generate_plans(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With the same machine and budgets, for a prompt as long as the verb assumes. Here the CPU stands in for the GPU:
+    it does what was planned."""
+    there = replace(machine(LAPTOP, 16 * GB), name="here", vram_free_bytes=4 * GB, process_bytes=GB // 2)
+    monkeypatch.setattr("zimage_lite.cli.plan._here", lambda: (LAPTOP, there))
+    monkeypatch.setattr("zimage_lite.plan.retry.machine_here", lambda *_: there)
+    asked = ["--width", "96", "--height", "64", "--steps", "2", "--count", "3", "--ram", "3GB", "--json"]
+    model = load(tiny, device="cpu").model
+    prompt = next(text for n in range(999) if len(model.tokenizer.encode(text := "9" * n)) == LONG_PROMPT_TOKENS)
+    vram_bytes, resident = 3 * GB, list[int]()
+    for _ in range(2):
+        limits = [*asked, "--model", str(tiny), "--vram", f"{vram_bytes}b"]
+        assert run(["plan", *limits]) == 0
+        said = {phase["phase"]: phase for phase in json.loads(capsys.readouterr().out)["phases"]}
+        assert run(["generate", prompt, *limits, "--device", "cpu", "-o", str(tmp_path / "x.png")]) == 0
+        done = json.loads(capsys.readouterr().out)["phases"]
+        assert list(said) == list(done) and said["denoise"]["device"] == "gpu"
+        for name, phase in done.items():
+            assert {"peak_vram_bytes", "peak_ram_bytes", "blocks", "way", "fixed"} < set(phase["planned"])
+            for fact, value in phase["planned"].items():
+                expected = said[name][fact]
+                expected = round(expected[0], 1) if fact.endswith("_ms") else expected  # at the highest power limit
+                assert value == expected, (name, fact)
+        resident.append(said["denoise"]["blocks"]["device"])
+        vram_bytes = said["denoise"]["peak_vram_bytes"] - 1  # the second time too little for all blocks
+    assert resident[0] == 5 and resident[1] < 5
+
+
+def test_a_cpu_that_multiplies_in_8_bits() -> None:
+    """int8 as it is, other integers re-encoded to one block of int8 in memory, which takes time, too; what is not made
+    of integers is unpacked as on any CPU."""
+    plain = Machine("a CPU", 16 * GB)
+    fast = replace(plain, cpu=replace(plain.cpu, linear8=2 * plain.cpu.linear16), cpu_int8=True)
+    job = Job(512, 512, prompt_tokens=(128,))
+    for name, in_int8, is_reencoded in (("int8", True, False), ("q4_k_m", True, True), ("fp8", False, False)):
+        (before,), (after,) = (phases(true_model(name), job, there)[1] for there in (plain, fast))
+        layers = [[b for b in phase.blocks if b.name.startswith("layers.")] for phase in (before, after)]
+        works = [[block.work for block in of] for of in layers]  # q4_k_m keeps the noise refiner in 16 bits
+        assert not any(work.int8 for work in works[0]) and all(work.int8 == in_int8 for work in works[1])
+        scratch = dict(after.fixed)["re-encoded block"]
+        block_weights = 4 * 3840**2 + 3 * 3840 * 10240
+        assert block_weights <= scratch < 1.001 * block_weights if is_reencoded else scratch == 0
+        others = [phase_works[0].other_flops for phase_works in works]
+        assert (others[1] > others[0]) == is_reencoded and (others[1] < others[0]) == (name == "int8")
+        times = [sum(map(there.cpu.milliseconds, of)) for there, of in zip((plain, fast), works, strict=True)]
+        assert (times[1] < times[0]) == in_int8
+
+
+def test_planning_loads_no_torch() -> None:
+    code = "import sys, zimage_lite.memory.planner; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
