@@ -174,24 +174,11 @@ def _attend(
 
 @jit
 def _attention_kernel(
-    q_ptr: tl.tensor,
-    q_scale_ptr: tl.tensor,
-    k_ptr: tl.tensor,
-    k_scale_ptr: tl.tensor,
-    v_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    bounds_ptr: tl.tensor,
-    softmax_scale: tl.tensor,
-    heads: tl.tensor,
-    q_stride: tl.tensor,
-    k_stride: tl.tensor,
-    v_stride: tl.tensor,
-    scale_step: tl.tensor,
-    scale_stride: tl.tensor,
-    FLOAT16_SUMS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-) -> None:
+    q_ptr: tl.tensor, q_scale_ptr: tl.tensor, k_ptr: tl.tensor, k_scale_ptr: tl.tensor, v_ptr: tl.tensor, out_ptr:
+    tl.tensor, bounds_ptr: tl.tensor, softmax_scale: tl.tensor, heads: tl.tensor, q_stride: tl.tensor, k_stride:
+    tl.tensor, v_stride: tl.tensor, scale_step: tl.tensor, scale_stride: tl.tensor, FLOAT16_SUMS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+) -> None:  # fmt: skip
     head = tl.program_id(1) % heads
     begin = tl.load(bounds_ptr + tl.program_id(1) // heads)
     end = tl.load(bounds_ptr + tl.program_id(1) // heads + 1)
