@@ -30,8 +30,10 @@ def tight(model: Path, images: int = 1) -> Pipeline:
     first.generate([CAT])
     plan = first.plans["denoise"]
     blocks = sum(-(-size // GRANULE_BYTES) * GRANULE_BYTES for size in plan.sizes.values())
-    both = [partial(ways_to_denoise, first.sizes, Job(*CAT.size, CAT.steps, images=count)) for count in (1, images)]
-    one, all_of_them = (way.plan.peak_ram_bytes for way in first.planning.planned(both))
+    both = [
+        partial(ways_to_denoise, first.sizes, Job(*CAT.size, CAT.step_count, images=count)) for count in (1, images)
+    ]
+    one, all_of_them = (way.plan.peak_ram_bytes for way in first.work.planning.planned(both))
     budget = plan.peak_ram_bytes - blocks + 2 * GRANULE_BYTES + all_of_them - one
     made = Pipeline(open_model(model), RuntimeOptions("cpu", ram_bytes=budget))
     made.generate([CAT])

@@ -14,7 +14,7 @@ from torch import Tensor
 from zimage_lite.config import GenerateOptions
 from zimage_lite.pipeline import denoise, grouping
 from zimage_lite.pipeline import weights as loading
-from zimage_lite.pipeline.drawing import Pipeline
+from zimage_lite.pipeline.encode import Encode
 from zimage_lite.plan import prediction
 
 pytestmark = pytest.mark.slow  # pictures, drawn again and again
@@ -51,19 +51,19 @@ def test_images_drawn_together_are_those_drawn_alone(
     monkeypatch.setattr(grouping, "MOST_PER_ROUND", per_round)
     monkeypatch.setattr(grouping, "RELOADING_SHARE", 1e-9)  # as large as they may be
     reads, encoded, steps = Counter[str](), list[int](), list[int]()
-    jobs, encode = loading.Weights._jobs, Pipeline._encode
+    jobs, encode = loading.Weights._jobs, Encode.run
 
     def counting_jobs(weights: loading.Weights, name: str, buffer: Tensor) -> Any:
         reads[name] += weights.plan.phase == "denoise"
         return jobs(weights, name, buffer)
 
-    def counting_encode(self: Pipeline, prompts: Any, *rest: Any) -> Any:
+    def counting_encode(self: Encode, prompts: Any, *rest: Any) -> Any:
         encoded.append(len(prompts))
         return encode(self, prompts, *rest)
 
     monkeypatch.setattr(loading.Weights, "_jobs", counting_jobs)
-    monkeypatch.setattr(Pipeline, "_encode", counting_encode)
-    total = sum(request.steps for request in WANTED)
+    monkeypatch.setattr(Encode, "run", counting_encode)
+    total = sum(own.complete(request).step_count for request in WANTED)
     done = [0]
 
     def progress(phase: str, count: int, _: int) -> None:
@@ -78,7 +78,7 @@ def test_images_drawn_together_are_those_drawn_alone(
     assert all(torch.equal(found[index], image) for index, image in enumerate(alone))
     assert encoded == [5]
     # Five groups, of 4, 2, 1, 2 and 1 images, each handed over round by round.
-    sizes = Counter((r.size, r.steps, r.shift, r.guidance > 0) for r in WANTED).values()
+    sizes = Counter((r.size, r.steps, r.shift, bool(r.guidance)) for r in WANTED).values()
     rounds = sum(-(-size // per_round) for size in sizes)
     assert len(set(steps)) == rounds and steps[0] < total == steps[-1]
     once = {name: count for name, count in reads.items() if name.startswith("context_refiner")}
