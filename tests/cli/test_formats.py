@@ -32,7 +32,7 @@ def test_list_of_formats(capsys: pytest.CaptureFixture[str]) -> None:
         assert row["bytes"] == n_bytes(planned(name))
         assert row["bits_per_weight"] == pytest.approx(row["bytes"] * 8 / 6_154_908_736, rel=1e-4)
     assert run(["formats"]) == 0
-    lines = capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().out.splitlines()
     (line,) = [line for line in lines if line.startswith("q4_k_m ")]
     assert "4.98 GB" in line and "GGUF" in line and "ComfyUI-GGUF" in line
 

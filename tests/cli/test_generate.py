@@ -115,7 +115,7 @@ def test_inspect(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_inspect_says_what_would_be_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2)}, tmp_path / "flux.safetensors")
     assert run(["inspect", str(tmp_path / "flux.safetensors")]) == 2
-    assert "refused" in (said := capsys.readouterr().err)
+    assert "refused" in (said := capsys.readouterr().out)
     assert "Flux" in said
 
 
@@ -377,7 +377,7 @@ def test_inspect_shows_every_part_of_a_crowded_folder(tiny: Path, tmp_path: Path
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(only_file(tiny / ("vae" if "vae" in name else "transformer")), tmp_path / name)
     assert run(["inspect", str(tmp_path)]) == 2
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert "several files" in said
     assert "vae: Flux VAE" in said
 

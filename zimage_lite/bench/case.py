@@ -59,7 +59,7 @@ def measured(case: Case) -> dict[str, Any]:
     vram = case.vram_bytes - VRAM_MARGIN_BYTES if case.vram_bytes else None
     options = RuntimeOptions(case.device, vram_bytes=vram, ram_bytes=case.ram_bytes, cache=False)
     pipeline = Pipeline(open_named(case.model, {}), options, tell=told.append)
-    request = pipeline.complete(GenerateOptions(PROMPT, case.size, case.size, steps=case.steps))
+    request = pipeline.complete(GenerateOptions(PROMPT, case.size, case.size, steps=case.steps, guidance=0.0))
     startup = time.time() - started
     runs: list[dict[str, Any]] = []
     with Peak(nvml) as peak:

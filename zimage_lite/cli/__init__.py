@@ -1,8 +1,8 @@
 """The command line: one file per verb, each loaded when its verb is used.
 
 Exit codes: 0 done; 2 the input is at fault, told in one line; 3 it does not fit the budget, or memory ran out twice;
-130 interrupted; 1 our fault, with the traceback. Human text goes to stderr; with --json, stdout ends in one line with
-one JSON object.
+130 interrupted; 1 our fault, with the traceback. Human text goes to stderr, but the tables that a verb is there to
+print go to stdout; with --json, stdout holds one line with one JSON object, and all text goes to stderr.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from threading import current_thread, main_thread
 from typing import Any
@@ -21,7 +22,9 @@ import click
 
 from .. import __version__
 from ..errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, UserError
+from .streams import lost_output, outlive_readers
 
+_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _INTERRUPTED = "interrupted; nothing was left half-written"
 _VERBS = {
     "generate": "Draw images from prompts.",
@@ -65,8 +68,14 @@ def main(args: list[str] | None = None) -> None:
     # The demo model took 0.84 s instead of 0.02 s per step beside one, on two cores; alone, spinning gained nothing
     # that a person would notice.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # unfinished outputs are removed then as on Ctrl-C
+    outlive_readers()
+    for number in _ENDING:  # unfinished outputs are removed then as on Ctrl-C
+        if signal.getsignal(number) is signal.SIG_DFL:  # what nohup and & ignore stays ignored
+            signal.signal(number, signal.default_int_handler)
     code = run(args)
+    if code == EXIT_OK and (lost := lost_output()):
+        say(f"error: stdout: {lost.strerror}")
+        code = EXIT_USER
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done: while Python ends, it would only print a traceback
     sys.exit(code)
 
@@ -99,7 +108,7 @@ def run(args: list[str] | None = None) -> int:
 def leaving_at_once() -> Iterator[None]:
     """For imports that load torch, before anything is written: an interrupt ends the process there and then. Raised as
     an exception into C++ that calls Python, it made torch abort, with a message of its own."""
-    raising = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is signal.default_int_handler]
+    raising = [number for number in _ENDING if signal.getsignal(number) is signal.default_int_handler]
     if "torch" in sys.modules or current_thread() is not main_thread():
         raising = []
     for number in raising:
@@ -112,13 +121,23 @@ def leaving_at_once() -> Iterator[None]:
 
 
 def _leave(*_: object) -> None:
-    os.write(2, f"{_INTERRUPTED}\n".encode())
+    with suppress(OSError):
+        os.write(2, f"{_INTERRUPTED}\n".encode())
     os._exit(EXIT_INTERRUPTED)
 
 
 def say(text: str) -> None:
     """A line for people. What comes from file names and headers may not break it, nor steer the terminal."""
-    click.echo("".join(char if char.isprintable() else " " for char in text), err=True)
+    _print(text, err=True)
+
+
+def table_printer(as_json: bool) -> Callable[[str], None]:
+    """Prints lines of what the verb is there to tell: on stdout, unless that belongs to the JSON object."""
+    return partial(_print, err=as_json)
+
+
+def _print(text: str, err: bool) -> None:
+    click.echo("".join(char if char.isprintable() else " " for char in text), err=err)
 
 
 def print_json(result: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import click
 
 from ..errors import EXIT_USER
 from ..units import format_gb
-from . import leaving_at_once, print_json, say
+from . import leaving_at_once, print_json, say, table_printer
 
 if TYPE_CHECKING:
     from ..doctor.installation import Installation
@@ -31,14 +31,15 @@ def command(as_json: bool) -> None:
     if remedies.uses_kernels(found):
         say("testing the kernels on the GPU, up to a minute the first time ...")
         found = replace(found, verdicts=installation.kernel_verdicts())
+    show = table_printer(as_json)
     for name, text in _lines(found):
-        say(f"{name:<9} {text}")
-    say(f"{'backend':<9} {remedies.backend(found)}")
+        show(f"{name:<9} {text}")
+    show(f"{'backend':<9} {remedies.backend(found)}")
     problems = remedies.problems(found)
     for problem in problems:
-        say(f"problem: {problem}")
+        show(f"problem: {problem}")
     if not problems:
-        say("no problems found")
+        show("no problems found")
     runs = remedies.can_run(found)
     if as_json:
         told = {"backend": remedies.backend(found), "can_run": runs, "problems": [asdict(each) for each in problems]}

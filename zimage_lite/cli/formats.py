@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..units import format_gb
-from . import print_json, say
+from . import print_json, table_printer
 
 
 @click.command(name="formats")
@@ -26,7 +26,7 @@ def command(name: str | None, as_json: bool) -> None:
     if name is not None:
         _recipe(target(name, "FORMAT"), as_json)
         return
-    found = all_targets()
+    found, say = all_targets(), table_printer(as_json)
     say(f"{'format':<9} {'bits':>5} {'transformer':>11}  {'container':<12} also read by")
     for row, cost in found:
         container = "GGUF" if row.container == "gguf" else "safetensors"
@@ -43,6 +43,7 @@ def command(name: str | None, as_json: bool) -> None:
 def _recipe(chosen: Any, as_json: bool) -> None:
     from ..convert.catalog import computed, costs, kept
 
+    say = table_printer(as_json)
     say(f"{chosen.name}: {chosen.summary}")
     say(f"{computed(chosen)}; also read by {', '.join(chosen.read_by)}")
     parts = {component: costs(chosen, component) for component in ("transformer", "text_encoder")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +11,7 @@ import click
 from ..checkpoint.detect import said_of_unused
 from ..checkpoint.model_card import model_folder
 from ..units import format_gb
-from . import print_json, say
+from . import print_json, table_printer
 
 
 @click.command(name="inspect")
@@ -25,14 +26,14 @@ def command(path: str, as_json: bool) -> None:
 
     report = inspect(model_folder(path))
     for part in report:
-        _describe(part)
+        _describe(part, table_printer(as_json))
     if as_json:
         print_json({"path": path, "parts": [_as_json(part) for part in report]})
     if any(part.refusal for part in report):
         raise click.exceptions.Exit(2)
 
 
-def _describe(part: Any) -> None:
+def _describe(part: Any, say: Callable[[str], None]) -> None:
     if part.refusal is not None:
         say(f"{part.name}: refused: {part.refusal}")
         return

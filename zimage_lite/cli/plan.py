@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..config import GenerateOptions
+from ..config import GenerateOptions, SchedulerConfig
 from ..errors import UserError
 from ..units import format_gb, parse_bytes
-from . import print_json, say
+from . import print_json, say, table_printer
 
 if TYPE_CHECKING:
     from ..memory.gpus import Gpu
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from ..memory.plan import Budgets, Plan
     from ..plan.model_sizes import Model
 
-_IMAGE = GenerateOptions()
 _RAM = "16GB"
 _HOMES = {"device": "stay", "pinned": "in pinned RAM", "pageable": "in pageable RAM", "file": "from the file each time"}
 
@@ -52,13 +51,13 @@ class _Prediction:
 )
 @click.option("--width", type=int, default=1024, show_default=True, help="Pixels, a multiple of 16.")
 @click.option("--height", type=int, default=1024, show_default=True, help="Pixels, a multiple of 16.")
-@click.option("--steps", type=int, default=_IMAGE.steps, show_default=True, help="Denoising steps.")
+@click.option("--steps", type=int, help="Denoising steps.  [default: the model's; Turbo 8, Base 30]")
 @click.option("--count", type=int, default=1, show_default=True, help="Images of this size.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw one step as a picture.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 def command(
     model: str | None, format_name: str | None, gpu_name: str | None, vram: str | None, ram: str | None, width: int,
-    height: int, steps: int, count: int, plot: Path | None, as_json: bool,
+    height: int, steps: int | None, count: int, plot: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Predict where the weights would live, the memory peaks, the time, and what bounds it, for any GPU.
 
@@ -72,8 +71,10 @@ def command(
         raise UserError("--count", got=count, expected="at least 1")
     wanted = GenerateOptions(width=width, height=height, steps=steps)
     limits = parse_bytes(vram) if vram else None, parse_bytes(ram) if ram else None
-    prediction = _predict(_sizes(model, format_name or "int8"), gpu_name, limits, wanted, count)
-    _describe(prediction, wanted)
+    sizes, schedule = _sizes(model, format_name or "int8")
+    wanted = replace(wanted, steps=steps or schedule.steps, guidance=schedule.guidance)
+    prediction = _predict(sizes, gpu_name, limits, wanted, count)
+    _describe(prediction, wanted, table_printer(as_json))
     if plot:
         from ..checkpoint.output import replacing
         from ..plan.timeline import as_svg
@@ -86,14 +87,15 @@ def command(
         print_json(_as_json(prediction, wanted))
 
 
-def _sizes(model: str | None, format_name: str) -> Model:
+def _sizes(model: str | None, format_name: str) -> tuple[Model, SchedulerConfig]:
     from ..plan.model_sizes import model_of, true_model
 
     if model is None:
-        return true_model(format_name)
+        return true_model(format_name), SchedulerConfig()
     from ..api import open_named
 
-    return model_of(open_named(model, {}))
+    files = open_named(model, {})
+    return model_of(files), files.scheduler
 
 
 def _predict(
@@ -104,7 +106,7 @@ def _predict(
     from ..plan.prediction import phases
 
     gpu, machines = _machines(gpu_name, *limits)
-    todo = phases(model, Job(*wanted.size, steps=wanted.step_count, images=count), machines[0])
+    todo = phases(model, Job(*wanted.size, wanted.step_count, bool(wanted.guidance), count), machines[0])
     budgets = budgets_in_force(machines[0], *limits)
     fast, slow = (plan_phases(todo, one, budgets) for one in machines)
     return _Prediction(model.name, gpu, budgets, count, fast, slow)
@@ -142,39 +144,39 @@ def _here() -> tuple[Gpu, Machine] | None:
     return gpu_here(hardware.device), machine_here(hardware)
 
 
-def _describe(prediction: _Prediction, wanted: GenerateOptions) -> None:
+def _describe(prediction: _Prediction, wanted: GenerateOptions, show: Callable[[str], None]) -> None:
     from ..plan.timeline import as_text
 
     gpu, budgets = prediction.gpu, prediction.budgets
     width, height = wanted.size
     images = f"{prediction.count} images of {width}x{height}" if prediction.count > 1 else f"{width}x{height}"
-    say(f"A prediction, nothing was run: {prediction.model}, {images}, {wanted.step_count} steps, {gpu.name}")
+    show(f"A prediction, nothing was run: {prediction.model}, {images}, {wanted.step_count} steps, {gpu.name}")
     watts = f"{gpu.watts[0]}-{gpu.watts[1]} W" if gpu.watts[0] < gpu.watts[1] else f"{gpu.watts[1]} W"
-    say(
+    show(
         f"at {watts}, copies at {gpu.link_gbps:g} GB/s (PCIe {gpu.pcie}); within {_gib(budgets.vram_bytes)} of GPU "
         f"memory and {format_gb(budgets.ram_bytes)} of RAM"
     )
-    say(f"{'phase':<9}{'on':<5}{'time':>16}{'GPU memory':>13}{'RAM':>10}  {'bound by':<10}how")
+    show(f"{'phase':<9}{'on':<5}{'time':>16}{'GPU memory':>13}{'RAM':>10}  {'bound by':<10}how")
     for fast, slow in zip(prediction.plans, prediction.slow_plans, strict=True):
         ram = format_gb(fast.peak_ram_bytes)
         time = _seconds(fast.total_ms, slow.total_ms)
         facts = f"{fast.phase:<9}{fast.device:<5}{time:>16}{_gib(fast.peak_vram_bytes):>13}{ram:>10}  {fast.bound_by}"
-        say(f"{facts:<65}{_how(fast)}".rstrip())
+        show(f"{facts:<65}{_how(fast)}".rstrip())
     total = [sum(plan.total_ms for plan in plans) for plans in (prediction.plans, prediction.slow_plans)]
-    say(f"{'together':<14}{_seconds(*total):>16}")
+    show(f"{'together':<14}{_seconds(*total):>16}")
     fast, slow = prediction.plans[1], prediction.slow_plans[1]
     homes = list(fast.homes.values())
     counts = [f"{homes.count(home)} {text}" for home, text in _HOMES.items() if home in homes]
     slots = f"; {fast.slots} slots of {format_gb(fast.slot_bytes)}" if fast.slots else ""
-    say(f"denoise: {len(homes)} blocks: {', '.join(counts)}{slots}")
-    say("beside them: " + ", ".join(f"{name} {format_gb(n_bytes)}" for name, n_bytes in fast.fixed.items()))
-    say(
+    show(f"denoise: {len(homes)} blocks: {', '.join(counts)}{slots}")
+    show("beside them: " + ", ".join(f"{name} {format_gb(n_bytes)}" for name, n_bytes in fast.fixed.items()))
+    show(
         f"a step: {fast.pass_ms:.0f}-{slow.pass_ms:.0f} ms, {format_gb(fast.link_bytes)} over the link, "
         f"{format_gb(fast.disk_bytes)} from the disk; the first takes {fast.startup_ms / 1000:.1f} s longer, to load"
     )
     for line in as_text(fast):
-        say(line)
-    say("(one step; digits: the slot of a block that passes through, #: blocks that stay, .: waiting)")
+        show(line)
+    show("(one step; digits: the slot of a block that passes through, #: blocks that stay, .: waiting)")
 
 
 def _how(plan: Plan) -> str:
