@@ -33,7 +33,7 @@ from make_checkpoint import random_weights  # noqa: E402
 
 from zimage_lite.config import VaeConfig  # noqa: E402
 from zimage_lite.memory.meter import Meter, rss_bytes  # noqa: E402
-from zimage_lite.memory.plan_vae import VaePlan, predict_decode  # noqa: E402
+from zimage_lite.memory.plan_vae import VaePlan, no_convolution, predict_decode  # noqa: E402
 from zimage_lite.model.linear import bind, shapes  # noqa: E402
 from zimage_lite.model.vae import Decoder  # noqa: E402
 from zimage_lite.pipeline.decode import decode_as_planned  # noqa: E402
@@ -157,7 +157,7 @@ def counted() -> list[dict[str, Any]]:
                 latent = torch.empty(16, height // 8, width // 8, device="meta")
                 with torch.inference_mode(), LiveBytes() as live:
                     decode_as_planned(decoder, latent, way)
-                predicted = predict_decode(VaeConfig(), height, width, dtype.itemsize, way, workspace=0).device_bytes
+                predicted = predict_decode(VaeConfig(), height, width, dtype.itemsize, way, no_convolution).device_bytes
                 rows.append(
                     {
                         "way": name, "size": f"{height}x{width}", "dtype": str(dtype).removeprefix("torch."),

@@ -3,17 +3,25 @@
 glibc takes pieces of up to 32 MB from a heap whose holes fill up with small things: after 35 layers of the text
 encoder, which hold 90 MB at a time, it had kept from 0 to 600 MB, another amount in each run (2 threads of a Zen 4).
 Mapping each piece anew instead (M_MMAP_THRESHOLD) made a denoising step twice as long; giving back after every block
-took 7 % more processor time.
+took 7 % more processor time. A decoder's bands are other pieces, of a few MB to 32 MB, between maps that stay, and its
+convolutions compute longer for each byte: there every piece is mapped, so that what is freed is gone.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 KEPT_BYTES = 2**26  # so much may stay: it is used again at once
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
+_MAPPED_BYTES = 2**20
+# Where glibc's own threshold ends, which rises with each mapped piece that is freed: at its first large tensor.
+_HIGHEST_BYTES = 2**25
 
 
 class _MallInfo(ctypes.Structure):
@@ -31,6 +39,28 @@ def give_back(kept_bytes: int = KEPT_BYTES) -> None:
     libc = _glibc()
     if libc is not None and libc.mallinfo2().fordblks > kept_bytes:
         libc.malloc_trim(0)
+
+
+@contextmanager
+def mapped() -> Iterator[None]:
+    """Meanwhile the whole process maps each piece of 1 MB or more on its own. Then glibc's thresholds are what they
+    had become by themselves. One that the user has set is left alone; nothing happens where there is no glibc."""
+    libc = _glibc()
+    if libc is None or _user_has_set_it():
+        yield
+        return
+    libc.malloc_trim(0)
+    libc.mallopt(_MMAP_THRESHOLD, _MAPPED_BYTES)
+    try:
+        yield
+    finally:
+        libc.mallopt(_MMAP_THRESHOLD, _HIGHEST_BYTES)
+        libc.mallopt(_TRIM_THRESHOLD, 2 * _HIGHEST_BYTES)
+
+
+def _user_has_set_it() -> bool:
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    return "MALLOC_MMAP_THRESHOLD_" in os.environ or "glibc.malloc.mmap_threshold" in tunables
 
 
 @cache

@@ -6,6 +6,7 @@ size computed again instead, first the input of that level, then the hidden maps
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -14,6 +15,26 @@ from ..config import VAE_FACTOR, VAE_QUERIES, VaeConfig
 _BAND_ROWS = (64, 32, 16)
 _SMALL_SHARE, _SMALL_BYTES = 500, 2**15  # vectors that norms are made of: 1/500 of the whole, and so many bytes more
 _SMALL_BAND_ROWS = (8, 4, 2)  # of the smallest way only: half of what they compute is computed twice
+
+# What a convolution takes inside, of the sizes of its input and its output.
+Inside = Callable[[int, int], int]
+
+
+def gpu_convolution(given: int, made: int) -> int:
+    """Assumed."""
+    return given + made
+
+
+def cpu_convolution(given: int, made: int) -> int:
+    """oneDNN's own layout, into which the input is copied and out of which the output is: one of them at a time.
+    Measured from 8 to 512 channels, 3x3 and 1x1 (Zen 3): never more, but for 3 channels that are made of 32, which it
+    pads to 8."""
+    return max(given, made)
+
+
+def no_convolution(_given: int, _made: int) -> int:
+    """For counts of tensors, which do not see inside."""
+    return 0
 
 
 @dataclass(frozen=True)
@@ -44,37 +65,67 @@ class VaePlan:
 
 
 @lru_cache(maxsize=32)
-def decode_ways(config: VaeConfig, height: int, width: int, item_bytes: int, host: bool) -> tuple[VaePlan, ...]:
-    """All of them, the whole image first. host: whether the maps may lie in the memory of a host that is not the
-    device."""
+def decode_ways(config: VaeConfig, height: int, width: int, item_bytes: int, gpu: bool) -> tuple[VaePlan, ...]:
+    """All of them, the whole image first. gpu: or else the CPU; beside a GPU, maps may lie in the host's memory."""
     ways = [VaePlan()]
     for choice in (VaePlan(1), VaePlan(1, store_input=False), VaePlan(1, store_input=False, store_hidden=False)):
         ways += [replace(choice, rows_per_band=rows) for rows in _BAND_ROWS]
     ways += [replace(ways[-1], rows_per_band=rows) for rows in _SMALL_BAND_ROWS]
-    ways += [VaePlan(rows, spilled=True) for rows in _BAND_ROWS * host]
-    return tuple(predict_decode(config, height, width, item_bytes, way) for way in ways if way.rows_per_band < height)
+    ways += [VaePlan(rows, spilled=True) for rows in _BAND_ROWS * gpu]
+    inside = gpu_convolution if gpu else cpu_convolution
+    ways = [way for way in ways if way.rows_per_band < height]
+    return tuple(predict_decode(config, height, width, item_bytes, way, inside) for way in ways)
 
 
 def predict_decode(
-    config: VaeConfig, height: int, width: int, item_bytes: int, way: VaePlan, workspace: float = 1.0
+    config: VaeConfig, height: int, width: int, item_bytes: int, way: VaePlan, inside: Inside = gpu_convolution
 ) -> VaePlan:
-    """The same way with its bytes. workspace: what a convolution takes inside, as a share of its input and output."""
-    walk = _Walk(way.rows_per_band or height, item_bytes, way.spilled, workspace)
+    """The same way with its bytes."""
+    walk = _Walk(way.rows_per_band or height, item_bytes, way.spilled, inside)
     walk.decode(config, height // VAE_FACTOR, width // VAE_FACTOR, way)
     plan = walk.took(way)
     if way.rows_per_band:
         return plan
-    # Input, normed input and output of a convolution at full size and the width of the last level but one, and the
-    # convolution's own workspace, which was as large again on the CPU.
-    return replace(plan, device_bytes=4 * height * width * config.block_out_channels[1] * item_bytes)
+    return replace(plan, device_bytes=_whole_bytes(config, height, width, item_bytes, inside) + _SMALL_BYTES)
 
 
 def predict_encode(
-    config: VaeConfig, height: int, width: int, item_bytes: int, way: VaePlan, workspace: float = 1.0
+    config: VaeConfig, height: int, width: int, item_bytes: int, way: VaePlan, inside: Inside = gpu_convolution
 ) -> VaePlan:
-    walk = _Walk(way.rows_per_band, item_bytes, way.spilled, workspace)
+    walk = _Walk(way.rows_per_band, item_bytes, way.spilled, inside)
     walk.encode(config, height, width, way)
     return walk.took(way)
+
+
+def _whole_bytes(c: VaeConfig, height: int, width: int, item: int, inside: Inside) -> int:
+    """The most that `Decoder.forward` holds. A residual block holds its input to its end; what is live at each
+    convolution: that, the hidden map, its normed input, its output, and what it takes inside."""
+    widths = list(reversed(c.block_out_channels))
+    pixels = height * width // 4 ** (len(widths) - 1)
+    latent = 4 * c.latent_channels * pixels
+
+    def res_block(n: int, m: int) -> int:
+        n, m = (channels * pixels * item for channels in (n, m))
+        shortcut = n + 2 * m + inside(n, m) if n != m else 0
+        return max(2 * n + m + inside(n, m), n + 3 * m + inside(m, m), shortcut)
+
+    # The middle: its input and that of the attention.
+    found, before = [2 * widths[0] * pixels * item + _attending(widths[0], pixels, item)], widths[0]
+    for level, channels in enumerate(widths):
+        found += [res_block(before, channels), res_block(channels, channels)]
+        before = channels
+        if level < len(widths) - 1:
+            coarse, pixels = channels * pixels * item, 4 * pixels
+            found.append(9 * coarse + inside(4 * coarse, 4 * coarse))
+    last, image = before * pixels * item, c.in_channels * pixels * item
+    return latent + max(*found, 2 * last + image + inside(last, image))
+
+
+def _attending(channels: int, pixels: int, item: int) -> int:
+    """Beside the input of the attention: the normed input, keys, values and output, and some queries at a time with
+    their scores."""
+    some = min(VAE_QUERIES, pixels)
+    return 4 * channels * pixels * item + 5 * some * channels * item + some * pixels * 8
 
 
 @dataclass(slots=True)
@@ -113,8 +164,8 @@ class _Walk:
     """Goes through the model as `Banded` does. most: the highest sum of the maps and of what a band takes. flops,
     traffic, reads: of all bands together; those at an edge count as if they were inside."""
 
-    def __init__(self, band: int, item: int, spilled: bool, workspace: float) -> None:
-        self.band, self.item, self.spilled, self.workspace = band, item, spilled, workspace
+    def __init__(self, band: int, item: int, spilled: bool, inside: Inside) -> None:
+        self.band, self.item, self.spilled, self.inside = band, item, spilled, inside
         self.live = self.most = self.live_spilled = self.most_spilled = 0
         self.flops = self.attention_flops = self.traffic = 0.0
         self.reads = 0
@@ -174,9 +225,9 @@ class _Walk:
 
     def mid_block(self, x: _Rows) -> _Rows:
         x = self.res_block(x, x.channels)
-        whole, some = x.values(x.height), min(VAE_QUERIES, x.height * x.width)
+        whole = x.values(x.height)
         normed = whole * (4 if self.item == 4 else 4 + self.item)
-        attending = 4 * whole * self.item + 5 * some * x.channels * self.item + some * x.height * x.width * 8
+        attending = _attending(x.channels, x.height * x.width, self.item)
         self.peak(max(normed, attending) + whole * self.item * self.spilled)
         self.attention_flops += 4 * whole * x.height * x.width
         self.flops += 8 * whole * x.channels
@@ -288,8 +339,9 @@ class _Walk:
         source, wanted = x.sources[0], (rows - 1) * x.stride + x.kernel
         most, inner = self.read(source, wanted)
         if x.kernel == 1:
-            return max(most, inner + n_bytes), n_bytes
+            given = source.values(wanted) * self.item
+            return max(most, inner + n_bytes + self.inside(given, n_bytes)), n_bytes
         padded = source.values(wanted) * self.item
         edge = self.read(source, wanted - 1)[1] + padded
-        inside = int(self.workspace * (padded + n_bytes))
+        inside = self.inside(padded, n_bytes)
         return max(most, edge, max(inner, padded) + n_bytes + inside), n_bytes

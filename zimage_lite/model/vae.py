@@ -5,6 +5,7 @@ Both work on a single image: [channels, height, width]. Module names follow diff
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -76,54 +77,53 @@ class MidBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """The convolution that goes with halving or doubling the size."""
-
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.conv = conv
 
+
+class Halving(Resample):
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # one row and column, at the far ends only
+
+
+class Doubling(Resample):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Level(nn.Module):
-    """Residual blocks at one size, then a change of size unless it is the last level."""
+    """Residual blocks at one size, then a change of size unless it is the last level. Has no `forward`: who calls one
+    holds its input until it ends, a map of the largest size that nothing reads any more."""
 
     def __init__(self, in_channels: int, out_channels: int, n_blocks: int, config: VaeConfig) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * n_blocks
         self.resnets = nn.ModuleList([ResBlock(a, b, config) for a, b in pairwise(widths)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for resnet in self.resnets:
-            x = resnet(x)
-        return self.resample(x)
-
-    def resample(self, x: Tensor) -> Tensor:
-        return x
+    def layers(self) -> Iterator[nn.Module]:
+        for part in self.children():
+            assert isinstance(part, nn.ModuleList)
+            yield from part
 
 
 class DownLevel(Level):
     def __init__(self, in_channels: int, out_channels: int, config: VaeConfig, last: bool) -> None:
         super().__init__(in_channels, out_channels, config.layers_per_block, config)
-        convs = [] if last else [Resample(_conv(out_channels, out_channels, stride=2, padding=0))]
+        convs = [] if last else [Halving(_conv(out_channels, out_channels, stride=2, padding=0))]
         self.downsamplers = nn.ModuleList(convs)
-
-    def resample(self, x: Tensor) -> Tensor:
-        for sampler in self.downsamplers:
-            x = sampler(F.pad(x, (0, 1, 0, 1)))  # one row and column, at the far ends only
-        return x
 
 
 class UpLevel(Level):
     def __init__(self, in_channels: int, out_channels: int, config: VaeConfig, last: bool) -> None:
         super().__init__(in_channels, out_channels, config.layers_per_block + 1, config)
-        self.upsamplers = nn.ModuleList([] if last else [Resample(_conv(out_channels, out_channels))])
+        self.upsamplers = nn.ModuleList([] if last else [Doubling(_conv(out_channels, out_channels))])
 
-    def resample(self, x: Tensor) -> Tensor:
-        for sampler in self.upsamplers:
-            x = sampler(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return x
+
+def _layers(levels: nn.ModuleList) -> Iterator[nn.Module]:
+    for level in levels:
+        assert isinstance(level, Level)
+        yield from level.layers()
 
 
 def _pairs(widths: list[int]) -> list[tuple[int, int, bool]]:
@@ -146,8 +146,8 @@ class Encoder(nn.Module):
         """[3, height, width] in [-1, 1] -> the most likely latent, [latent_channels, height/8, width/8], scaled as
         the transformer wants it."""
         x = self.conv_in(image.unsqueeze(0))
-        for level in self.down_blocks:
-            x = level(x)
+        for layer in _layers(self.down_blocks):
+            x = layer(x)
         x = self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x)), inplace=True))
         mean, _log_variance = x[0].chunk(2)
         return (mean - self.config.shift_factor) * self.config.scaling_factor
@@ -169,8 +169,8 @@ class Decoder(nn.Module):
         compute dtype, about [-1, 1]."""
         raw = latent / self.config.scaling_factor + self.config.shift_factor
         x = self.mid_block(self.conv_in(raw.unsqueeze(0).to(self.conv_in.weight.dtype)))
-        for level in self.up_blocks:
-            x = level(x)
+        for layer in _layers(self.up_blocks):
+            x = layer(x)
         return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))[0]
 
 

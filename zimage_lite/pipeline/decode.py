@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import cached_property, partial
 from typing import cast
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.model_files import ModelFiles
+from ..memory.heap import mapped
 from ..memory.plan import Plan
 from ..memory.plan_vae import VaePlan
 from ..model.banded import Banded
@@ -44,7 +46,7 @@ class Decode:
             with meter.phase("decode"):
                 read_into(model, self.component.rest, hardware)
             for latent in latents[done:]:
-                with meter.phase("decode"):
+                with meter.phase("decode"), mapped() if hardware.device.type == "cpu" else nullcontext():
                     image = decode_as_planned(decoder, latent.to(hardware.device), plan.way)
                     require_finite([image], self.model.vae, "the decoded image", hardware.dtype)
                     pixels = to_pixels(image).cpu()
