@@ -96,8 +96,8 @@ def diffusers_image(diffusers_pipeline: Any, case: GenerateOptions) -> torch.Ten
         case.prompt,
         height=case.height,
         width=case.width,
-        num_inference_steps=case.steps,
-        guidance_scale=case.guidance,
+        num_inference_steps=case.steps or 8,
+        guidance_scale=case.guidance or 0.0,
         negative_prompt=case.negative if case.guidance else None,
         generator=torch.Generator("cpu").manual_seed(case.seed),
     )
