@@ -5,8 +5,9 @@ Pure data: importing this module loads neither torch nor any other heavy library
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import InitVar, dataclass, fields
 from typing import Any, TypeVar
 
 from .errors import UserError
@@ -24,6 +25,7 @@ DEFAULT_SIZE = 1024  # pixels each way, where the model's card names no other
 # GeForce: those of the kernels (HALF_RATE_SUMS), for the planner, which imports no torch.
 FLOAT16_SUMS = frozenset({(8, 6), (8, 9), (12, 0)})
 MAX_STEPS = 1000  # as many as the model was trained with
+RANDOM_SEED = -1  # stands for one that is drawn
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "bf16", "fp16", "fp32")
@@ -146,8 +148,13 @@ class SchedulerConfig:
 
     @property
     def steps(self) -> int:
-        """Its default. Base: the least that its authors name is 28."""
+        """Its default."""
         return 30 if self.undistilled else 8
+
+    @property
+    def least_steps(self) -> int:
+        """That its authors name."""
+        return 28 if self.undistilled else 8
 
     @property
     def guidance(self) -> float:
@@ -160,7 +167,10 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """One image, as asked for. `guidance` counts as in diffusers: 0 is off. None: what the model says of itself."""
+    """One image, as asked for. None: what the model says of itself.
+
+    seed: -1 draws one. guidance: as diffusers counts, 0 is off; cfg: the same as ComfyUI counts, 1 is off.
+    """
 
     prompt: str = ""
     width: int | None = None
@@ -170,6 +180,7 @@ class GenerateOptions:
     guidance: float | None = None
     negative: str = ""
     shift: float | None = None
+    cfg: InitVar[float | None] = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -183,7 +194,11 @@ class GenerateOptions:
         assert self.steps is not None, "Pipeline.complete fills it in"
         return self.steps
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, cfg: float | None) -> None:
+        if cfg is not None:
+            object.__setattr__(self, "guidance", self._guidance_of(cfg))
+        if self.seed == RANDOM_SEED:
+            object.__setattr__(self, "seed", secrets.randbelow(2**32))  # as many as other programs have
         if self.steps is not None and not 1 <= self.steps <= MAX_STEPS:
             raise UserError("--steps", got=self.steps, expected=f"a number from 1 to {MAX_STEPS} (Turbo is made for 8)")
         for flag, pixels in (("--width", self.width), ("--height", self.height)):
@@ -199,6 +214,13 @@ class GenerateOptions:
             raise UserError("--guidance", got=self.guidance, expected="0 (off) or more")
         if self.shift is not None and not 0 < self.shift < _INFINITE:
             raise UserError("--shift", got=self.shift, expected="more than 0 (Turbo 3, Base 6)")
+
+    def _guidance_of(self, cfg: float) -> float:
+        if self.guidance is not None:
+            raise UserError("--cfg and --guidance are one setting, counted in two ways", fix="name one of them")
+        if not 1 <= cfg < _INFINITE:
+            raise UserError("--cfg", got=cfg, expected="1 (off) or more")
+        return round(cfg - 1, 6)  # 4.1 is 3.1, and not a rounding error less
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from zimage_lite.api import load
 from zimage_lite.checkpoint.model_files import ModelFiles, open_model
-from zimage_lite.cli.generate import options_of, requests_of
 from zimage_lite.config import GenerateOptions, SchedulerConfig
-from zimage_lite.errors import UserError
 from zimage_lite.pipeline.advice import advice
 from zimage_lite.pipeline.drawing import Pipeline
 
@@ -29,6 +28,7 @@ def told(model: ModelFiles, *requests: GenerateOptions) -> list[str]:
 
 def test_nothing_to_say(model: ModelFiles) -> None:
     plain = ("a red fox", "", "a (small) fox: red, 3:4, <3", "BREAKFAST", "the embedding layer")
+    plain += ("a picture (16:9)", "a clock (at 10:30)", "a verse (John 3:16)")
     assert told(model, *(replace(PLAIN, prompt=prompt) for prompt in plain)) == []
 
 
@@ -37,6 +37,7 @@ def test_nothing_to_say(model: ModelFiles) -> None:
     [
         ("a fox <lora:detail:0.8>", "<lora:detail:0.8>"),
         ("a (red:1.3) fox", "(red:1.3)"),
+        ("a ((1girl, smiling:.9)) fox", "(1girl, smiling:.9)"),
         ("a fox BREAK snow", "BREAK"),
         ("a fox, embedding:easyneg", "embedding:easyneg"),
     ],
@@ -49,7 +50,9 @@ def test_markup_is_text(prompt: str, read: str, model: ModelFiles) -> None:
 def test_a_long_prompt_is_cut_where_it_says(model: ModelFiles) -> None:
     words = [f"word{number}" for number in range(400)]
     long = " ".join(words)
-    (line,) = told(model, replace(PLAIN, prompt=long), replace(PLAIN, prompt=f"{long} more"))
+    (line,) = told(model, PLAIN, replace(PLAIN, prompt=long))
+    (both,) = told(model, replace(PLAIN, prompt=long), replace(PLAIN, prompt=f"{long} more"))
+    assert both.startswith("2 prompts are too long: the first has")
     tokens, used = model.tokenizer.cut(long)
     assert f"{tokens} tokens with its frame, 512 are used" in line and line.endswith(f"'...{used[-40:]}'")
     # What is used gives the same ids, and a letter more would not fit: the frame's end is cut with the rest.
@@ -71,26 +74,19 @@ def test_base_is_drawn_as_base(model: ModelFiles) -> None:
     complete = Pipeline(base).complete(GenerateOptions("a red fox"))
     assert (complete.steps, complete.guidance, complete.shift) == (30, 4.0, 6.0)
     assert told(base, complete) == []
-    (line,) = told(base, replace(complete, steps=8, guidance=0.0))
+    assert told(base, replace(complete, steps=28)) == []
+    (line,) = told(base, complete, replace(complete, steps=8, guidance=0.0))
     assert "undistilled" in line and "got 8 and 0" in line
     complete = Pipeline(model).complete(GenerateOptions("a red fox"))
     assert (complete.steps, complete.guidance, complete.shift) == (8, 0.0, 3.0)
 
 
-def test_cfg_counts_from_one() -> None:
-    assert options_of({"guidance": None}, 5.0).guidance == 4.0
-    assert options_of({"guidance": None}, 1.0).guidance == 0.0
-    assert options_of({"guidance": None}, None).guidance is None
-    with pytest.raises(UserError, match="one setting"):
-        options_of({"guidance": 1.0}, 2.0)
-    for wrong in (0.5, float("nan")):
-        with pytest.raises(UserError, match="--cfg"):
-            options_of({"guidance": None}, wrong)
-
-
-def test_a_random_seed_in_a_file(tmp_path: Path) -> None:
-    lines = ('{"prompt": "x", "seed": "random"}', '{"prompt": "y", "seed": -1}', '{"prompt": "z"}')
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    drawn = requests_of([], tmp_path / "a.jsonl", GenerateOptions(seed=3), 2)
-    seeds = [request.seed for request in drawn]
-    assert seeds[4:] == [3, 4] and seeds[1] == seeds[0] + 1 and len({seeds[0], seeds[2], 3}) == 3
+def test_whoever_draws_is_told_once(tiny: Path) -> None:
+    """The same from Python as on the command line."""
+    said: list[str] = []
+    pipeline = load(tiny, device="cpu", tell=said.append)
+    requests = [GenerateOptions("a <lora:x:1> fox", 64, 64, steps=1, seed=seed) for seed in (1, 2)]
+    list(pipeline.images(requests))
+    assert [line[:12] for line in said] == ["<lora:x:1> i"]
+    Pipeline(pipeline.model, pipeline.options, said.append, advises=False).generate(requests[:1])
+    assert len(said) == 1

@@ -44,6 +44,16 @@ def test_the_comment_is_exifs(suffix: str, tmp_path: Path) -> None:
     assert json.loads(comment[8:].decode("utf-16-be")) == RECIPE
 
 
+@pytest.mark.parametrize("suffix", KINDS)
+def test_no_prompt_is_too_long_for_its_picture(suffix: str, tmp_path: Path) -> None:
+    """A JPEG holds 64 kB of EXIF, and of a prompt 512 tokens are read."""
+    long = "狐 " * 50_000
+    save(tmp_path / f"a{suffix}", ramp(), {**RECIPE, "prompt": long})
+    found = recipe_of(tmp_path / f"a{suffix}")
+    assert long.startswith(found["prompt"]) and len(found["prompt"]) > 10_000
+    assert str(found["seed"]) == "7"
+
+
 def test_pictures_of_others_say_nothing(tmp_path: Path) -> None:
     for name in ("a.png", "a.jpg", "a.webp"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)

@@ -18,7 +18,8 @@ from ..pipeline.pictures import save
 from ..units import parse_bytes
 from . import leaving_at_once, print_json, say
 from .generate import command as generate
-from .generate import options_of, recipe, requests_of
+from .generate import recipe
+from .requests import requests_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -50,7 +51,7 @@ _AS_IN_GENERATE = {
 def command(
     reference: str, quantized: tuple[str, ...], prompts: tuple[str, ...], prompt_file: Path | None, out: Path,
     count: int, vram: str | None, ram: str | None, device: str, dtype: str, backend: str, compute: str,
-    as_json: bool, cfg: float | None, **image: Any,
+    as_json: bool, **image: Any,
 ) -> None:  # fmt: skip
     """Draw the same prompts and seeds with several models, and say how alike the pictures are.
 
@@ -59,7 +60,7 @@ def command(
     memory. PSNR and SSIM of each picture, LPIPS if the package lpips is installed, seconds, peak memory and size of
     the files; `zimage-lite report` makes a table of the .json.
     """
-    requests = requests_of(prompts, prompt_file, options_of(image, cfg), count)
+    requests = requests_of(prompts, prompt_file, GenerateOptions(**image), count)
     limits = {"vram_bytes": parse_bytes(vram) if vram else None, "ram_bytes": parse_bytes(ram) if ram else None}
     options = RuntimeOptions(device, dtype, backend, cache=False, compute=compute, **limits)
     _require_place(out)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,27 +19,13 @@ from ..memory.meter import peak_rss_bytes
 from ..pipeline.pictures import require_kind, save
 from ..units import format_gb, parse_bytes
 from . import leaving_at_once, print_json, say
+from .requests import Seed, requests_of
 
 if TYPE_CHECKING:
     from ..pipeline.drawing import Pipeline
 
 _IMAGE = GenerateOptions()
 _PATH = click.Path(path_type=Path)
-_MAX_IMAGES = 10_000
-
-
-class _Seed(click.ParamType):
-    """A whole number, or random."""
-
-    name = "integer|random"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if value in ("random", "-1", -1):
-            return secrets.randbelow(2**32)  # as many as other programs have
-        try:
-            return int(value)
-        except ValueError:
-            self.fail(f"got {value!r}, expected a whole number or random", param, ctx)
 
 
 @click.command(name="generate")
@@ -52,7 +35,7 @@ class _Seed(click.ParamType):
     "prompt_file",
     type=_PATH,
     metavar="FILE.jsonl",
-    help="One JSON object a line: prompt, and seed (a number or random), width, height if wanted.",
+    help="One JSON object a line: prompt, and what of seed, width, height, steps, guidance, cfg, negative is its own.",
 )
 @click.option(
     "--model",
@@ -73,7 +56,7 @@ class _Seed(click.ParamType):
 @click.option("--steps", type=int, help="Denoising steps.  [default: the model's; Turbo 8, Base 30]")
 @click.option(
     "--seed",
-    type=_Seed(),
+    type=Seed(),
     default=str(_IMAGE.seed),
     show_default=True,
     help="Seed of the first image; the next ones count up. random (or -1) draws one.",
@@ -129,7 +112,7 @@ def command(
     prompts: tuple[str, ...], prompt_file: Path | None, model: str | None, out: Path, count: int,
     vram: str | None, ram: str | None, device: str, dtype: str, backend: str, compute: str, no_cache: bool,
     as_json: bool, transformer: Path | None, text_encoder: Path | None, vae: Path | None, tokenizer: Path | None,
-    cfg: float | None, **image: Any,
+    **image: Any,
 ) -> None:  # fmt: skip
     """Draw images from prompts.
 
@@ -137,7 +120,7 @@ def command(
     """
     parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
     model = _model(model, parts)
-    requests = requests_of(prompts, prompt_file, options_of(image, cfg), count)
+    requests = requests_of(prompts, prompt_file, GenerateOptions(**image), count)
     options = RuntimeOptions(
         device,
         dtype,
@@ -151,13 +134,12 @@ def command(
 
     with leaving_at_once():
         from ..api import open_named
-        from ..pipeline.advice import advice
         from ..pipeline.drawing import Pipeline
     from .progress import phase_progress
 
     pipeline = Pipeline(open_named(model, parts), options, tell=lambda line: say(f"note: {line}"))
     requests = [pipeline.complete(request) for request in requests]
-    for note in (*_notes(model, pipeline), *_words(prompts), *advice(requests, pipeline.model)):
+    for note in (*_notes(model, pipeline), *_words(prompts)):
         say(f"note: {note}")
     with phase_progress() as progress:
         for index, pixels in pipeline.images(requests, progress):
@@ -183,17 +165,6 @@ def _model(model: str | None, parts: Mapping[str, Path | None]) -> str | None:
     return None
 
 
-def options_of(image: Mapping[str, Any], cfg: float | None) -> GenerateOptions:
-    """image: the options of one; cfg: guidance as ComfyUI counts it, None where it is not given."""
-    if cfg is None:
-        return GenerateOptions(**image)
-    if image["guidance"] is not None:
-        raise UserError("--cfg and --guidance are one setting, counted in two ways", fix="name one of them")
-    if not cfg >= 1:
-        raise UserError("--cfg", got=f"{cfg:g}", expected="1 (off) or more")
-    return GenerateOptions(**{**image, "guidance": cfg - 1})
-
-
 def _words(prompts: Sequence[str]) -> Iterator[str]:
     """Several prompts of one word each are probably one that nobody quoted."""
     if len(prompts) > 1 and not any(" " in prompt.strip() for prompt in prompts):
@@ -215,52 +186,6 @@ def _notes(model: str | None, pipeline: Pipeline) -> Iterator[str]:
     if model == DEMO:
         width, height = pipeline.model.default_size
         yield f"the built-in demo draws one simple shape at {width}x{height}; for Z-Image-Turbo, name it with --model"
-
-
-def requests_of(
-    prompts: Sequence[str], prompt_file: Path | None, base: GenerateOptions, count: int
-) -> list[GenerateOptions]:
-    """All images in order: every prompt `count` times, seeds counting up."""
-    if not 1 <= count <= _MAX_IMAGES:
-        raise UserError("--count", got=count, expected=f"a number from 1 to {_MAX_IMAGES}")
-    wanted = [replace(base, prompt=prompt) for prompt in prompts] + (
-        _read_prompts(prompt_file, base) if prompt_file else []
-    )
-    if not wanted:
-        raise UserError("no prompt", fix='say what to draw, such as "a red circle"')
-    return [replace(request, seed=request.seed + i) for request in wanted for i in range(count)]
-
-
-def _read_prompts(path: Path, base: GenerateOptions) -> list[GenerateOptions]:
-    fields: dict[str, type] = {"prompt": str, "seed": int, "width": int, "height": int}
-    requests = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold what splitlines would split at
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text in UTF-8") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON") from error
-        if not isinstance(values, dict) or "prompt" not in values:
-            raise UserError(where, got=line[:60], expected='an object such as {"prompt": "...", "seed": 1}')
-        if values.get("seed") in ("random", -1):
-            values["seed"] = _Seed().convert("random", None, None)
-        for name, value in values.items():
-            if name not in fields or not isinstance(value, fields[name]) or isinstance(value, bool):
-                raise UserError(
-                    f"{where}: {name}",
-                    got=repr(value)[:60],
-                    expected=f"one of {', '.join(fields)} with a fitting value",
-                )
-        requests.append(replace(base, **values))
-    return requests
 
 
 def _output_paths(out: Path, count: int) -> list[Path]:

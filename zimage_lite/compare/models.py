@@ -63,7 +63,10 @@ def opened(reference: str, others: Sequence[str], options: RuntimeOptions, tell:
         files = _open(name, reference)
         _require_same_sizes(files, first)
         found[_label(files.name, found)] = files
-    return {label: Pipeline(files, options, partial(_told_of, tell, label)) for label, files in found.items()}
+    return {
+        label: Pipeline(files, options, partial(_told_of, tell, label), advises=files is first)
+        for label, files in found.items()
+    }
 
 
 def _told_of(tell: Tell, label: str, line: str) -> None:

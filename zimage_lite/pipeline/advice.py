@@ -1,4 +1,4 @@
-"""What a request probably means otherwise, or what of it is not followed: a line for each kind. Pure."""
+"""What of requests is not followed, or probably meant otherwise: a line for each kind. Pure."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ..checkpoint.model_files import ModelFiles
 from ..config import MAX_PROMPT_TOKENS, GenerateOptions, SchedulerConfig
+from .steps import texts
 
 _ENDING = 40  # characters of the prompt's last words that are used
 
 # What other programs read in a prompt. Here, as in diffusers, all of it is text to the encoder.
 _MARKUP: tuple[tuple[str, str], ...] = (
     (r"<(?:lora|lyco|hypernet):[^<>]*>", "is read as text: adapters cannot be loaded yet"),
-    (r"\([^()]*:\s*-?[\d.]+\s*\)", "is read as text: weights of words have no effect on this model's encoder"),
+    # A time, a ratio, a verse have digits before the colon, or two after it.
+    (
+        r"\([^()]*[^():\d\s]\s*:\s*-?(?:\d?\.\d+|\d)\s*\)",
+        "is read as text: weights of words have no effect on this model's encoder",
+    ),
     (r"\bBREAK\b", "is read as text: the prompt is one sequence"),
     (r"\bembedding:\S+", "is read as text: there are no textual inversions for this encoder"),
 )
@@ -21,22 +26,24 @@ _MARKUP: tuple[tuple[str, str], ...] = (
 
 def advice(requests: Sequence[GenerateOptions], model: ModelFiles) -> Iterator[str]:
     """requests: complete. Each kind once, however many requests there are."""
-    prompts = list(dict.fromkeys(request.prompt for request in requests))
+    prompts = list(dict.fromkeys(text for request in requests for text in texts(request)))
     yield from _cut(prompts, model.tokenizer.cut)
     yield from _markup(prompts)
-    yield from _schedule(requests[0], model.scheduler)
+    if any(request.negative and not request.guidance for request in requests):
+        yield "--negative has no effect without --guidance"
+    settings = dict.fromkeys((request.step_count, request.guidance or 0.0) for request in requests)
+    yield from _schedule(list(settings), model.scheduler)
 
 
 def _cut(prompts: Sequence[str], cut: Callable[[str], tuple[int, str]]) -> Iterator[str]:
     """cut: prompt -> its tokens, with the frame, and how much of it is used."""
-    for prompt in prompts:
-        tokens, used = cut(prompt)
-        if tokens > MAX_PROMPT_TOKENS:
-            yield (
-                f"the prompt has {tokens} tokens with its frame, {MAX_PROMPT_TOKENS} are used; "
-                f"it ends at '...{used[-_ENDING:]}'"
-            )
-            return
+    found = [(tokens, used) for tokens, used in map(cut, prompts) if tokens > MAX_PROMPT_TOKENS]
+    for tokens, used in found[:1]:
+        which = "the prompt" if len(found) == 1 else f"{len(found)} prompts are too long: the first"
+        yield (
+            f"{which} has {tokens} tokens with its frame, {MAX_PROMPT_TOKENS} are used; "
+            f"it ends at '...{used[-_ENDING:]}'"
+        )
 
 
 def _markup(prompts: Sequence[str]) -> Iterator[str]:
@@ -46,17 +53,18 @@ def _markup(prompts: Sequence[str]) -> Iterator[str]:
             break
 
 
-def _schedule(request: GenerateOptions, scheduler: SchedulerConfig) -> Iterator[str]:
-    steps, guidance = request.steps or 0, request.guidance or 0.0
-    if request.negative and not guidance:
-        yield "--negative has no effect without --guidance"
-    if scheduler.undistilled and (steps < scheduler.steps or not guidance):
-        yield (
-            f"this is the undistilled Z-Image (shift {scheduler.shift:g}), made for 28 to 50 steps and --guidance 3 to "
-            f"5; got {steps} and {guidance:g}"
-        )
-    if guidance and not scheduler.undistilled:
-        yield (
-            f"--guidance {guidance:g} is cfg {guidance + 1:g} in ComfyUI, where 1 is off; Turbo is made for 0, and "
-            "guidance doubles the time"
-        )
+def _schedule(settings: Sequence[tuple[int, float]], scheduler: SchedulerConfig) -> Iterator[str]:
+    """settings: steps and guidance, each pair once. Of those that the model is not made for, the first."""
+    for steps, guidance in settings:
+        if scheduler.undistilled and (steps < scheduler.least_steps or not guidance):
+            yield (
+                f"this is the undistilled Z-Image (shift {scheduler.shift:g}), made for {scheduler.least_steps} to 50 "
+                f"steps and --guidance 3 to 5; got {steps} and {guidance:g}"
+            )
+            return
+        if guidance and not scheduler.undistilled:
+            yield (
+                f"--guidance {guidance:g} is cfg {guidance + 1:g} in ComfyUI, where 1 is off; Turbo is made for 0, and "
+                "guidance doubles the time"
+            )
+            return

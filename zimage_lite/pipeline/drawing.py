@@ -24,6 +24,7 @@ from ..memory.plan import Plan
 from ..plan.job import Job
 from ..plan.model_sizes import model_of
 from ..plan.retry import Tell, Ways
+from .advice import advice
 from .backends import choose_for
 from .decode import Decode
 from .denoise import Denoise
@@ -48,11 +49,13 @@ class Pipeline:
     """Holds no weights between calls, only open headers. `meter` and `plans` tell what the last call used.
 
     tell: takes a line for the user: what else runs than they might expect, or that memory ran out and less is used.
+    advises: whether it also takes what of requests is not followed or probably meant otherwise.
     """
 
     model: ModelFiles
     options: RuntimeOptions = field(default_factory=RuntimeOptions)
     tell: Tell = silent
+    advises: bool = True
 
     def __post_init__(self) -> None:
         hardware, self.sizes = probe(self.options.device, self.options.dtype), model_of(self.model)
@@ -81,6 +84,8 @@ class Pipeline:
 
     def _drawn(self, requests: Sequence[GenerateOptions], progress: Progress) -> Iterator[tuple[int, Tensor]]:
         todo, within = self._planned(requests), self.work.planning.within
+        for line in advice(requests, self.model) if self.advises else ():
+            self.tell(line)
         self.work.begin()
         embeddings = todo.kept
         if todo.encode:

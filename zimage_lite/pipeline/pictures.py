@@ -21,6 +21,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ".webp": ("WEBP", {"quality": 95}),
 }
 _EXIF_IFD, _USER_COMMENT, _UNICODE = 0x8769, 0x9286, b"UNICODE\0"  # what follows the last is UTF-16
+_COMMENT_BYTES = 60_000  # all of EXIF stands in one segment of a JPEG, at most 65,533 bytes
 
 
 def require_kind(path: Path) -> None:
@@ -42,11 +43,18 @@ def save(path: Path, pixels: Tensor, recipe: Mapping[str, Any]) -> None:
         options = {"pnginfo": info}
     else:
         exif = Image.Exif()
-        text = json.dumps(dict(recipe), ensure_ascii=False)
-        exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _UNICODE + text.encode("utf-16-be")
+        exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _comment(recipe)
         options = {**options, "exif": exif}
     with replacing(path) as partial:
         Image.fromarray(pixels.numpy()).save(partial, format=kind, **options)
+
+
+def _comment(recipe: Mapping[str, Any]) -> bytes:
+    """A JPEG has no room for more: the longest text is cut, far behind what the model reads of a prompt."""
+    while len(text := json.dumps(dict(recipe), ensure_ascii=False).encode("utf-16-be")) > _COMMENT_BYTES:
+        longest = max(recipe, key=lambda name: len(str(recipe[name])))
+        recipe = {**recipe, longest: str(recipe[longest])[: len(str(recipe[longest])) * 3 // 4]}
+    return _UNICODE + text
 
 
 def recipe_of(path: Path) -> dict[str, Any]:

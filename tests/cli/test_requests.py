@@ -1,0 +1,87 @@
+"""What is asked for, in every way of asking: options, lines of a file, Python."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from zimage_lite.cli import run
+from zimage_lite.cli.requests import requests_of
+from zimage_lite.config import GenerateOptions
+from zimage_lite.errors import UserError
+
+
+def lines(folder: Path, *objects: dict[str, Any]) -> Path:
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, objects)), encoding="utf-8")
+    return folder / "a.jsonl"
+
+
+def test_cfg_counts_from_one() -> None:
+    """ComfyUI adds cfg times a difference to the negative side, diffusers guidance times it to the positive one."""
+    assert GenerateOptions(cfg=1.0).guidance == 0.0
+    assert GenerateOptions(cfg=4.1).guidance == 3.1
+    assert GenerateOptions().guidance is None
+    assert replace(GenerateOptions(cfg=5.0), prompt="x").guidance == 4.0
+    with pytest.raises(UserError, match="one setting"):
+        GenerateOptions(guidance=1.0, cfg=2.0)
+    for wrong in (0.5, float("nan"), float("inf"), 10**400):
+        with pytest.raises(UserError, match="--cfg"):
+            GenerateOptions(cfg=wrong)
+
+
+def test_a_line_has_its_own_settings(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path,
+        {"prompt": "a", "cfg": 3, "steps": 4},
+        {"prompt": "b", "guidance": 0},
+        {"prompt": "c", "negative": "d"},
+    )
+    a, b, c = requests_of([], path, GenerateOptions(guidance=5.0, steps=9), 1)
+    assert (a.guidance, a.steps, b.guidance, b.steps, c.guidance, c.negative) == (2.0, 4, 0, 9, 5.0, "d")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"cfg": 3, "guidance": 2}, {"cfg": 0}, {"steps": 0}, {"seed": "any"}, {"guidance": True}, {"cfg": "3"}]
+)
+def test_a_wrong_line_is_named(wrong: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2: "):
+        requests_of([], lines(tmp_path, {"prompt": "a"}, {"prompt": "b", **wrong}), GenerateOptions(), 1)
+
+
+def test_random_seeds(tmp_path: Path) -> None:
+    """One draw a line, from which its images count up; what is drawn stays, whatever else changes."""
+    path = lines(tmp_path, {"prompt": "x", "seed": "random"}, {"prompt": "y", "seed": -1}, {"prompt": "z"})
+    seeds = [request.seed for request in requests_of([], path, GenerateOptions(seed=3), 2)]
+    assert seeds[4:] == [3, 4]
+    assert seeds[1] == seeds[0] + 1
+    assert len({seeds[0], seeds[2], 3}) == 3
+    drawn = GenerateOptions(seed=-1)
+    assert 0 <= drawn.seed < 2**32
+    assert replace(drawn, prompt="x").seed == drawn.seed
+
+
+@pytest.mark.parametrize("seed", ["random", "-1"])
+def test_a_drawn_seed_is_said_and_kept(
+    seed: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "x.png"
+    size = ["--width", "64", "--height", "64", "--steps", "1", "--device", "cpu"]
+    assert run(["generate", "x", "--model", str(tiny), "-o", str(out), "--seed", seed, "--json", *size]) == 0
+    printed = capsys.readouterr()
+    (drawn,) = json.loads(printed.out)["seeds"]
+    assert f"{out}  seed {drawn}" in printed.err.splitlines()
+    assert Image.open(out).text["seed"] == str(drawn)
+
+
+def test_words_without_quotes(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--model", str(tiny), "--width", "64", "--height", "64", "--steps", "1", "-o", str(tmp_path / "x.png")]
+    assert run(["generate", "a", "red", "fox", *more]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
+    assert notes == ['note: these are 3 prompts, a picture each; for one picture, quote it: "a red fox"']
+    assert run(["generate", "a red fox", "a cat", *more]) == 0
+    assert "note:" not in capsys.readouterr().err

@@ -1,0 +1,94 @@
+"""What is to be drawn, from the command line and from files of prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..config import RANDOM_SEED, GenerateOptions
+from ..errors import UserError
+
+_MAX_IMAGES = 10_000
+_RANDOM = "random"
+_NUMBER = (int, float)
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "prompt": str, "seed": int, "width": int, "height": int, "steps": int, "guidance": _NUMBER, "cfg": _NUMBER,
+    "negative": str,
+}  # fmt: skip
+
+
+class Seed(click.ParamType):
+    """A whole number, or random."""
+
+    name = "integer|random"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if value == _RANDOM:
+            return RANDOM_SEED
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"got {value!r}, expected a whole number or random", param, ctx)
+
+
+def requests_of(
+    prompts: Sequence[str], prompt_file: Path | None, base: GenerateOptions, count: int
+) -> list[GenerateOptions]:
+    """All images in order: every prompt `count` times, seeds counting up."""
+    if not 1 <= count <= _MAX_IMAGES:
+        raise UserError("--count", got=count, expected=f"a number from 1 to {_MAX_IMAGES}")
+    wanted = [replace(base, prompt=prompt) for prompt in prompts] + (
+        _read_prompts(prompt_file, base) if prompt_file else []
+    )
+    if not wanted:
+        raise UserError("no prompt", fix='say what to draw, such as "a red circle"')
+    return [replace(request, seed=request.seed + i) for request in wanted for i in range(count)]
+
+
+def _read_prompts(path: Path, base: GenerateOptions) -> list[GenerateOptions]:
+    requests = []
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not JSON") from error
+        if not isinstance(values, dict) or "prompt" not in values:
+            raise UserError(where, got=line[:60], expected='an object such as {"prompt": "...", "seed": 1}')
+        requests.append(_request(values, base, where))
+    return requests
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold what splitlines would split at
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text in UTF-8") from error
+
+
+def _request(values: dict[str, Any], base: GenerateOptions, where: str) -> GenerateOptions:
+    """base, but for what the line says itself."""
+    if values.get("seed") == _RANDOM:
+        values["seed"] = RANDOM_SEED
+    for name, value in values.items():
+        if name not in _FIELDS or not isinstance(value, _FIELDS[name]) or isinstance(value, bool):
+            raise UserError(
+                f"{where}: {name}",
+                got=repr(value)[:60],
+                expected=f"one of {', '.join(_FIELDS)} with a fitting value",
+            )
+    if "cfg" in values:
+        values.setdefault("guidance", None)  # its own instead of the command line's
+    try:
+        return replace(base, **values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
