@@ -24,17 +24,17 @@ CAPTIONS = (
     "a small green square on a yellow background",
     "蓝色背景上的黄色星形",
 )
-COMPUTE = ("16bit", "int8")
+MODELS = {"16bit": "demo", "int8": "int8"}  # --compute, and a model that takes it
 FORMATS = ("q8_0", "q4_k_m", "int8", "int4", "nf4", "qint8", "bf16")  # each container and kind of packing
-MEASURED = ("seconds", "peak_", "wait", "free", "read_bytes", "copied_bytes", "_ms", "ram_bytes", "rss", "path", "out")
+MEASURED = ("seconds", "peak_", "rss", "_ms", "read_bytes", "copied_bytes", "images")  # images: paths of files
 
 
-def zimage(checkout: Path, *args: object) -> tuple[int, str]:
-    """-> exit code and stdout of that checkout's zimage-lite, in a folder that is no checkout."""
+def zimage(checkout: Path, work: Path, *args: object) -> tuple[int, str]:
+    """-> exit code and stdout of that checkout's zimage-lite, run in that folder."""
     environment = {**os.environ, "PYTHONPATH": f"{checkout}{os.pathsep}{checkout / 'kernels'}"}
     environment["ZIMAGE_LITE_CACHE"] = "off"
     command = [sys.executable, "-m", "zimage_lite", *map(str, args)]
-    done = subprocess.run(command, env=environment, cwd=tempfile.gettempdir(), capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, cwd=work, capture_output=True, text=True)
     if done.returncode not in (0, 2):
         raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr}")
     return done.returncode, done.stdout if done.returncode == 0 else done.stderr
@@ -44,11 +44,12 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def steady(value: Any) -> Any:
-    """Without what is measured anew in each run, and without the places of files."""
+def steady(value: Any, path: str = "") -> dict[str, Any]:
+    """Path -> value of each leaf, without what is measured anew in each run, and without the places of files."""
     if isinstance(value, dict):
-        return {key: steady(one) for key, one in value.items() if not any(word in key for word in MEASURED)}
-    return [steady(one) for one in value] if isinstance(value, list) else value
+        kept = {key: one for key, one in value.items() if not any(word in key for word in MEASURED)}
+        return {at: leaf for key in sorted(kept) for at, leaf in steady(kept[key], f"{path}.{key}").items()}
+    return {path: value}
 
 
 def pictures(checkout: Path, work: Path, compute: str) -> dict[str, str]:
@@ -56,14 +57,14 @@ def pictures(checkout: Path, work: Path, compute: str) -> dict[str, str]:
     found = {}
     for index, caption in enumerate(CAPTIONS):
         out, name = work / f"{compute}-{index}.png", f"picture {index} in {compute}"
-        options = ("--device", "cpu", "--seed", index, "--compute", compute, "--json", "-o", out)
-        code, said = zimage(checkout, "generate", caption, *options)
+        options = ["--model", MODELS[compute], "--compute", compute, "--device", "cpu", "--seed", index]
+        code, said = zimage(checkout, work, "generate", caption, *options, "--json", "-o", out.name)
         if code:
             return {f"pictures in {compute}": f"refused: {said.strip().splitlines()[-1]}"}
         found[f"{name}: file"] = sha256(out.read_bytes())
         found[f"{name}: pixels"] = sha256(Image.open(out).tobytes())
-        line = json.dumps(steady(json.loads(said.splitlines()[-1])), sort_keys=True)
-        found[f"{name}: --json"] = sha256(line.encode())
+        told = steady(json.loads(said.splitlines()[-1]))
+        found |= {f"{name}: --json {at}": sha256(json.dumps(leaf).encode()) for at, leaf in told.items()}
     return found
 
 
@@ -71,7 +72,7 @@ def conversions(checkout: Path, work: Path) -> dict[str, str]:
     found = {}
     for name in FORMATS:
         out = work / name
-        code, said = zimage(checkout, "quantize", "demo", "--to", name, "-o", out)
+        code, said = zimage(checkout, work, "quantize", "demo", "--to", name, "-o", name)
         if code:
             raise SystemExit(said)
         files = sorted(file for file in out.rglob("*") if file.is_file())
@@ -82,7 +83,7 @@ def conversions(checkout: Path, work: Path) -> dict[str, str]:
 def hashes(checkout: Path) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         found = conversions(checkout, Path(folder))
-        for compute in COMPUTE:
+        for compute in MODELS:
             found |= pictures(checkout, Path(folder), compute)
     return found
 
@@ -98,7 +99,8 @@ def main() -> int:
     before, *others = results
     names = {name: None for result in results for name in result}
     differing = [name for name in names if any(result.get(name) != before.get(name) for result in others)]
-    print("\n".join(f"differs: {name}" for name in differing) or f"all {len(names)} are the same")
+    said = [f"differs: {name}: {' and '.join(str(result.get(name)) for result in results)}" for name in differing]
+    print("\n".join(said) or f"all {len(names)} are the same")
     return 1 if differing else 0
 
 
