@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,8 @@ def test_terminal_that_is_closed(tiny: Path, tmp_path: Path) -> None:
 
 @posix
 def test_hang_up_ends_as_an_interrupt(tiny: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(drawing(tiny, 1000), cwd=tmp_path, stderr=subprocess.DEVNULL)
+    listen = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup themselves
+    process = subprocess.Popen(drawing(tiny, 1000), cwd=tmp_path, stderr=subprocess.DEVNULL, preexec_fn=listen)
     while not any(path.name.startswith("x-") for path in tmp_path.iterdir()):
         time.sleep(0.01)
     process.send_signal(signal.SIGHUP)
