@@ -56,7 +56,7 @@ class Allocator:
 @pytest.fixture
 def allocator(monkeypatch: pytest.MonkeyPatch) -> Allocator:
     there = machine(find_gpu("RTX 3060 Laptop"), 16 * GB)
-    monkeypatch.setattr("zimage_lite.plan.retry.machine_here", lambda hardware: there)
+    monkeypatch.setattr("zimage_lite.plan.retry.machine_here", lambda hardware, int8: there)
     return Allocator().installed(monkeypatch)
 
 

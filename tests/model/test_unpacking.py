@@ -131,10 +131,10 @@ def test_the_encoder(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     quantize(tiny, tmp_path / "q8_0", "q8_0")
     plain, ours = (load(tmp_path / "q8_0", device="cpu") for _ in range(2))
-    ours.choice = Choice(Compute("triton"))
+    ours.encoding.unpacking = Choice(Compute("triton")).unpacking
     monkeypatch.setattr(tensor_module, "dequantize", by_codec)
     monkeypatch.setattr(tensor_module, "use_triton", lambda backend, device: backend == "auto")
     (embedding,), (expected,) = (pipeline.encode(["a red circle"]) for pipeline in (ours, plain))
-    linears = [module for module in ours.text_encoder.model.modules() if isinstance(module, Linear)]
+    linears = [module for module in ours.encoding.component.model.modules() if isinstance(module, Linear)]
     assert unpacked == ["q8_0"] * len(linears) and len(linears) % 7 == 0
     assert torch.equal(embedding, expected)
