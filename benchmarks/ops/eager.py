@@ -49,10 +49,12 @@ class EagerInt8(nn.Module):
         self.codes = (weight / self.scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)
         self.rows = rows
 
-    def forward(self, x: Tensor, scale_log2: int = 0, backend: str = "reference") -> Tensor:
+    def forward(
+        self, x: Tensor, scale_log2: int = 0, backend: str = "reference", out_dtype: torch.dtype | None = None
+    ) -> Tensor:
         codes, scale = self.rows.of(x)
         y = (torch._int_mm(codes, self.codes.T) * scale).mul_(self.scale)
-        return (y.mul_(2.0**scale_log2) if scale_log2 else y).to(x.dtype)
+        return (y.mul_(2.0**scale_log2) if scale_log2 else y).to(out_dtype or x.dtype)
 
 
 def replace_linears(block: nn.Module, rotate: bool) -> None:

@@ -265,4 +265,4 @@ def test_generate_draws_the_same(all_in_one: Path, split: Path, tmp_path: Path) 
 
 def test_generate_asks_for_a_tokenizer(all_in_one: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     line = refused("generate", "a red circle", "--model", all_in_one, "-o", tmp_path / "a.png")
-    assert "--tokenizer DIR" in line
+    assert "name its tokenizer.json with --tokenizer" in line
