@@ -137,12 +137,13 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def measured(kind: str, start: Starter, model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Content, float]:
-    """What an undisturbed run makes, and the seconds that it takes."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    assert start(*command(model, kind, folder / "warm")) == 0
-    begin = time.perf_counter()
-    assert start(*command(model, kind, folder / "out")) == 0
-    return files_below(folder / "out"), time.perf_counter() - begin
+    """What an undisturbed run makes, and the seconds that it takes: the least of three, for other programs run here."""
+    folder, seconds = tmp_path_factory.mktemp("undisturbed"), []
+    for _ in range(4):  # the first one warms up
+        begin = time.perf_counter()
+        assert start(*command(model, kind, folder / "out", "--overwrite")) == 0
+        seconds.append(time.perf_counter() - begin)
+    return files_below(folder / "out"), min(seconds[1:])
 
 
 def complete(out: Path, kind: str) -> bool:
