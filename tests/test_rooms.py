@@ -33,6 +33,7 @@ FLOORS = (
     ("pipeline",),
     ("plan",),
     ("convert",),
+    ("adapters",),
     ("doctor",),
     ("checkpoint", "model"),
     ("memory", "quant", "page"),

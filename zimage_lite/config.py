@@ -25,6 +25,7 @@ DEFAULT_SIZE = 1024  # pixels each way, where the model's card names no other
 # GeForce: those of the kernels (HALF_RATE_SUMS), for the planner, which imports no torch.
 FLOAT16_SUMS = frozenset({(8, 6), (8, 9), (12, 0)})
 MAX_STEPS = 1000  # as many as the model was trained with
+MAX_LORA_STRENGTH = 100  # as ComfyUI has it
 RANDOM_SEED = -1  # stands for one that is drawn
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -166,10 +167,34 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """An adapter by its path (a file, a PEFT folder, OWNER/NAME[/FILE] of the Hub), and how strong it is: 1 as it was
+    trained, 0 not at all, negative turned round."""
+
+    path: str
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not abs(self.strength) <= MAX_LORA_STRENGTH:
+            expected = f"a number from -{MAX_LORA_STRENGTH} to {MAX_LORA_STRENGTH}"
+            raise UserError(f"{self.path}: strength", got=self.strength, expected=expected)
+
+    @classmethod
+    def parsed(cls, text: str) -> Lora:
+        """PATH or PATH:STRENGTH. A drive's letter is no strength."""
+        path, colon, number = text.rpartition(":")
+        try:
+            return cls(path, float(number)) if colon and path else cls(text)
+        except ValueError:
+            return cls(text)
+
+
+@dataclass(frozen=True)
 class GenerateOptions:
     """One image, as asked for. None: what the model says of itself.
 
-    seed: -1 draws one. guidance: as diffusers counts, 0 is off; cfg: the same as ComfyUI counts, 1 is off.
+    seed: -1 draws one. guidance: as diffusers counts, 0 is off; cfg: the same as ComfyUI counts, 1 is off. loras: of
+    Lora, or texts "PATH:STRENGTH"; they add up.
     """
 
     prompt: str = ""
@@ -180,6 +205,7 @@ class GenerateOptions:
     guidance: float | None = None
     negative: str = ""
     shift: float | None = None
+    loras: tuple[Lora, ...] = ()
     cfg: InitVar[float | None] = None
 
     @property
@@ -197,6 +223,8 @@ class GenerateOptions:
     def __post_init__(self, cfg: float | None) -> None:
         if cfg is not None:
             object.__setattr__(self, "guidance", self._guidance_of(cfg))
+        loras = tuple(lora if isinstance(lora, Lora) else Lora.parsed(lora) for lora in self.loras)
+        object.__setattr__(self, "loras", loras)
         if self.seed == RANDOM_SEED:
             object.__setattr__(self, "seed", secrets.randbelow(2**32))  # as many as other programs have
         if self.steps is not None and not 1 <= self.steps <= MAX_STEPS:

@@ -28,3 +28,8 @@ def round_up(count: int, multiple: int) -> int:
 def format_gb(n_bytes: float) -> str:
     """Bytes -> '12.31 GB' (10^9) or '3.4 MB' (10^6), for files and RAM."""
     return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+
+
+def counted(count: int, what: str) -> str:
+    """'1 module', '240 modules'."""
+    return f"{count} {what}{'' if count == 1 else 's'}"

@@ -9,6 +9,7 @@ from .dequantize import KINDS, dequantize, requantize, unpacks
 from .integer_product import cpu_has_int8_units, cpu_int8_is_faster, integer_product
 from .linear_int8 import linear_int8, linear_int8_reference
 from .norm import Branch, Norm, Normed, add_norm, add_norm_reference, rms_norm
+from .project_rows import project_rows, project_rows_reference
 from .qk import norm_rope, norm_rope_reference
 from .quantize import GROUPS, Int8Rows, quantize_rows, quantize_rows_reference
 from .rope import apply_rope
@@ -41,6 +42,8 @@ __all__ = [
     "linear_int8_reference",
     "norm_rope",
     "norm_rope_reference",
+    "project_rows",
+    "project_rows_reference",
     "quantize_rows",
     "quantize_rows_reference",
     "requantize",

@@ -41,7 +41,8 @@ def linear_int8(
     """((x * x_scale) (w * w_scale)^T + xA B^T + bias) * 2^scale_log2.
 
     x: [M, K] int8; x_scale: [M] float32; w: [N, K] int8; w_scale: [N] float32; bias: [N], any float dtype.
-    low_rank: (xA [M, r], B [N, r]), float16 or bfloat16 both; several LoRAs lie side by side in r.
+    low_rank: (xA [M, r], B [N, r]), float16 or bfloat16 both (float32 for the reference); several LoRAs lie side by
+    side in r.
     K is a multiple of 16, any M and N. Returns [M, N] in out_dtype: bfloat16, float16 or float32. On compute capability
     7.5 torch multiplies, and a kernel does the rest; with low-rank terms the reference does all.
     """
@@ -101,8 +102,8 @@ def check_operands(
         raise ValueError(f"M, N, K: got {rows}, {outputs}, {columns}, expected fewer than 2^31 elements in each matrix")
     if low_rank is not None:
         xa, b = low_rank
-        if xa.dtype not in (torch.float16, torch.bfloat16) or xa.dtype != b.dtype:
-            raise ValueError(f"low_rank: got {xa.dtype} and {b.dtype}, expected float16 or bfloat16, both the same")
+        if not xa.dtype.is_floating_point or xa.dtype != b.dtype:
+            raise ValueError(f"low_rank: got {xa.dtype} and {b.dtype}, expected floats, both the same")
         if len(xa) != rows or len(b) != outputs or xa.shape[1:] != b.shape[1:]:
             raise ValueError(
                 f"low_rank: got {list(xa.shape)} and {list(b.shape)}, expected [{rows}, r] and [{outputs}, r]"
@@ -114,6 +115,8 @@ def rank_operands(low_rank: LowRank | None) -> tuple[Tensor | None, Tensor | Non
     """(xA, B, r) as the kernels read them: contiguous, r filled up with zeros to a multiple of RANK_STEP."""
     if low_rank is None:
         return None, None, 0
+    if low_rank[0].dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"low_rank: got {low_rank[0].dtype}, expected float16 or bfloat16 for the kernels")
     xa, b = (F.pad(t, (0, -t.shape[1] % RANK_STEP)).contiguous() for t in low_rank)
     return xa, b, xa.shape[1]
 

@@ -16,7 +16,7 @@ import struct
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -48,6 +48,27 @@ def snapshot(repo_id: str, revision: str | None = None) -> Path:
     patterns = [*_ROOT_FILES, *(f"{folder}/*{suffix}" for folder in _FOLDERS for suffix in _SUFFIXES)]
     with quiet(), telling(repo_id, revision):
         return Path(snapshot_download(repo_id, revision=revision, endpoint=endpoint(), allow_patterns=patterns))
+
+
+def adapter_file(repo_id: str, name: str | None = None) -> Path:
+    """An adapter's file in the Hub's cache, downloaded if it is not there: the one that is named, else the only one.
+    Raises UserError."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    with quiet(), telling(repo_id, None):
+        if name is None:
+            names = HfApi(endpoint=endpoint()).list_repo_files(repo_id)
+            weights = [one for one in names if one.endswith(".safetensors")]
+            if len(weights) != 1:
+                got = ", ".join(weights[:5]) or "no .safetensors file"
+                fix = f"name one, as {repo_id}/FILE" if weights else None
+                raise UserError(f"{repo_id}: no single adapter", got=got, fix=fix)
+            (name,) = weights
+            config = str(PurePosixPath(name).with_name("adapter_config.json"))
+            if config in names:  # PEFT's, which says how strong it is
+                hf_hub_download(repo_id, config, endpoint=endpoint())
+                return Path(hf_hub_download(repo_id, name, endpoint=endpoint())).parent
+        return Path(hf_hub_download(repo_id, name, endpoint=endpoint()))
 
 
 class LocalFiles:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from zimage_kernels import GROUPS, Backend, Int8Rows, linear_int8, rms_norm
 
 from ..quant.tensor import QTensor
+from .side_path import SidePath, unrotated
 
 Activation = Tensor | Int8Rows  # [tokens, features]: in the compute dtype, or rotated int8 with a scale for each row
 
@@ -30,6 +31,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device="meta"), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features, device="meta"), requires_grad=False) if bias else None
         self.packed: QTensor | None = None
+        self.side: SidePath | None = None
         self.dtype = torch.float32  # to compute in
 
     def forward(
@@ -39,17 +41,32 @@ class Linear(nn.Module):
         that float16 holds the product; the sums of 8 bits are wide enough, and may come out in another out_dtype.
 
         Int8Rows must be rotated by `group`. backend: that multiplies them, or unpacks the weight."""
+        side = self.side
+        bias = side.plain_bias(self.bias) if side else self.bias
         if isinstance(x, Int8Rows):
-            dtype, weight = out_dtype or self.dtype, self.int8_rows
-            return linear_int8(*x, *weight, self.bias, scale_log2=scale_log2, out_dtype=dtype, backend=backend)
+            return self._of_int8(x, bias, scale_log2, out_dtype or self.dtype, backend)
         assert self.packed is not None, "no weight is bound"
-        y = self.packed.linear(x.mul_(2.0**scale_log2) if scale_log2 else x, backend)
-        return y if self.bias is None else y + self.bias
+        x = x.mul_(2.0**scale_log2) if scale_log2 else x
+        y = side.added(self.packed.linear(side.given(x), backend), x) if side else self.packed.linear(x, backend)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def _of_int8(
+        self, x: Int8Rows, bias: Tensor | None, scale_log2: int, dtype: torch.dtype, backend: Backend
+    ) -> Tensor:
+        side = self.side
+        if side is None or side.rides:
+            return linear_int8(*x, *self.scaled_rows, bias, self.low_rank(x, backend), scale_log2, dtype, backend)
+        z = linear_int8(*x, *self.int8_rows, None, None, scale_log2, dtype, backend)
+        y = side.added(z, unrotated(x, self.group or 0, dtype).mul_(2.0**scale_log2))
+        return y if bias is None else y + bias.to(dtype) * 2.0**scale_log2
 
     @property
     def group(self) -> int | None:
-        """The rotation group of the 8-bit rows that it multiplies (0: not rotated); None if the weight is not int8."""
+        """The rotation group of the 8-bit rows that it multiplies (0: not rotated); None if the weight is not int8, or
+        an adapter changes what it multiplies."""
         packed = self.packed
+        if self.side is not None and self.side.changes_input:
+            return None
         if packed is None or packed.format.name != "int8" or packed.shape[1] % 16:  # linear_int8 loads 16 bytes
             return None
         return packed.options["group"] if packed.options["group"] in GROUPS else None
@@ -59,6 +76,23 @@ class Linear(nn.Module):
         """An int8 weight as the kernels read it."""
         assert self.packed is not None, "no weight is bound"
         return Int8Rows(self.packed.parts[""], self.packed.parts["_scale"].view(-1))
+
+    # For `swiglu_int8`, which multiplies by two weights at once:
+
+    @property
+    def rides(self) -> bool:
+        """Whether an 8-bit product can take all that adapters add, which is no bias."""
+        return self.side is None or (self.side.rides and self.side.bias is None)
+
+    @property
+    def scaled_rows(self) -> Int8Rows:
+        """The int8 weight with the factors that adapters have for its outputs."""
+        codes, scale = self.int8_rows
+        return Int8Rows(codes, self.side.scaled(scale) if self.side else scale)
+
+    def low_rank(self, x: Int8Rows, backend: Backend) -> tuple[Tensor, Tensor] | None:
+        """What adapters add, as the kernels take it."""
+        return self.side.low_rank(x, self.group or 0, backend) if self.side else None
 
 
 class RMSNorm(nn.Module):
@@ -89,11 +123,28 @@ def bind(module: nn.Module, tensors: Mapping[str, QTensor], dtype: torch.dtype) 
             setattr(owner, leaf, nn.Parameter(tensor.dequantize(dtype), requires_grad=False))
 
 
+def attach(module: nn.Module, sides: Mapping[str, SidePath], deltas: Mapping[str, Tensor]) -> None:
+    """What adapters add to weights that are bound already, until `release`. sides: of linears, by their names in the
+    module; deltas: of vectors (norms, pad tokens), float32."""
+    for name, side in sides.items():
+        owner = module.get_submodule(name)
+        assert isinstance(owner, Linear)
+        owner.side = side
+    for name, delta in deltas.items():
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        inner = getattr(owner, leaf)
+        owner, leaf = (inner, "weight") if isinstance(inner, nn.Module) else (owner, leaf)
+        weight = getattr(owner, leaf)
+        changed = (weight.float() + delta.view(weight.shape)).to(weight.dtype)
+        setattr(owner, leaf, nn.Parameter(changed, requires_grad=False))
+
+
 def release(module: nn.Module) -> None:
     """Put the whole module back on the meta device."""
     for owner in module.modules():
         if isinstance(owner, Linear):
-            owner.packed = None
+            owner.packed = owner.side = None
         for name, parameter in owner.named_parameters(recurse=False):
             if parameter.device.type != "meta":
                 setattr(owner, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))

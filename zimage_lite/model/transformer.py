@@ -70,9 +70,13 @@ class FeedForward(nn.Module):
     def _hidden(self, x: Activation, compute: Compute) -> Tensor:
         if not isinstance(x, Int8Rows):
             return swiglu(self.w1(x, backend=compute.backend), self.w3(x, backend=compute.backend))
-        dtype, weights = self.w1.dtype, (*self.w1.int8_rows, *self.w3.int8_rows)
+        dtype, backend = self.w1.dtype, compute.backend
         scale_log2 = log2_in(dtype, FEED_FORWARD_SCALE)
-        return swiglu_int8(*x, *weights, scale_log2=scale_log2, out_dtype=dtype, backend=compute.backend)
+        if not (self.w1.rides and self.w3.rides):
+            return swiglu(self.w1(x, backend=backend), self.w3(x, backend=backend))
+        weights = (*self.w1.scaled_rows, *self.w3.scaled_rows)
+        low_rank = self.w1.low_rank(x, backend), self.w3.low_rank(x, backend)
+        return swiglu_int8(*x, *weights, *low_rank, scale_log2, dtype, backend)
 
 
 class Block(nn.Module):

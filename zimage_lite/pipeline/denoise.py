@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import cast
 
 from torch import Tensor
 
+from ..adapters.joined import AdapterSet
 from ..checkpoint.model_files import ModelFiles
 from ..config import GenerateOptions
 from ..memory.hardware import Hardware
@@ -51,20 +53,25 @@ class Denoise:
         """What there is to plan."""
         return partial(ways_to_denoise, self.sizes, job)
 
-    def schedule(self, request: GenerateOptions, done: int, plan: Plan) -> Iterator[Schedule]:
-        """What all images of the same steps and shift share. One, to be run as a phase is."""
+    def with_adapters(self, adapters: AdapterSet) -> Component:
+        """The transformer and what is added to it."""
+        return replace(self.component, adapters=adapters) if adapters else self.component
+
+    def schedule(self, request: GenerateOptions, adapters: AdapterSet, done: int, plan: Plan) -> Iterator[Schedule]:
+        """What all images of a group share: of the same steps, shift and adapters. One, to be run as a phase is."""
         assert request.shift is not None
+        component, hardware = self.with_adapters(adapters), self.work.hardware_of(plan)
         with self.work.meter.phase("denoise"):
-            found = schedule(self.component, request.step_count, request.shift, self.work.hardware_of(plan))
+            found = schedule(component, request.step_count, request.shift, hardware)
         yield found
 
     def run(
-        self, requests: Sequence[GenerateOptions], embeddings: Mapping[str, Tensor], times: Schedule, count: Count,
-        done: int, plan: Plan,
+        self, requests: Sequence[GenerateOptions], embeddings: Mapping[str, Tensor], times: Schedule,
+        adapters: AdapterSet, count: Count, done: int, plan: Plan,
     ) -> Iterator[Tensor]:  # fmt: skip
         """-> latents [channels, height/8, width/8] float32 on the CPU, of requests[done:]. count: of steps."""
         hardware, todo, failed = self.work.hardware_of(plan), requests[done:], None
-        with self.work.open(self.component, plan) as weights:
+        with self.work.open(self.with_adapters(adapters), plan) as weights:
             captions = self._captions(weights, todo, embeddings, hardware)
             batches = [Batch(todo[i : i + plan.way], captions, times) for i in range(0, len(todo), plan.way)]
             with weights.passes(len(batches) * len(times)) as stream:

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..adapters.library import AdapterLibrary
 from ..checkpoint.model_files import ModelFiles
 from ..config import VAE_FACTOR, GenerateOptions, RuntimeOptions
 from ..memory.failures import Clearing
@@ -66,6 +67,7 @@ class Pipeline:
         self.encoding = Encode(self.model, self.sizes, self.choice.unpacking, self.work)
         self.denoising = Denoise(self.model, self.sizes, self.choice.compute, self.work)
         self.decoding = Decode(self.model, self.sizes, self.work)
+        self.adapters = AdapterLibrary(self.model.transformer, self.tell)
 
     def generate(self, requests: Sequence[GenerateOptions], progress: Progress = silent) -> list[Tensor]:
         """-> one [height, width, 3] uint8 tensor per request, on the CPU. Raises UserError, BudgetError if it does not
@@ -93,10 +95,11 @@ class Pipeline:
         steps = Count(progress, "denoise", sum(request.step_count for request in requests))
         images = Count(progress, "decode", len(requests))
         for group, denoise, decode in todo.groups:
-            (times,) = within(denoise, partial(self.denoising.schedule, group.requests[0]))
+            adapters = group.job.adapters
+            (times,) = within(denoise, partial(self.denoising.schedule, group.requests[0], adapters))
             for places in rounds(group, denoise.plan):
                 some = [group.requests[place] for place in places]
-                latents = list(within(denoise, partial(self.denoising.run, some, embeddings, times, steps)))
+                latents = list(within(denoise, partial(self.denoising.run, some, embeddings, times, adapters, steps)))
                 with closing(within(decode, partial(self.decoding.run, latents))) as decoded:
                     for place, image in zip(places, decoded, strict=True):
                         images.add()
@@ -106,7 +109,8 @@ class Pipeline:
         """Raises BudgetError."""
         told = [texts(request) for request in requests]
         tokens = self.encoding.tokens(dict.fromkeys(text for of in told for text in of))
-        groups, kept = grouped(requests, told, tokens), self.encoding.kept(tokens)
+        adapters = {request.loras: self.adapters.of(request.loras) for request in requests}
+        groups, kept = grouped(requests, told, tokens, adapters), self.encoding.kept(tokens)
         prompts = [text for text in tokens if text not in kept]
         todo = [self.encoding.ways([tokens[text] for text in prompts])] if prompts else []
         for group in groups:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..config import MOST_PER_ROUND, GenerateOptions
+from ..adapters.joined import AdapterSet
+from ..config import MOST_PER_ROUND, GenerateOptions, Lora
 from ..memory.plan import Plan
 from ..plan.job import Job
 
@@ -15,7 +16,7 @@ RELOADING_SHARE = 0.1  # of a round's time, at most, is spent on bringing the tr
 
 @dataclass(frozen=True)
 class Group:
-    """Images of one size and schedule. indices: their places in what was asked for."""
+    """Images of one size, schedule and set of adapters. indices: their places in what was asked for."""
 
     indices: tuple[int, ...]
     requests: tuple[GenerateOptions, ...]
@@ -23,17 +24,21 @@ class Group:
 
 
 def grouped(
-    requests: Sequence[GenerateOptions], texts: Sequence[Sequence[str]], tokens: Mapping[str, int]
+    requests: Sequence[GenerateOptions],
+    texts: Sequence[Sequence[str]],
+    tokens: Mapping[str, int],
+    adapters: Mapping[tuple[Lora, ...], AdapterSet],
 ) -> list[Group]:
     """In the order of the first of each. texts: what each request needs encoded; tokens: text -> its tokens."""
     found: dict[tuple, list[int]] = {}
     for index, request in enumerate(requests):
-        found.setdefault((request.size, request.step_count, request.shift, bool(request.guidance)), []).append(index)
+        alike = request.size, request.step_count, bool(request.guidance), request.shift, request.loras
+        found.setdefault(alike, []).append(index)
     groups, all_tokens = [], sum(tokens[text] for text in {text for own in texts for text in own})
-    for ((width, height), steps, _, guided), indices in found.items():
+    for ((width, height), steps, guided, _, loras), indices in found.items():
         own = dict.fromkeys(text for index in indices for text in texts[index])
         own_tokens = tuple(tokens[text] for text in own)
-        job = Job(width, height, steps, guided, len(indices), own_tokens, all_tokens - sum(own_tokens))
+        job = Job(width, height, steps, guided, len(indices), own_tokens, all_tokens - sum(own_tokens), adapters[loras])
         groups.append(Group(tuple(indices), tuple(requests[index] for index in indices), job))
     return groups
 

@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
+from typing import TypeVar
 
 import psutil
 import torch
 from torch import Tensor, nn
 from zimage_kernels import Backend
 
+from ..adapters.joined import NOTHING, AdapterSet, JoinedModule, by_block, of_block
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.stored import StoredTensor
 from ..memory.cuda import PAGE_BYTES, CudaLink
@@ -25,10 +28,12 @@ from ..memory.placement import GRANULE_BYTES
 from ..memory.plan import DEVICE, FILE, PAGEABLE, PINNED, Plan
 from ..memory.streamer import Places, Route, Streamer
 from ..memory.workers import HostLink, Job, Moved, Threads
-from ..model.linear import Stream, bind, release, shapes
+from ..model.linear import Stream, attach, bind, release, shapes
 from ..model.transformer import is_time_weight
 from ..units import round_up
 from .reencoding import Scratch
+
+_Named = TypeVar("_Named")
 
 _JOB_BYTES = 2**23  # smaller tensors are read by one thread, one after another
 
@@ -37,12 +42,15 @@ _JOB_BYTES = 2**23  # smaller tensors are read by one thread, one after another
 class Component:
     """A model's skeleton and its weights, taken apart: the blocks of the module lists named in `streamed` may come and
     go, the rest stays; what only the time embedding needs is kept out of both. Raises UserError for missing tensors.
+
+    adapters: what is added to the weights, and comes and goes with them.
     """
 
     model: nn.Module
     checkpoint: Checkpoint
     streamed: tuple[str, ...]
     reencoded: Backend | None = None  # what turns the blocks' weights to int8, whatever they are stored in
+    adapters: AdapterSet = NOTHING
 
     @cached_property
     def wanted(self) -> Checkpoint:
@@ -81,7 +89,12 @@ class Weights:
     def __init__(self, component: Component, plan: Plan, hardware: Hardware) -> None:
         self.component, self.plan, self.hardware = component, plan, hardware
         self.moved: list[Moved] = []
-        device, sizes = hardware.device, component.block_bytes
+        device, self._joined = hardware.device, component.adapters.modules(hardware.dtype)
+        self._added = {name: of_block(self._joined, name) for name in component.blocks}
+        sizes = self._sizes = {
+            name: n_bytes + sum(joined.packed_bytes for joined in self._added[name].values())
+            for name, n_bytes in component.block_bytes.items()
+        }
         # Apple's GPU has no memory of its own, but the CPU cannot read files into what it works on.
         self._staging = max(plan.staging, int(device.type == "mps"))
         homes = sum(_rounded(sizes[name]) for name in plan.resident)
@@ -96,7 +109,7 @@ class Weights:
     def prelude(self, passes: int = 1) -> Iterator[Stream]:
         """What runs before the other blocks are there, one block at a time."""
         homes = dict.fromkeys(self.plan.prelude, FILE)
-        slot = max((_rounded(self.component.block_bytes[name]) for name in homes), default=0)
+        slot = max((_rounded(self._sizes[name]) for name in homes), default=0)
         with self._streaming(Route(homes, min(len(homes), 1), self._staging, passes), slot) as stream:
             yield stream
 
@@ -112,7 +125,7 @@ class Weights:
     def _streaming(self, route: Route, slot_bytes: int) -> Iterator[Stream]:
         component, cuda = self.component, self.hardware.device.type == "cuda"
         link = CudaLink(self.hardware.device) if cuda else HostLink()
-        workers = Threads(component.block_bytes, self._jobs, link)
+        workers = Threads(self._sizes, self._jobs, link)
         names = {block: name for name, block in component.blocks.items()}
         places = self._places(route, slot_bytes)
         stream = Streamer(route, places, workers, names, self._bind, release)
@@ -139,7 +152,7 @@ class Weights:
 
     def _places(self, route: Route, slot_bytes: int) -> Places[Tensor]:
         """Cut from the two buffers: resident blocks, then slots; staging buffers, then what waits in RAM."""
-        sizes, homes = self.component.block_bytes, route.homes
+        sizes, homes = self._sizes, route.homes
         arena, host = _cutter(self._arena), _cutter(self._host, -self._host.data_ptr() % PAGE_BYTES)
         return Places(
             home={name: arena(_rounded(sizes[name])) for name, home in homes.items() if home == DEVICE},
@@ -149,9 +162,12 @@ class Weights:
         )
 
     def _jobs(self, name: str, buffer: Tensor) -> Iterator[Job]:
-        """Reading a block's tensors, each to its place in the buffer."""
-        cut, some, n_bytes = _cutter(buffer), list[tuple[StoredTensor, Tensor]](), 0
-        for tensor in self.component.weights[name].values():
+        """Reading a block's tensors, each to its place in the buffer, and then what adapters add."""
+        cut, some, n_bytes = _cutter(buffer), list[tuple[StoredTensor | JoinedModule, Tensor]](), 0
+        wanted: Iterable[StoredTensor | JoinedModule] = chain(
+            self.component.weights[name].values(), self._added[name].values()
+        )
+        for tensor in wanted:
             some.append((tensor, cut(tensor.packed_bytes)))
             n_bytes += tensor.packed_bytes
             if n_bytes >= _JOB_BYTES:
@@ -160,11 +176,11 @@ class Weights:
         if some:
             yield self._reading(some, name)
 
-    def _reading(self, some: list[tuple[StoredTensor, Tensor]], name: str) -> Job:
+    def _reading(self, some: list[tuple[StoredTensor | JoinedModule, Tensor]], name: str) -> Job:
         def read() -> None:
             for tensor, place in some:
                 tensor.read_to(place)
-                if self._passes_by and self.plan.homes.get(name) == FILE:
+                if isinstance(tensor, StoredTensor) and self._passes_by and self.plan.homes.get(name) == FILE:
                     tensor.forget()
 
         return read
@@ -180,6 +196,13 @@ class Weights:
         cut = _cutter(place)
         packed = {own: t.packed_in(cut(t.packed_bytes)) for own, t in self.component.weights[name].items()}
         bind(block, packed, self.hardware.dtype)
+        _attach(block, {own: (joined, cut(joined.packed_bytes)) for own, joined in self._added[name].items()})
+
+    def bind_rest(self) -> None:
+        """What belongs to no block."""
+        component, (_, rest) = self.component, by_block(self._joined.values())
+        read_into(component.model, component.rest, self.hardware)
+        _attach_read(component.model, {joined.module: joined for joined in rest}, self.hardware)
 
 
 @contextmanager
@@ -187,7 +210,7 @@ def opened(component: Component, plan: Plan, hardware: Hardware) -> Iterator[Wei
     """Bind what stays; blocks come with `prelude` and `passes`. hardware: to compute on, as the plan says."""
     weights = Weights(component, plan, hardware)
     try:
-        read_into(component.model, component.rest, hardware)
+        weights.bind_rest()
         yield weights
     finally:
         release(component.model)
@@ -204,19 +227,20 @@ def time_weights(component: Component, hardware: Hardware) -> Iterator[Stream]:
     """For `Transformer.modulations`: its weights, on the CPU and in float32, one block's at a time."""
     there, names = hardware.on_cpu(), {block: name for name, block in component.blocks.items()}
     own = {name: tensor for name, tensor in component.wanted.tensors.items() if is_time_weight(name)}
+    added = {name: joined for name, joined in component.adapters.modules(there.dtype).items() if is_time_weight(name)}
 
     def stream(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
         for block in blocks:
             prefix = f"{names[block]}."
-            read_into(
-                block, {name.removeprefix(prefix): t for name, t in own.items() if name.startswith(prefix)}, there
-            )
+            read_into(block, _under(prefix, own), there)
+            _attach_read(block, _under(prefix, added), there)
             yield block
             release(block)
 
     groups = tuple(f"{group}." for group in component.streamed)
     try:
-        read_into(component.model, {name: t for name, t in own.items() if not name.startswith(groups)}, there)
+        read_into(component.model, _outside(groups, own), there)
+        _attach_read(component.model, _outside(groups, added), there)
         yield stream
     finally:
         release(component.model)
@@ -226,6 +250,31 @@ def read_into(module: nn.Module, tensors: Mapping[str, StoredTensor], hardware: 
     """Read the tensors from their files and bind them to the module on the device."""
     for name, stored in tensors.items():  # one by one: of those that are unpacked, the packed bytes go at once
         bind(module, {name: stored.read().to(hardware.device)}, hardware.dtype)
+
+
+def _attach_read(module: nn.Module, joined: Mapping[str, JoinedModule], hardware: Hardware) -> None:
+    """Read what adapters add, and attach it to the module on the device."""
+    placed = {}
+    for name, one in joined.items():
+        buffer = torch.empty(one.packed_bytes, dtype=torch.uint8)
+        one.read_to(buffer)
+        placed[name] = one, buffer.to(hardware.device)
+    _attach(module, placed)
+
+
+def _attach(module: nn.Module, placed: Mapping[str, tuple[JoinedModule, Tensor]]) -> None:
+    sides = {name: joined.side_in(place) for name, (joined, place) in placed.items() if joined.is_linear}
+    deltas = {name: joined.delta_in(place) for name, (joined, place) in placed.items() if not joined.is_linear}
+    attach(module, sides, deltas)
+
+
+def _under(prefix: str, named: Mapping[str, _Named]) -> dict[str, _Named]:
+    """Those whose names begin so, without that."""
+    return {name.removeprefix(prefix): one for name, one in named.items() if name.startswith(prefix)}
+
+
+def _outside(groups: tuple[str, ...], named: Mapping[str, _Named]) -> dict[str, _Named]:
+    return {name: one for name, one in named.items() if not name.startswith(groups)}
 
 
 def _rounded(n_bytes: int) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
+from ..adapters.joined import NOTHING, AdapterSet
 from ..config import MOST_PER_ROUND, PATCH_SIZE, SEQUENCE_MULTIPLE, TOKENS_PER_PASS, VAE_FACTOR
 from ..units import round_up
 
@@ -17,7 +18,7 @@ _Item = TypeVar("_Item")
 @dataclass(frozen=True)
 class Job:
     """What is to be drawn: `images` of one size. prompt_tokens: of each text that is encoded, what to steer away from
-    included; other_tokens: of prompts of other jobs, whose embeddings wait meanwhile."""
+    included; other_tokens: of prompts of other jobs, whose embeddings wait meanwhile. adapters: LoRAs and their kin."""
 
     width: int
     height: int
@@ -26,6 +27,7 @@ class Job:
     images: int = 1
     prompt_tokens: tuple[int, ...] = (LONG_PROMPT_TOKENS,)
     other_tokens: int = 0
+    adapters: AdapterSet = field(default=NOTHING, compare=False)
 
     @property
     def pixels(self) -> int:

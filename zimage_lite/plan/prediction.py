@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
+from ..adapters.load import Load, load_of
 from ..config import TOKENS_PER_PASS
 from ..convert.catalog import Part
 from ..memory.machine import Machine, Work
 from ..memory.plan import Block, Phase, activation_bytes
 from ..memory.plan_vae import decode_ways
+from ..memory.workers import READERS
 from ..model.transformer import is_time_weight
 from .cpu_terms import ELEMENTWISE_FLOPS, cpu_unpacking_flops, holes, holes_of_maps
 from .footprint import (
@@ -46,6 +49,7 @@ _BATCHES = (1, 2, 4, 8)  # images at once
 # What is computed for twice as many images is charged so much more, so that they are denoised together only where that
 # saves more than what this prediction may be wrong by. As part of the time it keeps "the fastest" well ordered.
 _BATCH_CHARGE = 1.05
+_INT8_RATE = 4  # times that of 16 bits with 32-bit sums, on every GeForce since Turing
 _LAUNCHES_PER_CONVOLUTION = 10  # with its norm, activation and what joins them
 
 
@@ -85,14 +89,15 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     image, sequences = job.image_tokens, batch * (2 if job.guided else 1)
     time_weights = [part for part in model.transformer if is_time_weight(part.name)]
     of_blocks, rest = by_block([part for part in model.transformer if not is_time_weight(part.name)])
-    charge = _BATCH_CHARGE ** math.log2(batch)
+    charge, load = _BATCH_CHARGE ** math.log2(batch), load_of(job.adapters, dtype)
+
+    def block(name: str, tokens: int, attention: float) -> Block:
+        work = _transformer_work(of_blocks[name], tokens, c.dim, attention, charge, device, machine)
+        work = _with_adapters(work, load, name, charge * tokens, device)
+        return Block(name, arena_bytes(of_blocks[name]) + load.bytes.get(name, 0), work)
 
     def blocks(group: str, count: int, tokens: int, attention: float) -> list[Block]:
-        found = {name: of_blocks[name] for name in (f"{group}.{i}" for i in range(count))}
-        return [
-            Block(name, arena_bytes(parts), _transformer_work(parts, tokens, c.dim, attention, charge, device, machine))
-            for name, parts in found.items()
-        ]
+        return [block(f"{group}.{i}", tokens, attention) for i in range(count)]
 
     def attention(tokens: int) -> float:
         return 4.0 * c.dim * tokens**2
@@ -109,9 +114,11 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     tokens = max(sequences * whole, together)
     activations = activation_bytes(tokens, c.dim, c.ffn_dim, c.n_heads, item, stream)
     latent = 4 * c.in_channels * job.latents
+    making = {"adapters in the making": READERS * load.making} if load.making else {}
     host = {
         "embeddings": _embedding_bytes(model, job, stream),
         "done latents": latent * job.round_images,
+        **making,
     }
     return Phase(
         name="denoise",
@@ -122,7 +129,7 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
         read_once_bytes=sum(part.n_bytes for part in time_weights),
         device=device,
         fixed={
-            "embedders": item * sum(part.rows * part.columns for part in rest),
+            "embedders": item * sum(part.rows * part.columns for part in rest) + load.rest,
             "adaLN vectors": _vector_bytes(model, job, dtype),
             "latents": latent * _LATENT_COPIES * sequences,
             "captions": stream * pads * (c.dim + c.cap_feat_dim),
@@ -131,7 +138,7 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
             **({**host, **holes(activations, unpacking), **_scratch(of_blocks, machine)} if device == "cpu" else {}),
         },
         # On the CPU the first block takes the place of the time weights.
-        ram_fixed={**host, "time weights": time_bytes(time_weights)} if device == "gpu" else {},
+        ram_fixed={**host, "time weights": time_bytes(time_weights) + load.time} if device == "gpu" else {},
         way=batch,
     )
 
@@ -241,6 +248,16 @@ def _transformer_work(
     if machine.gpu and machine.gpu.unfused8:
         traffic += _SUM_TRAFFIC * tokens * sum(part.rows for part in parts if _in_int8(part))
     return Work(charge * flops, charge * attention, charge * traffic, int8)
+
+
+def _with_adapters(work: Work, load: Load, block: str, tokens: float, device: str) -> Work:
+    """Their products in 16 bits (float32 on the CPU), and what they read of each token once more."""
+    flops = load.flops.get(block, 0) * tokens
+    if device == "cpu":
+        return replace(work, other_flops=work.other_flops + flops)
+    flops *= _INT8_RATE if work.int8 else 1  # as many 8-bit operations as take so long
+    traffic = work.traffic_bytes + load.columns.get(block, 0) * tokens
+    return replace(work, linear_flops=work.linear_flops + flops, traffic_bytes=traffic)
 
 
 def _reencoding_traffic(part: Part) -> float:

@@ -1,0 +1,44 @@
+"""What a set of adapters adds to a job, for the planner."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ..model.transformer import is_time_weight
+from .joined import AdapterSet, by_block
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Load:
+    """bytes, flops (for each token): of each block; rest: bytes outside of the blocks; time: of what serves the time
+    embedding alone; making: bytes that computing the largest one takes for a moment; columns: of the inputs that are
+    read once more, of each block."""
+
+    bytes: Mapping[str, int] = field(default_factory=dict)
+    flops: Mapping[str, int] = field(default_factory=dict)
+    columns: Mapping[str, int] = field(default_factory=dict)
+    rest: int = 0
+    time: int = 0
+    making: int = 0
+
+
+def load_of(adapters: AdapterSet, dtype: str) -> Load:
+    """dtype: to compute in."""
+    if not adapters:
+        return Load()
+    modules = adapters.modules(_DTYPES[dtype]).values()
+    blocks, rest = by_block(modules)
+    time = [joined for joined in adapters.modules(torch.float32).values() if is_time_weight(joined.module)]
+    return Load(
+        bytes={name: sum(joined.packed_bytes for joined in own) for name, own in blocks.items()},
+        flops={name: sum(joined.flops for joined in own) for name, own in blocks.items()},
+        columns={name: sum(joined.applied[0][0].target.columns for joined in own) for name, own in blocks.items()},
+        rest=sum(joined.packed_bytes for joined in rest),
+        time=sum(joined.packed_bytes for joined in time),
+        making=max((joined.reading_bytes for joined in modules), default=0),
+    )
