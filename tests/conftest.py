@@ -18,10 +18,14 @@ import torch
 if not torch.cuda.is_available():  # before Triton is imported: its kernels then run in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import quick_interpreter
 from make_checkpoint import make_checkpoint
 from oracles import randomize
 
 from zimage_lite.cli import run
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    quick_interpreter.install()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
