@@ -10,7 +10,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from triton.language import core
 from triton.runtime import interpreter
 
 

@@ -95,6 +95,17 @@ class JoinedModule:
                     place.add_(values.reshape(place.shape))
             rank += own
 
+    def made(self) -> Tensor:
+        """[packed_bytes] uint8 on the CPU, filled."""
+        buffer = torch.empty(self.packed_bytes, dtype=torch.uint8)
+        self.read_to(buffer)
+        return buffer
+
+    @property
+    def unit_rows(self) -> int:
+        """Rows of the weight that change together: 1, or a rotation's."""
+        return math.lcm(*(shape[1] for name, shape in self.shapes.items() if name.endswith("out_block")))
+
     def side_in(self, buffer: Tensor) -> SidePath:
         """Of a linear, from where `read_to` has put it, or what was copied from there."""
         places = self._places(buffer)
@@ -205,16 +216,9 @@ def _rows(stored: Sequence[StoredTensor], first: int, rows: int) -> Tensor:
     for tensor in stored:
         start, stop = max(first, 0), min(first + rows, tensor.rows)
         if start < stop:
-            found.append(_read(tensor, start, stop))
+            found.append(tensor.read_float(start, stop))
         first -= tensor.rows
     return torch.cat(found)
-
-
-def _read(tensor: StoredTensor, start: int, stop: int) -> Tensor:
-    group = max(tensor.format.row_group, 1)
-    low = start // group * group
-    packed = tensor.read(low, min(round_up(stop, group), tensor.rows))
-    return packed.dequantize().view(packed.shape)[start - low : stop - low]
 
 
 NOTHING = AdapterSet()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.container import file_stamp
 from ..checkpoint.hub import adapter_file, is_hub_id
-from ..config import Lora
+from ..config import Lora, TransformerConfig
 from ..units import counted
 from .joined import AdapterSet
 from .reading import Adapter, kinds, open_adapter
@@ -21,12 +22,20 @@ class AdapterLibrary:
         self.transformer, self.tell = transformer, tell
         self._open: dict[str, Adapter] = {}
 
-    def of(self, loras: Sequence[Lora]) -> AdapterSet:
-        """Raises UserError for what cannot be applied. One of strength 0 costs nothing, but has to be one."""
+    def of(self, loras: Sequence[Lora], measured: bool = True) -> AdapterSet:
+        """Raises UserError for what cannot be applied. One of strength 0 costs nothing, but has to be one.
+
+        measured: ready to be applied, for which DoRA reads the weights once."""
         opened = [(self._opened(lora.path), lora.strength) for lora in loras]
         found = AdapterSet(tuple((adapter, strength) for adapter, strength in opened if strength))
-        found.measure(self.transformer.tensors)
+        if measured:
+            found.measure(self.transformer.tensors)
         return found
+
+    def told(self, loras: Sequence[Lora]) -> list[dict[str, Any]]:
+        """As plain data, for recipes: of each that is in force."""
+        found = [(self._opened(lora.path), lora.strength) for lora in loras if lora.strength]
+        return [{"name": adapter.name, "strength": strength, "sha256": adapter.sha256} for adapter, strength in found]
 
     def _opened(self, path: str) -> Adapter:
         known = self._open.get(path)
@@ -35,6 +44,11 @@ class AdapterLibrary:
             known.require_sound()
             self.tell(said_of(known))
         return known
+
+
+def adapters_for(config: TransformerConfig, loras: Sequence[Lora]) -> AdapterSet:
+    """For plans alone: opened, but not ready to be applied. Raises UserError."""
+    return AdapterSet(tuple((open_adapter(place_of(lora.path), config), lora.strength) for lora in loras))
 
 
 def place_of(path: str) -> Path:

@@ -22,7 +22,7 @@ from ..quant.tensor import TORCH_DTYPES, all_finite
 from .spelling import Target, is_text_encoder, split, squashed, stranger, table
 from .updates import Params, Raw, Update, updates_of
 
-_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 _METADATA = "lora_adapter_metadata"  # diffusers' own, JSON
 _DROPPED = re.compile(r"(?:.*\.)?(?:_aux|bundle_emb)[._]")  # a trainer's state, textual inversions
 
@@ -132,8 +132,8 @@ def _by_module(raws: Mapping[str, Raw], path: Path) -> tuple[dict[str, Params], 
 def _scales(path: Path, metadata: Mapping[str, Any]) -> Callable[[str], ScaleOf | None]:
     """module -> rank -> scale, as a PEFT config or diffusers' metadata says; None where only the tensors can tell."""
     config: Mapping[str, Any] = {}
-    if path.is_dir() and (path / _CONFIG).exists():
-        config = read_json(path / _CONFIG)
+    if path.is_dir() and (path / ADAPTER_CONFIG).exists():
+        config = read_json(path / ADAPTER_CONFIG)
     elif _METADATA in metadata:
         try:
             said = json.loads(metadata[_METADATA])

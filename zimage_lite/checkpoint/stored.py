@@ -90,6 +90,11 @@ class StoredTensor:
         return min(max(n_weights // max(self.columns, 1) // group, 1) * group, max(self.rows, 1))
 
     @property
+    def is_as_stored(self) -> bool:
+        """Whether its values are those in the file, so that its bytes can be passed on."""
+        return True
+
+    @property
     def stored_name(self) -> str:
         """The one that it has in the file."""
         return self.parts[""].name

@@ -35,7 +35,8 @@ _PATH = click.Path(path_type=Path)
     "prompt_file",
     type=_PATH,
     metavar="FILE.jsonl",
-    help="One JSON object a line: prompt, and what of seed, width, height, steps, guidance, cfg, negative is its own.",
+    help="One JSON object a line: prompt, and what of seed, width, height, steps, guidance, cfg, negative, loras is "
+    "its own.",
 )
 @click.option(
     "--model",
@@ -70,6 +71,20 @@ _PATH = click.Path(path_type=Path)
 @click.option("--cfg", type=float, help="The same as ComfyUI counts it: 1 is off, and 5 is --guidance 4.")
 @click.option("--negative", metavar="TEXT", default="", help="What to steer away from, with --guidance.")
 @click.option("--shift", type=float, help="Shift of the noise schedule.  [default: the model's; Turbo 3]")
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="PATH[:STRENGTH]",
+    help="LoRA, LoHa, LoKr, DoRA or OFT: a file, a PEFT folder, or OWNER/NAME[/FILE] on the Hub, of any trainer. Once "
+    "for each; strengths may be negative.  [default strength: 1]",
+)
+@click.option(
+    "--lora-dir",
+    type=_PATH,
+    metavar="FOLDER",
+    help="Where <lora:NAME:STRENGTH> in prompts is looked up. Without it, that is text.",
+)
 @click.option("--vram", metavar="SIZE", help="Ceiling for the GPU's memory, such as 6GB.  [default: what is free]")
 @click.option("--ram", metavar="SIZE", help="Ceiling for the process's memory, such as 8GB.  [default: what is free]")
 @click.option("--transformer", type=_PATH, metavar="FILE", help="Use this transformer.")
@@ -111,8 +126,8 @@ _PATH = click.Path(path_type=Path)
 def command(
     prompts: tuple[str, ...], prompt_file: Path | None, model: str | None, out: Path, count: int,
     vram: str | None, ram: str | None, device: str, dtype: str, backend: str, compute: str, no_cache: bool,
-    as_json: bool, transformer: Path | None, text_encoder: Path | None, vae: Path | None, tokenizer: Path | None,
-    **image: Any,
+    as_json: bool, lora_dir: Path | None, transformer: Path | None, text_encoder: Path | None, vae: Path | None,
+    tokenizer: Path | None, **image: Any,
 ) -> None:  # fmt: skip
     """Draw images from prompts.
 
@@ -120,7 +135,7 @@ def command(
     """
     parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
     model = _model(model, parts)
-    requests = requests_of(prompts, prompt_file, GenerateOptions(**image), count)
+    requests = requests_of(prompts, prompt_file, GenerateOptions(**image), count, lora_dir)
     options = RuntimeOptions(
         device,
         dtype,
@@ -212,10 +227,17 @@ def recipe(request: GenerateOptions, pipeline: Pipeline) -> dict[str, Any]:
         "guidance": request.guidance,
         "negative": request.negative,
         "shift": request.shift,
+        **_loras(pipeline.adapters.told(request.loras)),
         "model": f"{model.name} (random weights: the picture is noise)" if model.synthetic else model.name,
         "format": model.transformer.main_format,
         "version": f"zimage-lite {__version__}",
     }
+
+
+def _loras(told: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """With the first digits of their hashes, by which model sites find them."""
+    said = ", ".join(f"{lora['name']}:{lora['strength']:g} ({lora['sha256'][:10]})" for lora in told)
+    return {"loras": said} if said else {}
 
 
 def _measured(pipeline: Pipeline, requests: Sequence[GenerateOptions]) -> dict[str, Any]:
@@ -224,6 +246,7 @@ def _measured(pipeline: Pipeline, requests: Sequence[GenerateOptions]) -> dict[s
         **pipeline.computes_with(),
         "format": pipeline.model.transformer.main_format,
         "synthetic": pipeline.model.synthetic,
+        "loras": [pipeline.adapters.told(request.loras) for request in requests],
         "seconds_per_step": round(meter.phases["denoise"]["seconds"] / steps, 3),
         "step_seconds": list(meter.step_seconds),
         "phases": {

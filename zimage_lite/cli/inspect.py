@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import click
 
 from ..checkpoint.detect import said_of_unused
 from ..checkpoint.model_card import model_folder
+from ..config import TransformerConfig
 from ..units import format_gb
 from . import print_json, table_printer
 
@@ -18,12 +20,17 @@ from . import print_json, table_printer
 @click.argument("path", metavar="FILE_OR_FOLDER")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 def command(path: str, as_json: bool) -> None:
-    """Say what a file or folder is: model, layout, formats by tensor count and bytes, what would be refused and why.
+    """Say what a file or folder is: model, layout, formats by tensor count and bytes, what would be refused and why; of
+    a LoRA, who wrote it, its kind and ranks, and how many modules it changes.
 
     Reads headers only.
     """
+    from ..adapters.describe import is_adapter_path
     from ..convert.inspection import inspect
 
+    if Path(path).exists() and is_adapter_path(Path(path)):
+        _adapter(Path(path), as_json)
+        return
     report = inspect(model_folder(path))
     for part in report:
         _describe(part, table_printer(as_json))
@@ -31,6 +38,19 @@ def command(path: str, as_json: bool) -> None:
         print_json({"path": path, "parts": [_as_json(part) for part in report]})
     if any(part.refusal for part in report):
         raise click.exceptions.Exit(2)
+
+
+def _adapter(path: Path, as_json: bool) -> None:
+    from ..adapters.describe import describe, lines
+    from ..checkpoint.checkpoint import open_checkpoint
+    from ..checkpoint.model_card import DEMO
+
+    demo = open_checkpoint(model_folder(DEMO) / "transformer").config
+    found = describe(path, (TransformerConfig(), demo))
+    for line in lines(found):
+        table_printer(as_json)(line)
+    if as_json:
+        print_json({"path": str(path), "adapter": found.facts()})
 
 
 def _describe(part: Any, say: Callable[[str], None]) -> None:

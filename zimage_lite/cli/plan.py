@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..config import GenerateOptions, SchedulerConfig
+from ..config import GenerateOptions, Lora, SchedulerConfig
 from ..errors import UserError
 from ..units import format_gb, parse_bytes
 from . import print_json, say, table_printer
@@ -53,11 +53,12 @@ class _Prediction:
 @click.option("--height", type=int, default=1024, show_default=True, help="Pixels, a multiple of 16.")
 @click.option("--steps", type=int, help="Denoising steps.  [default: the model's; Turbo 8, Base 30]")
 @click.option("--count", type=int, default=1, show_default=True, help="Images of this size.")
+@click.option("--lora", "loras", multiple=True, metavar="PATH", help="A LoRA beside the weights. Once for each.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw one step as a picture.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 def command(
     model: str | None, format_name: str | None, gpu_name: str | None, vram: str | None, ram: str | None, width: int,
-    height: int, steps: int | None, count: int, plot: Path | None, as_json: bool,
+    height: int, steps: int | None, count: int, loras: tuple[str, ...], plot: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Predict where the weights would live, the memory peaks, the time, and what bounds it, for any GPU.
 
@@ -69,7 +70,7 @@ def command(
         raise UserError("--plot", got=str(plot), expected="a name that ends in .svg")
     if count < 1:
         raise UserError("--count", got=count, expected="at least 1")
-    wanted = GenerateOptions(width=width, height=height, steps=steps)
+    wanted = GenerateOptions(width=width, height=height, steps=steps, loras=tuple(map(Lora.parsed, loras)))
     limits = parse_bytes(vram) if vram else None, parse_bytes(ram) if ram else None
     sizes, schedule = _sizes(model, format_name or "int8")
     wanted = replace(wanted, steps=steps or schedule.steps, guidance=schedule.guidance)
@@ -101,12 +102,15 @@ def _sizes(model: str | None, format_name: str) -> tuple[Model, SchedulerConfig]
 def _predict(
     model: Model, gpu_name: str | None, limits: tuple[int | None, int | None], wanted: GenerateOptions, count: int
 ) -> _Prediction:
+    from ..adapters.library import adapters_for
     from ..memory.planner import budgets_in_force, plan_phases
     from ..plan.job import Job
     from ..plan.prediction import phases
 
     gpu, machines = _machines(gpu_name, *limits)
-    todo = phases(model, Job(*wanted.size, wanted.step_count, bool(wanted.guidance), count), machines[0])
+    adapters = adapters_for(model.transformer_config, wanted.loras)
+    job = Job(*wanted.size, wanted.step_count, bool(wanted.guidance), count, adapters=adapters)
+    todo = phases(model, job, machines[0])
     budgets = budgets_in_force(machines[0], *limits)
     fast, slow = (plan_phases(todo, one, budgets) for one in machines)
     return _Prediction(model.name, gpu, budgets, count, fast, slow)

@@ -11,6 +11,7 @@ import click
 
 from ..checkpoint.hub import is_hub_id
 from ..checkpoint.model_card import model_folder
+from ..config import Lora
 from ..convert.recipe import targets
 from ..quant.formats import EFFORTS
 from ..units import format_gb
@@ -67,6 +68,13 @@ WORST = 5  # tensors that --verify names
     metavar="FILE",
     help="Print the error per group of tensors, and write it to FILE as JSON.",
 )
+@click.option(
+    "--merge-lora",
+    "merge_loras",
+    multiple=True,
+    metavar="PATH[:STRENGTH]",
+    help="Make this LoRA part of the transformer, before it is quantized. Once for each.",
+)
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub.  [default: main]")
 @click.option(
     "--discard-source", is_flag=True, help="Keep one file of a model on the Hub at a time, and none in the end."
@@ -80,6 +88,7 @@ def command(
     device: str,
     verify: bool,
     report_file: Path | None,
+    merge_loras: tuple[str, ...],
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -102,6 +111,7 @@ def command(
             device="cpu" if device == "auto" else device,  # reading and writing bound it, not the arithmetic
             measure=report_file is not None,
             verify=verify,
+            merge_loras=[Lora.parsed(text) for text in merge_loras],
             progress=progress,
             downloaded=downloaded,
             note=lambda line: say(f"note: {line}"),

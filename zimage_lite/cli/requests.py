@@ -10,15 +10,16 @@ from typing import Any
 
 import click
 
-from ..config import RANDOM_SEED, GenerateOptions
+from ..config import RANDOM_SEED, GenerateOptions, Lora
 from ..errors import UserError
+from .lora_tags import with_tags
 
 _MAX_IMAGES = 10_000
 _RANDOM = "random"
 _NUMBER = (int, float)
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "prompt": str, "seed": int, "width": int, "height": int, "steps": int, "guidance": _NUMBER, "cfg": _NUMBER,
-    "negative": str,
+    "negative": str, "loras": list,
 }  # fmt: skip
 
 
@@ -37,9 +38,9 @@ class Seed(click.ParamType):
 
 
 def requests_of(
-    prompts: Sequence[str], prompt_file: Path | None, base: GenerateOptions, count: int
+    prompts: Sequence[str], prompt_file: Path | None, base: GenerateOptions, count: int, lora_dir: Path | None = None
 ) -> list[GenerateOptions]:
-    """All images in order: every prompt `count` times, seeds counting up."""
+    """All images in order: every prompt `count` times, seeds counting up. lora_dir: where prompts' <lora:...> lie."""
     if not 1 <= count <= _MAX_IMAGES:
         raise UserError("--count", got=count, expected=f"a number from 1 to {_MAX_IMAGES}")
     wanted = [replace(base, prompt=prompt) for prompt in prompts] + (
@@ -47,6 +48,7 @@ def requests_of(
     )
     if not wanted:
         raise UserError("no prompt", fix='say what to draw, such as "a red circle"')
+    wanted = [with_tags(request, lora_dir) for request in wanted]
     return [replace(request, seed=request.seed + i) for request in wanted for i in range(count)]
 
 
@@ -88,7 +90,19 @@ def _request(values: dict[str, Any], base: GenerateOptions, where: str) -> Gener
             )
     if "cfg" in values:
         values.setdefault("guidance", None)  # its own instead of the command line's
+    if "loras" in values:
+        values["loras"] = tuple(_lora(one, where) for one in values["loras"])
     try:
         return replace(base, **values)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def _lora(value: Any, where: str) -> Lora:
+    """ "PATH:STRENGTH", or an object of both."""
+    if isinstance(value, str):
+        return Lora.parsed(value)
+    known = isinstance(value, dict) and set(value) <= {"path", "strength"} and isinstance(value.get("path"), str)
+    if not known or not isinstance(value.get("strength", 1), _NUMBER):
+        raise UserError(f"{where}: loras", got=repr(value)[:60], expected='a text such as "PATH:0.8"')
+    return Lora(value["path"], float(value.get("strength", 1)))

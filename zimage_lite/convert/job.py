@@ -10,6 +10,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.detect import said_of_unused
 from ..checkpoint.hub import LocalFiles
 from ..checkpoint.output import clear_leftovers, require_absent
+from ..config import Lora
 from ..errors import UserError
 from ..quant.formats import FORMATS
 from . import streaming
@@ -46,6 +47,7 @@ class Job:
     progress: Progress = lambda done, total: None
     note: Note = lambda line: None
     files: LocalFiles = field(default_factory=lambda: LocalFiles(Path()))
+    loras: Sequence[Lora] = ()  # merged into the transformer
 
     def target_of(self, component: str) -> Target | None:
         if component == "vae":

@@ -23,6 +23,7 @@ from ..errors import UserError
 from .complete import open_complete
 from .fidelity import TensorError
 from .job import Job, Meter, Written, convert_part, expect, prepare, source_name
+from .merging import with_merged
 from .output_file import output_tensors, quantization_config
 from .recipe import KEEP, as_it_is
 from .tokenizers import tokenizer_to_add
@@ -64,7 +65,8 @@ def _open_part(source: Path, component: str, job: Job) -> Checkpoint:
     if path is None:
         lacks = f"{component}/" if source.is_dir() else COMPONENTS[component]
         raise UserError(f"{source} has no {lacks}", fix="convert what it has, one by one, with --component")
-    return open_complete(path, component, job.files.file_bytes)
+    checkpoint = open_complete(path, component, job.files.file_bytes)
+    return with_merged(checkpoint, job.loras, job.note, not job.files.file_bytes)
 
 
 def _require_replaceable(out: Path) -> None:

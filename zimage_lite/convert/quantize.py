@@ -15,10 +15,12 @@ from ..checkpoint.impostors import no_such
 from ..checkpoint.model_files import find_component
 from ..checkpoint.output import require_absent
 from ..checkpoint.weight_files import WEIGHT_SUFFIXES, is_weight_file
+from ..config import Lora
 from ..errors import UserError
 from ..quant.formats import EFFORTS
 from .complete import open_complete
 from .job import Job, Note, Progress, Written, convert_part, expect, prepare, source_name
+from .merging import with_merged
 from .model_folder import quantize_model
 from .recipe import KEEP, overridden, target
 from .streaming import Options
@@ -40,6 +42,7 @@ def quantize(
     revision: str | None = None,
     discard_source: bool = False,
     overwrite: bool = False,
+    merge_loras: Sequence[Lora] = (),
     progress: Progress = lambda done, total: None,
     downloaded: Callable[[int], None] = lambda n_bytes: None,
     note: Note = lambda line: None,
@@ -50,7 +53,8 @@ def quantize(
     keeps one of its files at a time and none in the end, and downloaded is told of bytes.
 
     out: default is the source's name with the format added, in the current folder. keep: patterns of tensors that stay
-    16-bit; tensors: PATTERN=FORMAT; of a model, both are about its transformer. measure: decode everything again and
+    16-bit; tensors: PATTERN=FORMAT; of a model, both are about its transformer. merge_loras: adapters that become part
+    of the transformer. measure: decode everything again and
     compare; verify: read it back as well.
     """
     chosen = overridden(target(to), keep, tensors)
@@ -65,7 +69,7 @@ def quantize(
     options = Options(device, effort, measure or verify, verify)
     parts = tuple(COMPONENTS) if component == "all" else (component,)
     with _files(source, revision, discard_source, out, parts, downloaded) as files:
-        job = Job(chosen, part, options, overwrite, progress, note, files)
+        job = Job(chosen, part, options, overwrite, progress, note, files, merge_loras)
         single = _single_file(files.path, component)
         if single is None:
             return quantize_model(files.path, out, job)
@@ -115,6 +119,9 @@ def _quantize_file(path: Path, out: Path | None, source: Path, component: str | 
     checkpoint = open_complete(path, component, job.files.file_bytes)
     if checkpoint.component == "vae":
         raise UserError(f"{path}: a VAE stays as it is", fix="quantize the transformer and the text encoder")
+    if job.loras and checkpoint.component != "transformer":
+        raise UserError("--merge-lora is for the transformer", got=f"a {COMPONENTS[checkpoint.component]}")
+    checkpoint = with_merged(checkpoint, job.loras, job.note, not job.files.file_bytes)
     suffix = job.target.suffix
     part = "" if component is None and path == source else f"-{checkpoint.component}"
     out = out or Path(f"{source_name(source)}{part}-{job.target.name}{suffix}")

@@ -96,7 +96,7 @@ class _Chunk:
     def passes(self) -> bool:
         """Whether the bytes are in the wanted format already and need no arithmetic."""
         tensor, source = self.tensor, self.pieces[0].source
-        same = tensor.format == source.format and tensor.options == source.options
+        same = source.is_as_stored and tensor.format == source.format and tensor.options == source.options
         kinds = {suffix: entry.kind for suffix, entry in source.parts.items()}
         # Scales may be stored in another float than we write; bytes of 8-bit floats may be typed as integers.
         complete = set(kinds) == set(tensor.layout) and all(

@@ -11,7 +11,7 @@ rank or added up, so that what one costs is what its numbers cost.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -79,6 +79,21 @@ class SidePath:
         if self.a is None or self.b is None:
             return None
         return project_rows(*x, self._a_for(group), backend), self.b
+
+    def rows(self, start: int, stop: int) -> SidePath:
+        """What concerns these outputs: whole blocks where they are rotated; of factors, the product."""
+        some = slice(start, stop)
+        kron = sum((torch.kron(w1, w2)[some] for w1, w2 in self.krons), start=torch.zeros(()))
+        dense = kron if self.dense is None else self.dense[some] + kron
+        return replace(
+            self,
+            b=None if self.b is None else self.b[some],
+            krons=(),
+            dense=dense if dense.ndim else None,
+            out_gain=None if self.out_gain is None else self.out_gain[some],
+            out_blocks=[blocks[start // blocks.shape[1] : stop // blocks.shape[1]] for blocks in self.out_blocks],
+            bias=None if self.bias is None else self.bias[some],
+        )
 
     def plain_bias(self, bias: Tensor | None) -> Tensor | None:
         """The linear's own and what is added to it."""

@@ -254,12 +254,7 @@ def read_into(module: nn.Module, tensors: Mapping[str, StoredTensor], hardware: 
 
 def _attach_read(module: nn.Module, joined: Mapping[str, JoinedModule], hardware: Hardware) -> None:
     """Read what adapters add, and attach it to the module on the device."""
-    placed = {}
-    for name, one in joined.items():
-        buffer = torch.empty(one.packed_bytes, dtype=torch.uint8)
-        one.read_to(buffer)
-        placed[name] = one, buffer.to(hardware.device)
-    _attach(module, placed)
+    _attach(module, {name: (one, one.made().to(hardware.device)) for name, one in joined.items()})
 
 
 def _attach(module: nn.Module, placed: Mapping[str, tuple[JoinedModule, Tensor]]) -> None:

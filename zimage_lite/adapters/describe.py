@@ -1,0 +1,122 @@
+"""What an adapter's file is, for `inspect`. Reads headers, and of tensors only the scalars."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.container import TensorFile
+from ..checkpoint.detect import is_adapter
+from ..checkpoint.opening import open_tensor_file
+from ..config import TransformerConfig
+from ..errors import UserError, WrongModelError
+from ..units import counted, format_gb
+from .reading import ADAPTER_CONFIG, Adapter, kinds, open_adapter
+from .updates import Dora, LowRank
+
+# What tells who wrote a file: a key of its metadata, or a part of its tensors' names. First hit wins.
+_IN_METADATA = {"ot_revision": "OneTrainer", "ot_branch": "OneTrainer", "ot_config": "OneTrainer"}
+_IN_NAMES = {
+    "lora_unet__": "VideoX-Fun", "lycoris_": "LyCORIS", ".default.weight": "DiffSynth-Studio",
+    "base_model.model.": "PEFT", "lora_unet_": "musubi-tuner or another of kohya's names", "transformer.": "diffusers, SimpleTuner or OneTrainer",
+    "diffusion_model.": "ai-toolkit, or converted for ComfyUI",
+}  # fmt: skip
+_BASES = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name", "base_model_name_or_path")
+
+
+@dataclass(frozen=True)
+class Description:
+    """kinds: name -> modules; ranks, scales: value -> modules (scale: alpha / rank); modules: of the transformer, that
+    change; unknown: modules of the file without a place; unused: names of tensors that are left out."""
+
+    name: str
+    trainer: str
+    base: str
+    bytes: int
+    dtypes: tuple[str, ...]
+    kinds: Mapping[str, int]
+    ranks: Mapping[int, int]
+    scales: Mapping[float, int]
+    modules: int
+    unknown: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    def facts(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def is_adapter_path(path: Path) -> bool:
+    """A PEFT folder, or a file of nothing but an adapter's tensors."""
+    if path.is_dir():
+        return (path / ADAPTER_CONFIG).exists()
+    try:
+        names = open_tensor_file(path).entries
+    except UserError:
+        return False  # told where it is read as a model
+    return bool(names) and sum(map(is_adapter, names)) > len(names) / 2
+
+
+def describe(path: Path, configs: tuple[TransformerConfig, ...]) -> Description:
+    """configs: of the models that it may be for; the first that it fits. Raises UserError if it fits none."""
+    first, *others = configs
+    try:
+        return _described(open_adapter(path, first))
+    except WrongModelError:
+        for config in others:
+            with suppress(WrongModelError):
+                return _described(open_adapter(path, config))
+        raise
+
+
+def _described(adapter: Adapter) -> Description:
+    low_rank = [one.update.inner if isinstance(one.update, Dora) else one.update for one in adapter.applied]
+    pairs = [update for update in low_rank if isinstance(update, LowRank)]
+    return Description(
+        name=adapter.name,
+        trainer=_trainer(open_tensor_file(adapter.file), adapter),
+        base=next((str(adapter.metadata[key])[:80] for key in _BASES if adapter.metadata.get(key)), ""),
+        bytes=sum(raw.entry.nbytes for raw in adapter.raws.values()),
+        dtypes=tuple(sorted({raw.entry.kind for raw in adapter.raws.values()})),
+        kinds=kinds(adapter),
+        ranks=dict(Counter(update.rank for update in pairs)),
+        scales=dict(Counter(round(update.scale, 6) for update in pairs)),
+        modules=len(adapter.modules),
+        unknown=adapter.unknown,
+        unused=adapter.unused,
+    )
+
+
+def _trainer(file: TensorFile, adapter: Adapter) -> str:
+    said = file.metadata.get("software")
+    if isinstance(said, str):
+        try:
+            return str(json.loads(said)["name"])[:40]  # ai-toolkit
+        except (ValueError, TypeError, KeyError):
+            return said[:40]
+    if "zimage" in str(file.metadata.get("ss_network_module", "")):
+        return "musubi-tuner"
+    found = [name for key, name in _IN_METADATA.items() if key in file.metadata]
+    found += [name for part, name in _IN_NAMES.items() if any(part in tensor for tensor in adapter.raws)]
+    return found[0] if found else "unknown"
+
+
+def lines(found: Description) -> list[str]:
+    """For people."""
+    ranks = ", ".join(f"{rank} on {count}" for rank, count in sorted(found.ranks.items()))
+    scales = ", ".join(f"{scale:g} on {count}" for scale, count in sorted(found.scales.items()))
+    total, of_kinds = counted(found.modules + len(found.unknown), "module"), found.kinds.items()
+    said = [
+        f"{found.name}: {', '.join(found.kinds)} for Z-Image, {format_gb(found.bytes)} in {' '.join(found.dtypes)}",
+        f"    written by     {found.trainer}",
+        f"    trained on     {found.base or 'not said'}",
+        f"    changes        {found.modules} of {total}: {', '.join(f'{n} by {kind}' for kind, n in of_kinds)}",
+    ]
+    said += [f"    ranks          {ranks}", f"    alpha / rank   {scales}"] if ranks else []
+    if found.unused:
+        said.append(f"    left out       {counted(len(found.unused), 'tensor')}: {', '.join(found.unused[:3])}")
+    return said
