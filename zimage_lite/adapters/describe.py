@@ -23,7 +23,8 @@ from .updates import Dora, LowRank
 _IN_METADATA = {"ot_revision": "OneTrainer", "ot_branch": "OneTrainer", "ot_config": "OneTrainer"}
 _IN_NAMES = {
     "lora_unet__": "VideoX-Fun", "lycoris_": "LyCORIS", ".default.weight": "DiffSynth-Studio",
-    "base_model.model.": "PEFT", "lora_unet_": "musubi-tuner or another of kohya's names", "transformer.": "diffusers, SimpleTuner or OneTrainer",
+    "base_model.model.": "PEFT", "lora_unet_": "musubi-tuner, or kohya names",
+    "transformer.": "diffusers, SimpleTuner or OneTrainer",
     "diffusion_model.": "ai-toolkit, or converted for ComfyUI",
 }  # fmt: skip
 _BASES = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name", "base_model_name_or_path")
