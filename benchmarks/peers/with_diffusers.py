@@ -77,7 +77,6 @@ def _case(name: str, bits: int, device: str, model: str | None, settings: Mappin
 
 
 def measure(settings: dict[str, Any], work: Work) -> dict[str, Any]:
-    os.environ["HF_HUB_OFFLINE"] = "1"  # all files are here
     import torch
 
     from zimage_lite.memory.failures import is_out_of_memory
@@ -198,4 +197,5 @@ def one_image(pipeline: Any, work: Work, device: str) -> list[float]:
 
 
 if __name__ == "__main__":
+    os.environ["HF_HUB_OFFLINE"] = "1"  # all files are here
     answer(measure)
