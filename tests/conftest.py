@@ -6,6 +6,8 @@ import os
 
 # Before torch: threads that spin while they wait made these tests 15 times slower beside another program on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:  # they share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // workers, 1)))
 os.environ["ZIMAGE_LITE_CACHE"] = "off"  # no test touches the user's, and none profits from another's prompts
 
 from collections.abc import Callable

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from make_checkpoint import SIZES, write_diffusers, write_tokenizer
@@ -77,13 +78,17 @@ class Starter:
         self.pid = self.process.pid
 
     def __call__(
-        self, *args: object, after: float | None = None, send: int = signal.SIGKILL, file_bytes: int = 0
-    ) -> int:
-        """Exit code; of a run that a signal ended, minus its number. after: seconds until it is sent."""
+        self, *args: object, after: float | None = None, send: int = signal.SIGKILL, file_bytes: int = 0,
+        once: Callable[[], bool] | None = None,
+    ) -> int:  # fmt: skip
+        """Exit code; of a run that a signal ended, minus its number. after: seconds until it is sent; once: no sooner
+        than this is so."""
         order = {"args": [str(arg) for arg in args], "stderr": str(self.log), "file_bytes": file_bytes}
         assert self.process.stdin and self.process.stdout
         print(json.dumps(order), file=self.process.stdin, flush=True)
         self.last_pid = int(self.process.stdout.readline())
+        while once and not once() and psutil.Process(self.last_pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.001)
         if after is not None:
             time.sleep(after)
             os.kill(self.last_pid, send)
@@ -169,10 +174,14 @@ def test_killed_at_any_moment(
         old = files_below(out)
     line = command(model, kind, out, "--overwrite")
     rng = random.Random(13 + replaced)
-    moments = sorted(rng.uniform(i / 6, (i + 1) / 6) * 1.05 for i in range(6))
+    moments = sorted(rng.uniform(i / 4, (i + 1) / 4) * 1.05 for i in range(4))
     codes, cleared = [], 0
-    for moment in moments:
-        codes.append(start(*line, after=moment * seconds))
+
+    def writing() -> bool:
+        return any(name.name.startswith(f".out.{start.last_pid}.") for name in tmp_path.iterdir())
+
+    for moment, once in [(0.0, writing), (0.05, writing), *((moment, None) for moment in moments)]:
+        codes.append(start(*line, after=moment * seconds, once=once))
         left = [path.name for path in tmp_path.iterdir() if path.name != "out"]
         assert all(name.startswith(f".out.{start.last_pid}.") for name in left), left
         if out.exists():
