@@ -38,9 +38,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     skip_full_size = pytest.mark.skip(reason="minutes or gigabytes; run with --run-full-size")
     skip_gpu = pytest.mark.skip(reason="no CUDA device")
     for item in items:
-        if "full_size" in item.keywords and not config.getoption("--run-full-size"):
+        if item.get_closest_marker("full_size") and not config.getoption("--run-full-size"):
             item.add_marker(skip_full_size)
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(skip_gpu)
 
 

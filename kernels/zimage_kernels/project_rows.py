@@ -95,5 +95,5 @@ def _variant(dtype: str, block: int) -> Variant:
         aligned=("x_ptr", "x_scale_ptr", "a_ptr", "y_ptr", "columns", "rank"),
         num_warps=_LAUNCH["num_warps"],
         num_stages=_LAUNCH["num_stages"],
-        matrix=(dtype,),
+        matrix=(dtype.replace("fp", "f"),),
     )
