@@ -19,14 +19,13 @@ from ..checkpoint.weight_files import weight_set
 from ..config import TransformerConfig
 from ..errors import FileFormatError, UserError, WrongModelError
 from ..quant.tensor import TORCH_DTYPES, all_finite
+from .recognition import Params, ScaleOf, updates_of
 from .spelling import Target, is_text_encoder, split, squashed, stranger, table
-from .updates import Params, Raw, Update, updates_of
+from .updates import Raw, Update
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, _PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
 _METADATA = "lora_adapter_metadata"  # diffusers' own, JSON
 _DROPPED = re.compile(r"(?:.*\.)?(?:_aux|bundle_emb)[._]")  # a trainer's state, textual inversions
-
-ScaleOf = Callable[[int], float]
 
 
 @dataclass(frozen=True)
@@ -87,28 +86,29 @@ def open_adapter(path: Path, config: TransformerConfig) -> Adapter:
         raise UserError(f"{path}: a GGUF file, not an adapter", fix="get the safetensors version")
     raws = {name: Raw(entry) for name, entry in opened.entries.items()}
     modules, unused = _by_module(raws, path)
-    scales = _scales(path, opened.metadata)
+    scales = _scales(_config_of(file, path, opened.metadata), path)
     applied, unknown = list[Applied](), list[str]()  # of modules
-    known = table(config)
-    named = (known.get(squashed(name), ()) for name in modules)
-    alone = {targets[0].module for targets in named if len(targets) == 1}
-    for name, params in modules.items():
+    known, taken = table(config), set[tuple[str, str]]()
+    for name, params in sorted(modules.items(), key=lambda named: _standing(named[0], known)):
         targets = known.get(squashed(name))
         if targets is None:
             unknown.append(name)
             unused += [raw.entry.name for raw in params.values()]
             continue
-        where = f"{path}: {name}"
-        for kind, update in updates_of(params, where, targets[0], scales(name)).items():
-            own = [t for t in targets if not (t.is_part and t.module in alone)]  # some files have both, the same twice
+        for kind, update in updates_of(params, f"{path}: {name}", targets[0], scales(name)).items():
+            own = [target for target in targets if (target.module, kind) not in taken]
+            taken |= {(target.module, kind) for target in own}
             applied += [Applied(target, kind, update, targets) for target in own]
     found = Adapter(path, file, tuple(applied), tuple(unused), tuple(unknown), opened.metadata, raws, opened.stamp)
     if not applied:
         _refuse(found)
-    for one in applied:
-        if not one.target.is_linear and any(part not in ("dense", "bias") for part in one.update.shapes(one.target)):
-            raise WrongModelError(f"{path}: {one.target.module}", got=one.kind, expected="a difference of the vector")
     return found
+
+
+def _standing(name: str, known: Mapping[str, tuple[Target, ...]]) -> int:
+    """Some files hold one update under several names: a module's own counts before others, that of a fused one last."""
+    targets = known.get(squashed(name), ())
+    return 2 if len(targets) > 1 else int(not targets or squashed(targets[0].module) != squashed(name))
 
 
 def _by_module(raws: Mapping[str, Raw], path: Path) -> tuple[dict[str, Params], list[str]]:
@@ -129,33 +129,57 @@ def _by_module(raws: Mapping[str, Raw], path: Path) -> tuple[dict[str, Params], 
     return dict(found.items()), unused
 
 
-def _scales(path: Path, metadata: Mapping[str, Any]) -> Callable[[str], ScaleOf | None]:
-    """module -> rank -> scale, as a PEFT config or diffusers' metadata says; None where only the tensors can tell."""
-    config: Mapping[str, Any] = {}
-    if path.is_dir() and (path / ADAPTER_CONFIG).exists():
-        config = read_json(path / ADAPTER_CONFIG)
-    elif _METADATA in metadata:
+def _config_of(file: Path, path: Path, metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What PEFT's config beside the file, or diffusers' metadata in it, says; empty where only the tensors can tell."""
+    beside = file.with_name(ADAPTER_CONFIG)
+    if (path.is_dir() or file.name == _PEFT_FILE) and beside.exists():
+        config = read_json(beside)
+    else:
         try:
-            said = json.loads(metadata[_METADATA])
+            said = json.loads(metadata.get(_METADATA, "{}"))
         except (ValueError, RecursionError) as error:
             raise FileFormatError(f"{path}: metadata {_METADATA} is not JSON") from error
-        config = {key.removeprefix("transformer."): value for key, value in said.items()} if said else {}
-    alpha, patterns = config.get("lora_alpha", config.get("alpha")), config.get("alpha_pattern") or {}
-    if not isinstance(alpha, int | float) or not isinstance(patterns, dict):
+        config = (
+            {key.removeprefix("transformer."): value for key, value in said.items()} if isinstance(said, dict) else {}
+        )
+    if config.get("use_cayley_neumann") is False or config.get("num_cayley_neumann_terms", 5) != 5:
+        raise WrongModelError(f"{path}: OFT", got="another series than PEFT's own", expected="5 Cayley-Neumann terms")
+    return config
+
+
+def _scales(config: Mapping[str, Any], path: Path) -> Callable[[str], ScaleOf | None]:
+    """module -> rank -> scale."""
+    usual = config.get("lora_alpha", config.get("alpha"))
+    if usual is None:
         return lambda module: None
-    ranks, own_rank = config.get("rank_pattern") or {}, config.get("r") or 1
-    rooted = bool(config.get("use_rslora"))
+    alphas, ranks = (_patterns(config, name) for name in ("alpha_pattern", "rank_pattern"))
 
     def of(module: str) -> ScaleOf:
-        own = _matching(patterns, module, alpha)
+        alpha = _matching(alphas, module, usual)
 
         def scale(rank: int) -> float:
-            rank = rank or _matching(ranks, module, own_rank)  # of a LoKr with whole factors it is written nowhere else
-            return own / (math.sqrt(rank) if rooted else rank)
+            rank = rank or _matching(ranks, module, config.get("r"))  # of a LoKr with whole factors
+            if (
+                not all(isinstance(number, int | float) and math.isfinite(number) for number in (alpha, rank))
+                or not rank
+            ):
+                raise FileFormatError(
+                    f"{path}: alpha and rank of {module}", got=f"{alpha} and {rank}", expected="numbers"
+                )
+            return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
         return scale
 
     return of
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _patterns(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = config.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

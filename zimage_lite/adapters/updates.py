@@ -9,7 +9,7 @@ All in float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.container import Entry
-from ..errors import WrongModelError
 from ..quant.tensor import TORCH_DTYPES
 from .spelling import Target
 
@@ -297,144 +296,6 @@ class Rotation:
             q = q / (2 * math.sqrt(size - 1))
         squared = q @ q
         return identity + 2 * (q + squared + squared @ q) + squared @ squared
-
-
-Params = Mapping[str, Raw]
-_PAIR, _HADA = {"down", "up"}, {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
-_CONVOLUTIONS = {"lora_mid", "hada_t1", "hada_t2", "lokr_t1", "lokr_t2"}  # Z-Image's transformer has none
-_DIFFS = {"diff", "w_norm", "diff_b", "b_norm"}
-_MAGNITUDES = {"dora_scale", "magnitude", "lora_magnitude_vector"}
-_IGNORED = {"alpha", "scale", "rescale", "oft_R.scaled_oft", "up_bias"}
-
-
-def updates_of(
-    params: Params, where: str, target: Target, scale_of: Callable[[int], float] | None
-) -> dict[str, Update]:
-    """Kind -> update, of one module of the file, whose tensors are params. target: any that it stands for; scale_of:
-    rank -> scale, as a config beside the file says; else the file's own alpha counts. Raises WrongModelError."""
-    found, used = dict[str, Update](), set(_IGNORED)
-    names, shape = set(params), (target.all_rows, target.columns)
-    if strange := names & _CONVOLUTIONS:
-        raise WrongModelError(f"{where}: {min(strange)} belongs to a convolution, and Z-Image has none")
-    inner: Change | None = None
-    if names & _PAIR:
-        _require(_PAIR, names, where)
-        rank = params["down"].shape[0]
-        inner = LowRank(params["down"], params["up"], _scale(params, rank, where, scale_of), params.get("up_bias"))
-        _require_shape(where, (params["up"].shape[0], math.prod(params["down"].shape[1:])), shape)
-        _require_shape(f"{where} (ranks of both halves)", params["up"].shape[1:2], params["down"].shape[:1])
-        found["LoRA"], used = inner, used | _PAIR
-    elif names & _HADA:
-        _require(_HADA, names, where)
-        w1_a, w1_b, w2_a, w2_b = (params[name] for name in sorted(_HADA))
-        inner = Hadamard(w1_a, w1_b, w2_a, w2_b, _scale(params, w1_b.shape[0], where, scale_of))
-        for a, b in ((w1_a, w1_b), (w2_a, w2_b)):
-            _require_shape(where, (a.shape[0], b.shape[1]), shape)
-        found["LoHa"], used = inner, used | _HADA
-    elif any(name.startswith("lokr_") for name in names):
-        inner = _kronecker(params, where, scale_of)
-        rows1, columns1, rows2, columns2 = inner.sizes
-        _require_shape(where, (rows1 * rows2, columns1 * columns2), shape)
-        found["LoKr"], used = inner, used | {name for name in names if name.startswith("lokr_")}
-    elif names & {"oft_blocks", "oft_R.weight"}:
-        found["OFT"], used = _rotation(params, where, target), used | {"oft_blocks", "oft_R.weight"}
-    if names & _DIFFS:
-        dense = Dense(params.get("diff") or params.get("w_norm"), params.get("diff_b") or params.get("b_norm"))
-        _require_dense(dense, where, target)
-        found["difference"], used = dense, used | _DIFFS
-    if magnitude := names & _MAGNITUDES:
-        if inner is None:
-            raise WrongModelError(f"{where}: a DoRA magnitude without the LoRA that it scales")
-        kind, raw = next(iter(found)), params[min(magnitude)]
-        found[f"DoRA of {kind}" if kind != "LoRA" else "DoRA"] = Dora(inner, raw, _by_column(raw, shape, where))
-        del found[kind]
-        used |= magnitude
-    if not found:
-        rest = sorted(names - _IGNORED)
-        raise WrongModelError(f"{where}: {', '.join(rest) or 'alpha alone'} is of no kind of adapter known here")
-    return found
-
-
-def _kronecker(params: Params, where: str, scale_of: Callable[[int], float] | None) -> Kronecker:
-    def factor(name: str) -> tuple[Raw, ...]:
-        if name in params:
-            return (params[name],)
-        _require({f"{name}_a", f"{name}_b"}, set(params), where)
-        return params[f"{name}_a"], params[f"{name}_b"]
-
-    w1, w2 = factor("lokr_w1"), factor("lokr_w2")
-    decomposed = w2 if len(w2) == 2 else w1
-    if len(decomposed) == 2:
-        return Kronecker(w1, w2, _scale(params, decomposed[1].shape[0], where, scale_of))
-    # Both factors are whole, so there is no rank to divide alpha by, and trainers write any number there, infinity
-    # among them; only peft means it, and says so in its config.
-    return Kronecker(w1, w2, scale_of(0) if scale_of else 1.0)
-
-
-def _rotation(params: Params, where: str, target: Target) -> Rotation:
-    if "oft_blocks" in params:
-        raw = params["oft_blocks"]
-        if len(raw.shape) != 3 or raw.shape[1] != raw.shape[2] or raw.shape[0] * raw.shape[1] != target.all_rows:
-            raise WrongModelError(
-                f"{where}: oft_blocks", got=raw.shape, expected=f"[blocks, size, size] over {target.all_rows} rows"
-            )
-        if target.is_part and target.rows % raw.shape[1]:
-            raise WrongModelError(f"{where}: blocks of {raw.shape[1]} rows reach across fused modules")
-        constraint = float(params["alpha"].read().flatten()[0]) * target.all_rows if "alpha" in params else 0.0
-        return Rotation(raw, False, constraint, params.get("rescale"))
-    found = Rotation(params["oft_R.weight"], True, is_scaled="oft_R.scaled_oft" in params)
-    size, count = found.size, found.blocks.shape[0]
-    if size * (size - 1) // 2 != found.blocks.shape[-1] or count * size not in (size, target.columns):
-        raise WrongModelError(f"{where}: oft_R", got=found.blocks.shape, expected=f"blocks of {target.columns} inputs")
-    return found
-
-
-def _by_column(magnitude: Raw, shape: tuple[int, int], where: str) -> bool:
-    """[N, 1] is of rows, [1, K] of columns; a vector of the only one that it fits, of rows if of both, as peft and
-    ai-toolkit, which write vectors, have it."""
-    rows, columns = shape
-    size = math.prod(magnitude.shape)
-    if len(magnitude.shape) == 2 and magnitude.shape in ((1, columns), (rows, 1)) and magnitude.shape != (1, 1):
-        return magnitude.shape[0] == 1
-    if size not in shape:
-        raise WrongModelError(f"{where}: DoRA magnitude", got=magnitude.shape, expected=f"{rows} or {columns} numbers")
-    return size != rows
-
-
-def _scale(params: Params, rank: int, where: str, scale_of: Callable[[int], float] | None) -> float:
-    """alpha / rank, or 1 where nothing is said."""
-    if scale_of:
-        return scale_of(rank)
-    for name in ("scale", "alpha"):
-        if name in params:
-            value = float(params[name].read().flatten()[0])
-            if not math.isfinite(value):
-                raise WrongModelError(f"{where}: {name}", got=value, expected="a finite number")
-            return value if name == "scale" else (value or rank) / rank  # 0 stands for the rank
-    return 1.0
-
-
-def _require(wanted: set[str], names: set[str], where: str) -> None:
-    if missing := sorted(wanted - names):
-        there = sorted(wanted & names)
-        raise WrongModelError(
-            f"{where}: {', '.join(missing)} missing", got=f"{', '.join(there)} alone", fix="the file is incomplete"
-        )
-
-
-def _require_shape(where: str, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if got != expected:
-        other = " (Lumina-Image-2 is 2304 wide)" if 2304 in got else ""
-        raise WrongModelError(f"{where}: made for another model{other}", got=list(got), expected=list(expected))
-
-
-def _require_dense(dense: Dense, where: str, target: Target) -> None:
-    if dense.weight:
-        shape = dense.weight.shape
-        flat = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, *shape)
-        _require_shape(where, flat, (target.all_rows, target.columns))
-    if dense.bias and math.prod(dense.bias.shape) != target.all_rows:
-        _require_shape(f"{where} (bias)", dense.bias.shape, (target.all_rows,))
 
 
 def _rows_of(target: Target) -> slice:
