@@ -63,6 +63,8 @@ def test_a_peft_file_named_alone_is_as_strong_as_its_folder(weights: Weights, tm
     [
         ({"lora_alpha": "much"}, "got much and 4, expected numbers"),
         ({"lora_alpha": float("nan")}, "got nan and 4, expected numbers"),
+        ({"lora_alpha": 8, "rank_pattern": {"(": 4}}, r"rank_pattern: got \{'\(': 4\}, expected patterns"),
+        ({"lora_alpha": 8, "alpha_pattern": [4]}, "alpha_pattern: got .4., expected patterns"),
         ({"use_cayley_neumann": False}, "OFT: got another series than PEFT's own"),
     ],
 )

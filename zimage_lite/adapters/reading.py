@@ -23,7 +23,8 @@ from .recognition import Params, ScaleOf, updates_of
 from .spelling import Target, is_text_encoder, split, squashed, stranger, table
 from .updates import Raw, Update
 
-ADAPTER_CONFIG, _PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+_PEFT_FILE = "adapter_model.safetensors"
 _METADATA = "lora_adapter_metadata"  # diffusers' own, JSON
 _DROPPED = re.compile(r"(?:.*\.)?(?:_aux|bundle_emb)[._]")  # a trainer's state, textual inversions
 
@@ -139,9 +140,7 @@ def _config_of(file: Path, path: Path, metadata: Mapping[str, Any]) -> Mapping[s
             said = json.loads(metadata.get(_METADATA, "{}"))
         except (ValueError, RecursionError) as error:
             raise FileFormatError(f"{path}: metadata {_METADATA} is not JSON") from error
-        config = (
-            {key.removeprefix("transformer."): value for key, value in said.items()} if isinstance(said, dict) else {}
-        )
+        config = {key.removeprefix("transformer."): said[key] for key in said} if isinstance(said, dict) else {}
     if config.get("use_cayley_neumann") is False or config.get("num_cayley_neumann_terms", 5) != 5:
         raise WrongModelError(f"{path}: OFT", got="another series than PEFT's own", expected="5 Cayley-Neumann terms")
     return config
@@ -152,20 +151,16 @@ def _scales(config: Mapping[str, Any], path: Path) -> Callable[[str], ScaleOf | 
     usual = config.get("lora_alpha", config.get("alpha"))
     if usual is None:
         return lambda module: None
-    alphas, ranks = (_patterns(config, name) for name in ("alpha_pattern", "rank_pattern"))
+    alphas, ranks = (_patterns(config, name, path) for name in ("alpha_pattern", "rank_pattern"))
 
     def of(module: str) -> ScaleOf:
         alpha = _matching(alphas, module, usual)
 
         def scale(rank: int) -> float:
             rank = rank or _matching(ranks, module, config.get("r"))  # of a LoKr with whole factors
-            if (
-                not all(isinstance(number, int | float) and math.isfinite(number) for number in (alpha, rank))
-                or not rank
-            ):
-                raise FileFormatError(
-                    f"{path}: alpha and rank of {module}", got=f"{alpha} and {rank}", expected="numbers"
-                )
+            if not (_is_number(alpha) and _is_number(rank) and rank > 0):
+                got = f"{alpha} and {rank}"
+                raise FileFormatError(f"{path}: alpha and rank of {module}", got=got, expected="numbers")
             return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
         return scale
@@ -177,14 +172,17 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _patterns(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def _patterns(config: Mapping[str, Any], name: str, path: Path) -> dict[re.Pattern[str], Any]:
+    """As PEFT reads them: the end of a module's name, or a regular expression for it."""
     found = config.get(name)
-    return found if isinstance(found, dict) else {}
+    try:
+        return {re.compile(rf"(.*\.)?({own})"): value for own, value in (found or {}).items()}
+    except (AttributeError, re.error) as error:
+        raise FileFormatError(f"{path}: {name}", got=found, expected="patterns of modules' names") from error
 
 
-def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """As PEFT reads its patterns: the end of a module's name, or a regular expression for it."""
-    return next((value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", module)), default)
+def _matching(patterns: Mapping[re.Pattern[str], Any], module: str, default: Any) -> Any:
+    return next((value for pattern, value in patterns.items() if pattern.fullmatch(module)), default)
 
 
 def _refuse(adapter: Adapter) -> None:
