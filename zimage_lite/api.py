@@ -10,7 +10,7 @@ from pathlib import Path
 from .checkpoint.hub import is_hub_id, snapshot
 from .checkpoint.model_card import DEMO, model_folder
 from .checkpoint.model_files import ModelFiles, open_model
-from .config import RuntimeOptions
+from .config import Lora, RuntimeOptions
 from .convert.job import Written
 from .convert.quantize import quantize as _quantize
 from .convert.synthetic import is_synthetic, open_synthetic
@@ -79,12 +79,14 @@ def quantize(
     keep: Sequence[str] = (),
     tensors: Sequence[str] = (),
     effort: str = "reference",
+    merge_loras: Sequence[Lora | str] = (),
     measure: bool = False,
     overwrite: bool = False,
 ) -> list[Written]:
     """Convert a model (also one of the Hub) or a single weights file to format `to`. Raises UserError.
 
-    keep: patterns of tensors that stay 16-bit; tensors: "PATTERN=FORMAT"; measure: fill `Written.errors`.
+    keep: patterns of tensors that stay 16-bit; tensors: "PATTERN=FORMAT"; merge_loras: adapters, as texts
+    "PATH:STRENGTH", that become part of the transformer; measure: fill `Written.errors`.
     """
     return _quantize(
         source if isinstance(source, str) and is_hub_id(source) else model_folder(source),
@@ -94,6 +96,7 @@ def quantize(
         keep=keep,
         tensors=tensors,
         effort=effort,
+        merge_loras=[lora if isinstance(lora, Lora) else Lora.parsed(lora) for lora in merge_loras],
         measure=measure,
         overwrite=overwrite,
     )

@@ -24,10 +24,10 @@ def free(model: Path, tell: Callable[[str], None] = lambda _: None) -> Pipeline:
     return Pipeline(open_model(model), RuntimeOptions("cpu", ram_bytes=4 * 10**9), tell)
 
 
-def tight(model: Path, images: int = 1) -> Pipeline:
+def tight(model: Path, images: int = 1, request: GenerateOptions = CAT) -> Pipeline:
     """With a budget too small for the transformer's blocks, which come and go; not for so many latents."""
     first = free(model)
-    first.generate([CAT])
+    first.generate([request])
     plan = first.plans["denoise"]
     blocks = sum(-(-size // GRANULE_BYTES) * GRANULE_BYTES for size in plan.sizes.values())
     both = [
@@ -36,7 +36,7 @@ def tight(model: Path, images: int = 1) -> Pipeline:
     one, all_of_them = (way.plan.peak_ram_bytes for way in first.work.planning.planned(both))
     budget = plan.peak_ram_bytes - blocks + 2 * GRANULE_BYTES + all_of_them - one
     made = Pipeline(open_model(model), RuntimeOptions("cpu", ram_bytes=budget))
-    made.generate([CAT])
+    made.generate([request])
     assert images > 1 or set(made.plans["denoise"].homes.values()) == {FILE}
     return made
 
