@@ -48,7 +48,7 @@ class Linear(nn.Module):
         assert self.packed is not None, "no weight is bound"
         x = x.mul_(2.0**scale_log2) if scale_log2 else x
         y = side.added(self.packed.linear(side.given(x), backend), x) if side else self.packed.linear(x, backend)
-        return y if bias is None else y + bias.to(y.dtype)
+        return _with_bias(y, bias, scale_log2)
 
     def _of_int8(
         self, x: Int8Rows, bias: Tensor | None, scale_log2: int, dtype: torch.dtype, backend: Backend
@@ -56,9 +56,9 @@ class Linear(nn.Module):
         side = self.side
         if side is None or side.rides:
             return linear_int8(*x, *self.scaled_rows, bias, self.low_rank(x, backend), scale_log2, dtype, backend)
-        z = linear_int8(*x, *self.int8_rows, None, None, scale_log2, dtype, backend)
-        y = side.added(z, unrotated(x, self.group or 0, dtype).mul_(2.0**scale_log2))
-        return y if bias is None else y + bias.to(dtype) * 2.0**scale_log2
+        z = linear_int8(*x, *self.int8_rows, None, None, scale_log2, self.dtype, backend)
+        y = side.added(z, unrotated(x, self.group or 0, self.dtype).mul_(2.0**scale_log2))
+        return _with_bias(y, bias, scale_log2).to(dtype)
 
     @property
     def group(self) -> int | None:
@@ -110,6 +110,11 @@ class RMSNorm(nn.Module):
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Every weight that the module wants: name -> shape."""
     return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+
+
+def _with_bias(y: Tensor, bias: Tensor | None, scale_log2: int) -> Tensor:
+    """y: 2^scale_log2 times the product."""
+    return y if bias is None else y + bias.to(y.dtype) * 2.0**scale_log2
 
 
 def bind(module: nn.Module, tensors: Mapping[str, QTensor], dtype: torch.dtype) -> None:
