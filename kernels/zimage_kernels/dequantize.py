@@ -162,10 +162,8 @@ def _dequantize_kernel(
         x = tl.load(packed_ptr + stored * columns + column, mask=inside, other=0).to(tl.float32)
         x *= tl.load(scale_ptr + stored).to(tl.float32)
     else:
-        block = tl.minimum(tl.arange(0, BLOCK // ELEMENTS), columns // ELEMENTS - 1)
-        first = packed_ptr + stored * (columns // ELEMENTS * BYTES)
-        x = unpack_ggml(first + block[:, None, None] * BYTES, levels_ptr, LAYOUT)
-        x = tl.where(inside, tl.reshape(x, (BLOCK,)), 0.0)
+        row_ptr = packed_ptr + stored * (columns // ELEMENTS * BYTES)
+        x = unpack_ggml(row_ptr, levels_ptr, columns, LAYOUT, ELEMENTS, BYTES, BLOCK)
 
     if LAYOUT == "int4":
         scale = tl.load(offset_ptr + stored)

@@ -1,8 +1,10 @@
-"""ggml's blocks, decoded in registers: one function for each type, in the layouts of ggml-quants.c.
+"""ggml's blocks, decoded in registers, in the layouts of ggml-quants.c: codes, times a scale, plus an offset in some.
 
-Every function takes the address of a row's blocks, [blocks, 1, 1], and returns their elements as float32,
-[blocks, sub-blocks, elements]. `s` and `i` count sub-blocks and their elements. Types with 32 elements have no
-sub-blocks. Bytes hold codes of several elements and are read once for each; the second time from the cache.
+A thread holds 16 neighbours, or twice that, which have one scale in every type. So codes are read for each element of a
+row, in order, and scales for each 16: nothing has to change its thread afterwards, neither for the rotation nor to be
+stored. Bytes hold codes of several elements and are read once for each; the second time from the cache.
+`at` is the address of an element's block and `i` its place in the row: in `i % 32` Triton sees which bytes are
+neighbours, and loads them at once, but not in `i % 256 % 32`. `first` is the block of each 16, `s` which 16 of it.
 """
 
 from __future__ import annotations
@@ -21,134 +23,134 @@ IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 8
 
 
 @jit
-def unpack_ggml(base: tl.tensor, levels_ptr: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
-    if KIND == "q8_0":
-        return _q8_0(base)
-    elif KIND == "q4_0":
-        return (_nibble(base + 2) - 8) * _half(base)
-    elif KIND == "q4_1":
-        return _nibble(base + 4) * _half(base) + _half(base + 2)
-    elif KIND == "q5_0":
-        return (_nibble(base + 6) + 16 * _fifth(base + 2) - 16) * _half(base)
+def unpack_ggml(
+    row_ptr: tl.tensor, levels_ptr: tl.tensor, columns: tl.tensor,
+    KIND: tl.constexpr, ELEMENTS: tl.constexpr, BYTES: tl.constexpr, SIZE: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """A row, [SIZE] float32, zero beyond its columns."""
+    i, part = tl.arange(0, SIZE), tl.arange(0, SIZE // 16)
+    at, inside = row_ptr + i // ELEMENTS * BYTES, i < columns
+    first, s, there = row_ptr + part // (ELEMENTS // 16) * BYTES, part % (ELEMENTS // 16), part * 16 < columns
+    code = _codes(at, i, inside, KIND)
+    if KIND == "q5_0":
+        code += 16 * _fifth(first + 2, i, s, there) - 16
     elif KIND == "q5_1":
-        return (_nibble(base + 8) + 16 * _fifth(base + 4)) * _half(base) + _half(base + 2)
+        code += 16 * _fifth(first + 4, i, s, there)
+    elif KIND == "iq4_nl" or KIND == "iq4_xs":
+        code = tl.load(levels_ptr + code)
+    x = code * _spread(_scale(first, s, there, KIND))
+    if KIND == "q4_1" or KIND == "q5_1" or KIND == "q2_k" or KIND == "q4_k" or KIND == "q5_k":
+        x += _spread(_offset(first, s, there, KIND))
+    return x
+
+
+@jit
+def _codes(at: tl.tensor, i: tl.tensor, inside: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
+    """Integers; of iq4 the numbers of levels."""
+    if KIND == "q8_0":
+        return _signed(at + 2 + i % 32, inside)
+    elif KIND == "q4_0":
+        return _nibble(at + 2, i, inside) - 8
+    elif KIND == "q4_1":
+        return _nibble(at + 4, i, inside)
+    elif KIND == "q5_0":
+        return _nibble(at + 6, i, inside)
+    elif KIND == "q5_1":
+        return _nibble(at + 8, i, inside)
     elif KIND == "iq4_nl":
-        return tl.load(levels_ptr + _nibble(base + 2)) * _half(base)
+        return _nibble(at + 2, i, inside)
     elif KIND == "q2_k":
-        return _q2_k(base)
-    elif KIND == "q3_k":
-        return _q3_k(base)
+        return _two_bits(at + 16, i, inside)
+    elif KIND == "q3_k":  # a third bit for each, one plane of 32 bytes: bit g belongs to elements 32 g to 32 g + 31
+        return _two_bits(at + 32, i, inside) + 4 * ((_byte(at + i % 32, inside) >> (i // 32 % 8)) & 1) - 4
     elif KIND == "q4_k":
-        return _q4_k(base)
+        return (_byte(at + 16 + i // 64 % 4 * 32 + i % 32, inside) >> (i // 32 % 2 * 4)) & 15
     elif KIND == "q5_k":
-        return _q5_k(base)
-    elif KIND == "q6_k":
-        return _q6_k(base)
+        fourth = (_byte(at + 48 + i // 64 % 4 * 32 + i % 32, inside) >> (i // 32 % 2 * 4)) & 15
+        return fourth + (((_byte(at + 16 + i % 32, inside) >> (i // 32 % 8)) & 1) << 4)
+    elif KIND == "q6_k":  # of each 128: low nibbles of the first 64, high ones of the others; the upper bits as in q2_k
+        low = (_byte(at + i // 128 % 2 * 64 + i % 64, inside) >> (i // 64 % 2 * 4)) & 15
+        return (low | (_two_bits(at + 128, i, inside) << 4)) - 32
     else:
-        return _iq4_xs(base, levels_ptr)
+        return _nibble(at + 8 + i // 32 % 8 * 16, i, inside)
 
 
 @jit
-def _indices(SUBBLOCKS: tl.constexpr, ELEMENTS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    return tl.arange(0, SUBBLOCKS)[None, :, None], tl.arange(0, ELEMENTS)[None, None, :]
+def _scale(first: tl.tensor, s: tl.tensor, there: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
+    if KIND == "q2_k":
+        return _half(first + 80, there) * (_byte(first + s, there) & 15)
+    elif KIND == "q3_k":
+        low = (_byte(first + 96 + s % 8, there) >> (4 * (s // 8))) & 15
+        high = (_byte(first + 104 + s % 4, there) >> (2 * (s // 4))) & 3
+        return _half(first + 108, there) * ((low | high << 4) - 32)
+    elif KIND == "q4_k" or KIND == "q5_k":
+        return _half(first, there) * _six_bits(first + 4, s // 2, there, False)
+    elif KIND == "q6_k":
+        return _half(first + 208, there) * _signed(first + 192 + s, there)
+    elif KIND == "iq4_xs":
+        low = (_byte(first + 4 + s // 4, there) >> (4 * (s // 2 % 2))) & 15
+        high = (_byte(first + 2 + s // 8, there) >> (2 * (s // 2 % 4))) & 3
+        return _half(first, there) * ((low | high << 4) - 32)
+    else:
+        return _half(first, there)
 
 
 @jit
-def _byte(address: tl.tensor) -> tl.tensor:
-    return tl.load(address).to(tl.int32)
+def _offset(first: tl.tensor, s: tl.tensor, there: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
+    if KIND == "q2_k":
+        return -_half(first + 82, there) * (_byte(first + s, there) >> 4)
+    elif KIND == "q4_k" or KIND == "q5_k":
+        return -_half(first + 2, there) * _six_bits(first + 4, s // 2, there, True)
+    else:
+        return _half(first + 2, there)
 
 
 @jit
-def _half(address: tl.tensor) -> tl.tensor:
-    return tl.load(address.to(tl.pointer_type(tl.float16))).to(tl.float32)
+def _byte(address: tl.tensor, inside: tl.tensor) -> tl.tensor:
+    return tl.load(address, mask=inside, other=0).to(tl.int32)
 
 
 @jit
-def _q8_0(base: tl.tensor) -> tl.tensor:
-    _, i = _indices(1, 32)
-    return tl.load((base + 2 + i).to(tl.pointer_type(tl.int8))).to(tl.float32) * _half(base)
+def _signed(address: tl.tensor, inside: tl.tensor) -> tl.tensor:
+    return _byte(address.to(tl.pointer_type(tl.int8)), inside)
 
 
 @jit
-def _nibble(base: tl.tensor) -> tl.tensor:
+def _half(address: tl.tensor, inside: tl.tensor) -> tl.tensor:
+    return tl.load(address.to(tl.pointer_type(tl.float16)), mask=inside, other=0).to(tl.float32)
+
+
+@jit
+def _nibble(at: tl.tensor, i: tl.tensor, inside: tl.tensor) -> tl.tensor:
     """32 codes in 16 bytes: the low nibbles first, then the high ones."""
-    _, i = _indices(1, 32)
-    return (_byte(base + i % 16) >> (4 * (i // 16))) & 15
+    return (_byte(at + i % 16, inside) >> (i // 16 % 2 * 4)) & 15
 
 
 @jit
-def _fifth(base: tl.tensor) -> tl.tensor:
-    """Bit i of 32."""
-    _, i = _indices(1, 32)
-    return (_byte(base + i // 8) >> (i % 8)) & 1
-
-
-@jit
-def _q2_k(base: tl.tensor) -> tl.tensor:
-    s, i = _indices(16, 16)
-    code = _two_bits(base + 16, s, i)
-    scale = _byte(base + s)
-    return _half(base + 80) * (scale & 15) * code - _half(base + 82) * (scale >> 4)
-
-
-@jit
-def _two_bits(base: tl.tensor, s: tl.tensor, i: tl.tensor) -> tl.tensor:
+def _two_bits(at: tl.tensor, i: tl.tensor, inside: tl.tensor) -> tl.tensor:
     """256 codes in 64 bytes. 32 bytes hold 128: bits 0-1 the first 32 of them, bits 2-3 the next, and so on."""
-    return (_byte(base + s // 8 * 32 + s % 2 * 16 + i) >> (s % 8 // 2 * 2)) & 3
+    return (_byte(at + i // 128 % 2 * 32 + i % 32, inside) >> (i // 32 % 4 * 2)) & 3
 
 
 @jit
-def _q3_k(base: tl.tensor) -> tl.tensor:
-    """A third bit for each code, one plane of 32 bytes: bit g belongs to elements 32 g to 32 g + 31."""
-    s, i = _indices(16, 16)
-    high = (_byte(base + s % 2 * 16 + i) >> (s // 2)) & 1
-    code = _two_bits(base + 32, s, i) + 4 * high - 4
-    low = (_byte(base + 96 + s % 8) >> (4 * (s // 8))) & 15
-    scale = (low | ((_byte(base + 104 + s % 4) >> (2 * (s // 4))) & 3) << 4) - 32
-    return _half(base + 108) * scale * code
+def _fifth(first: tl.tensor, i: tl.tensor, s: tl.tensor, there: tl.tensor) -> tl.tensor:
+    """One bit of 32."""
+    bits = _byte((first + 2 * s).to(tl.pointer_type(tl.uint16)), there)
+    return (_spread(bits) >> (i % 16)) & 1
 
 
 @jit
-def _q4_k(base: tl.tensor) -> tl.tensor:
-    s, i = _indices(8, 32)
-    code = (_byte(base + 16 + s // 2 * 32 + i) >> (4 * (s % 2))) & 15
-    scale, minimum = _six_bits(base + 4, s)
-    return _half(base) * scale * code - _half(base + 2) * minimum
-
-
-@jit
-def _q5_k(base: tl.tensor) -> tl.tensor:
-    s, i = _indices(8, 32)
-    code = (_byte(base + 48 + s // 2 * 32 + i) >> (4 * (s % 2))) & 15
-    code += ((_byte(base + 16 + i) >> s) & 1) << 4
-    scale, minimum = _six_bits(base + 4, s)
-    return _half(base) * scale * code - _half(base + 2) * minimum
-
-
-@jit
-def _six_bits(base: tl.tensor, s: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+def _six_bits(first: tl.tensor, run: tl.tensor, there: tl.tensor, MINIMUM: tl.constexpr) -> tl.tensor:
     """Eight scales and eight minima in 12 bytes. The last four of each are the nibbles of the last four bytes, and the
     upper two bits of the first eight."""
-    first, second, third = _byte(base + s % 4), _byte(base + 4 + s % 4), _byte(base + 8 + s % 4)
-    scale = tl.where(s < 4, first & 63, (third & 15) | (first >> 6 << 4))
-    minimum = tl.where(s < 4, second & 63, (third >> 4) | (second >> 6 << 4))
-    return scale, minimum
+    early = _byte(first + 4 * MINIMUM + run % 4, there)
+    late = _byte(first + 8 + run % 4, there)
+    nibble = late >> 4 if MINIMUM else late & 15
+    return tl.where(run < 4, early & 63, nibble | (early >> 6 << 4))
 
 
 @jit
-def _q6_k(base: tl.tensor) -> tl.tensor:
-    """Of each 128 codes: low nibbles of the first 64, high ones of the others; the upper two bits as in q2_k."""
-    s, i = _indices(16, 16)
-    low = (_byte(base + s // 8 * 64 + s % 4 * 16 + i) >> (s % 8 // 4 * 4)) & 15
-    code = (low | (_two_bits(base + 128, s, i) << 4)) - 32
-    scale = tl.load((base + 192 + s).to(tl.pointer_type(tl.int8)))
-    return _half(base + 208) * scale * code
-
-
-@jit
-def _iq4_xs(base: tl.tensor, levels_ptr: tl.tensor) -> tl.tensor:
-    s, i = _indices(8, 32)
-    code = (_byte(base + 8 + s * 16 + i % 16) >> (4 * (i // 16))) & 15
-    low = (_byte(base + 4 + s // 2) >> (4 * (s % 2))) & 15
-    scale = (low | ((_byte(base + 2 + s // 4) >> (2 * (s % 4))) & 3) << 4) - 32
-    return _half(base) * scale * tl.load(levels_ptr + code)
+def _spread(parts: tl.tensor) -> tl.tensor:
+    """Each for its 16 elements."""
+    SIZE: tl.constexpr = parts.shape[0]
+    return tl.reshape(tl.broadcast_to(parts[:, None], (SIZE, 16)), (SIZE * 16,))

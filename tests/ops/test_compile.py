@@ -49,6 +49,15 @@ def test_representative_kernels() -> None:
         assert "mma.s8" in row["matrix"] and row["registers"] > 32 and row["shared_bytes"] > 0 and not row["fault"]
 
 
+def test_unpacked_rows_are_rotated_where_they_are() -> None:
+    """In registers: of shared memory they take what the maximum of a row over 8 warps does, as 16-bit rows do."""
+    tool = str(ROOT / "tools" / "compile_kernels.py")
+    only = [f"dequantize {kind} 3840 to i8" for kind in ("q8_0", "q4_k", "q6_k")] + ["quantize fp16 3840"]
+    code, printed, errors = run(tool, "--arch", "86", "--json", *(f"--only={name}" for name in only))
+    assert code == 0, errors
+    assert {row["name"]: row["shared_bytes"] for row in printed["rows"]} == dict.fromkeys(only, 32)
+
+
 SPOILT = """
 import sys, compile_kernels
 from zimage_kernels import swiglu_int8
