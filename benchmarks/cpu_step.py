@@ -63,12 +63,7 @@ def main() -> None:
 
 def measured(name: str, ways: Ways, repeats: int) -> dict[str, Any]:
     results = {way: call() for way, call in ways.items()}
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(repeats):
-        for way, call in ways.items():
-            start = time.perf_counter()
-            call()
-            seconds[way].append(time.perf_counter() - start)
+    seconds = timed(ways, repeats)
     middle = {way: median(times) for way, times in seconds.items()}
     truth = results["diffusers float32"]
     row = {
@@ -84,6 +79,17 @@ def measured(name: str, ways: Ways, repeats: int) -> dict[str, Any]:
             f"{name}: {way:<18} {middle[way]:.3f} s, {ratio:.2f}x, error {row['relative_error'][way]:.1e}", flush=True
         )
     return row
+
+
+def timed(ways: Ways, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each, taking turns."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(repeats):
+        for way, call in ways.items():
+            start = time.perf_counter()
+            call()
+            seconds[way].append(time.perf_counter() - start)
+    return seconds
 
 
 def steps(config: TransformerConfig, side: int, formats: Sequence[str]) -> Ways:
@@ -146,12 +152,13 @@ def packed(state: dict[str, Tensor], name: str) -> dict[str, QTensor]:
         else "f32"
         for own, weight in state.items()
     }
-    out = {}
-    for own, weight in state.items():
-        format = FORMATS[chosen[own]]
-        options = format.codec.options(weight.shape[-1])
-        out[own] = QTensor(format, tuple(weight.shape), format.codec.quantize(weight, options, "fast"), options)
-    return out
+    return {own: as_format(weight, chosen[own]) for own, weight in state.items()}
+
+
+def as_format(weight: Tensor, name: str) -> QTensor:
+    format = FORMATS[name]
+    options = format.codec.options(weight.shape[-1])
+    return QTensor(format, tuple(weight.shape), format.codec.quantize(weight, options, "fast"), options)
 
 
 if __name__ == "__main__":
