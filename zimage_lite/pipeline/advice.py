@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 
+from ..adapters.known import unlike
 from ..checkpoint.model_files import ModelFiles
 from ..config import MAX_PROMPT_TOKENS, GenerateOptions, SchedulerConfig
 from .steps import texts
@@ -31,6 +32,8 @@ def advice(requests: Sequence[GenerateOptions], model: ModelFiles) -> Iterator[s
     yield from _markup(prompts)
     if any(request.negative and not request.guidance for request in requests):
         yield "--negative has no effect without --guidance"
+    found = (unlike(lora, request) for request in requests for lora in request.loras)
+    yield from dict.fromkeys(line for line in found if line)
     settings = dict.fromkeys((request.step_count, request.guidance or 0.0) for request in requests)
     yield from _schedule(list(settings), model.scheduler)
 
