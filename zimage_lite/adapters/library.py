@@ -40,8 +40,9 @@ class AdapterLibrary:
     def _opened(self, path: str) -> Adapter:
         known = self._open.get(path)
         if known is None or file_stamp(known.file) != known.stamp:
-            known = self._open[path] = open_adapter(place_of(path), self.transformer.config)
+            known = open_adapter(place_of(path), self.transformer.config)
             known.require_sound()
+            self._open[path] = known
             self.tell(said_of(known))
         return known
 

@@ -5,7 +5,8 @@
 LoRA, LoHa and low-rank LoKr are A and B; full LoKr stays factored; D is a dense difference. T and U hold what DoRA and
 OFT come to once the norms of their weights are known: a factor for each input or output, or a rotation of each block of
 them, less the identity. Strengths are in all of these already, and terms of several adapters are side by side in the
-rank or added up, so that what one costs is what its numbers cost.
+rank or added up, so that what one costs is what its numbers cost. Where one adapter has a T and another a U, they
+multiply, U W T included, as if one had been merged before the other: their sum would take a second product with W.
 """
 
 from __future__ import annotations

@@ -1,0 +1,98 @@
+"""Adapters of a pipeline: opened once, looked at again when their file changes, never applied unsound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from adapted import Weights
+from adapter_files import TINY
+from trainers import ADAPTERS, mixed
+
+from zimage_lite.adapters.library import AdapterLibrary, said_of
+from zimage_lite.adapters.load import load_of
+from zimage_lite.adapters.reading import open_adapter
+from zimage_lite.adapters.updates import Dora
+from zimage_lite.config import Lora
+from zimage_lite.errors import UserError
+
+
+@pytest.fixture
+def told() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def library(tmp_path: Path, told: list[str]) -> AdapterLibrary:
+    transformer: Any = SimpleNamespace(config=TINY, tensors=Weights(tmp_path).stored)
+    return AdapterLibrary(transformer, told.append)
+
+
+def test_opened_once_and_again_when_it_changes(library: AdapterLibrary, told: list[str], tmp_path: Path) -> None:
+    path = str(ADAPTERS["peft in diffusers"]().write(tmp_path, "mine"))
+    first, second = (library.of([Lora(path, m)]) for m in (1.0, 0.5))
+    assert first.adapters[0][0] is second.adapters[0][0]
+    assert told == ["mine: LoRA on 16 of 16 modules"]
+    mixed().write(tmp_path, "mine")
+    assert len(library.of([Lora(path, 1.0)]).adapters[0][0].modules) == 4
+    assert told[1:] == ["mine: LoRA on 3, LoKr on 1 of 4 modules"]
+
+
+def test_what_has_no_place_is_told(tmp_path: Path) -> None:
+    made = mixed()
+    made.add("diffusion_model.layers.7.attention.to_q.lora_A.weight", 4, 64)
+    said = said_of(open_adapter(made.write(tmp_path), TINY))
+    assert said.endswith("of 5 modules; 1 tensor left out (diffusion_model.layers.7.attention.to_q.lora_A.weight)")
+
+
+def test_strength_0_costs_nothing_but_has_to_be_an_adapter(library: AdapterLibrary, tmp_path: Path) -> None:
+    path = ADAPTERS["peft in diffusers"]().write(tmp_path)
+    assert not library.of([Lora(str(path), 0.0)])
+    with pytest.raises(UserError, match="nothing"):
+        library.of([Lora(str(tmp_path / "nothing.safetensors"), 0.0)])
+
+
+def test_an_unsound_one_is_refused_each_time(library: AdapterLibrary, told: list[str], tmp_path: Path) -> None:
+    made = mixed()
+    made.tensors["lora_unet_layers_0_attention_qkv.lora_up.weight"][5, 1] = torch.inf
+    path = str(made.write(tmp_path))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"lora_up\.weight holds NaN or infinity"):
+            library.of([Lora(path, 1.0)])
+    assert not told
+
+
+def test_dora_is_measured_once(library: AdapterLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, count = str(ADAPTERS["DoRA [1, K]"]().write(tmp_path)), 0
+    measure = Dora.measure
+
+    def counted(self: Dora, *given: Any) -> None:
+        nonlocal count
+        count += 1
+        measure(self, *given)
+
+    monkeypatch.setattr(Dora, "measure", counted)
+    library.of([Lora(path, 1.0)], measured=False)
+    assert count == 0
+    for _ in range(2):
+        library.of([Lora(path, 1.0)])
+    assert count == 4  # three linears, and q, k and v as one
+
+
+def test_what_a_plan_counts(library: AdapterLibrary, tmp_path: Path) -> None:
+    made = ADAPTERS["ai-toolkit with adaLN"]()
+    for module in ("cap_embedder.1", "t_embedder.mlp.0"):
+        made.lora(module, module)
+    adapters = library.of([Lora(str(made.write(tmp_path)), 1.0)])
+    load = load_of(adapters, "bf16")
+    assert load.bytes.keys() == load.flops.keys() == load.columns.keys() == {"layers.0", "layers.1"}
+    # Rank 4, in 16: on four linears of 64 by 64, two of 170 by 64, one of 64 by 170.
+    assert load.flops["layers.0"] == 2 * 16 * (4 * 128 + 3 * 234)
+    assert load.bytes["layers.0"] == 2 * 16 * (4 * 128 + 3 * 234)
+    assert load.columns["layers.0"] == 6 * 64 + 170
+    assert load.rest == 2 * 16 * (32 + 64)
+    assert load.time == 4 * 16 * (2 * (64 + 256) + 1024 + 256)  # always in float32
+    assert load_of(library.of([]), "bf16").bytes == {}
