@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -49,14 +49,19 @@ class Weights:
         return weight if weight.ndim == 2 else weight[None]
 
     def wanted(self, described: Described) -> Wanted:
-        changes: dict[str, Tensor] = {}
-        for modules, change in described.changes:
-            rows = [len(self.of(module)) for module in modules]
-            whole = change(torch.cat([self.of(module) for module in modules]).double())
-            for module, part in zip(modules, whole.split(rows), strict=True):
-                changes[module] = changes.get(module, 0.0) + part
-        names = dict.fromkeys([*changes, *described.biases])
-        return {name: (changes.get(name), described.biases.get(name)) for name in names}
+        return changes_of(described, self.of)
+
+
+def changes_of(described: Described, weight_of: Callable[[str], Tensor]) -> Wanted:
+    """weight_of: module -> [rows, columns]."""
+    changes: dict[str, Tensor] = {}
+    for modules, change in described.changes:
+        weights = [weight_of(module).double() for module in modules]
+        parts = change(torch.cat(weights)).split([len(weight) for weight in weights])
+        for module, part in zip(modules, parts, strict=True):
+            changes[module] = changes.get(module, 0.0) + part
+    names = dict.fromkeys([*changes, *described.biases])
+    return {name: (changes.get(name), described.biases.get(name)) for name in names}
 
 
 def joined_modules(adapters: Sequence[tuple[Adapter, float]], weights: Weights) -> Mapping[str, JoinedModule]:

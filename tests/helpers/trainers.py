@@ -201,6 +201,9 @@ def dora_of_others() -> Described:
     made.dora("lycoris_layers_0_attention_to_q.dora_scale", "layers.0.attention.to_q", False, (64, 1))
     made.lokr("lycoris_layers_0_attention_to_k", "layers.0.attention.to_k", (8, 8))
     made.dora("lycoris_layers_0_attention_to_k.dora_scale", "layers.0.attention.to_k", True, (1, 64))
+    for block, by_column, shape in (("layers.1", True, (1, 64)), ("noise_refiner.0", False, (192, 1))):
+        made.lokr(f"{block}.attention.qkv", qkv(block), (2, 8))  # 96 rows: across q, k and v
+        made.dora(f"{block}.attention.qkv.dora_scale", qkv(block), by_column, shape)
     return made
 
 

@@ -51,24 +51,33 @@ def snapshot(repo_id: str, revision: str | None = None) -> Path:
 
 
 def adapter_file(repo_id: str, name: str | None = None) -> Path:
-    """An adapter's file in the Hub's cache, downloaded if it is not there: the one that is named, else the only one.
-    Raises UserError."""
+    """An adapter's file in the Hub's cache, downloaded if it is not there: the one that is named, else the only one,
+    or its folder. PEFT's config, which says how strong it is, comes along. Raises UserError."""
     from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     with quiet(), telling(repo_id, None):
-        if name is None:
-            names = HfApi(endpoint=endpoint()).list_repo_files(repo_id)
-            weights = [one for one in names if one.endswith(".safetensors")]
-            if len(weights) != 1:
-                got = ", ".join(weights[:5]) or "no .safetensors file"
-                fix = f"name one, as {repo_id}/FILE" if weights else None
-                raise UserError(f"{repo_id}: no single adapter", got=got, fix=fix)
-            (name,) = weights
-            config = str(PurePosixPath(name).with_name("adapter_config.json"))
-            if config in names:  # PEFT's, which says how strong it is
+        there = HfApi(endpoint=endpoint()).list_repo_files(repo_id) if name is None else []
+        file = PurePosixPath(name or _only_weights(there, repo_id))
+        config = str(file.with_name("adapter_config.json"))
+        if config in there or file.name == "adapter_model.safetensors":
+            try:
                 hf_hub_download(repo_id, config, endpoint=endpoint())
-                return Path(hf_hub_download(repo_id, name, endpoint=endpoint())).parent
-        return Path(hf_hub_download(repo_id, name, endpoint=endpoint()))
+            except EntryNotFoundError as error:
+                if isinstance(error, FileNotFoundError):  # not reached, which is no answer
+                    raise
+        found = Path(hf_hub_download(repo_id, str(file), endpoint=endpoint()))
+        return found.parent if config in there else found
+
+
+def _only_weights(names: Iterable[str], repo_id: str) -> str:
+    weights = [name for name in names if name.endswith(".safetensors")]
+    if len(weights) != 1:
+        got = ", ".join(weights[:5]) or "no .safetensors file"
+        raise UserError(
+            f"{repo_id}: no single adapter", got=got, fix=f"name one, as {repo_id}/FILE" if weights else None
+        )
+    return weights[0]
 
 
 class LocalFiles:

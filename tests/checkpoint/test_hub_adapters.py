@@ -1,0 +1,74 @@
+"""An adapter from the Hub: the one file that is named, or the only one, and PEFT's config with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hub_cache import REPO
+from hub_server import HubServer
+
+from zimage_lite.checkpoint.hub import adapter_file
+from zimage_lite.errors import UserError
+
+PEFT = ("adapter_model.safetensors", "adapter_config.json")
+
+
+@pytest.fixture
+def offers(server: HubServer, tmp_path: Path):
+    """Says which files there are."""
+
+    def offer(*names: str) -> HubServer:
+        server.folder = tmp_path / "hub"
+        for name in names:
+            (server.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (server.folder / name).write_bytes(name.encode())
+        return server
+
+    return offer
+
+
+def test_the_only_file(offers) -> None:
+    server = offers("README.md", "pencil.safetensors", "example.png")
+    found = adapter_file(REPO)
+    assert found.name == "pencil.safetensors" and found.read_bytes() == b"pencil.safetensors"
+    assert {answer.name for answer in server.served} == {"pencil.safetensors"}
+
+
+@pytest.mark.parametrize("name", [None, "adapter_model.safetensors"])
+def test_a_config_comes_along(offers, name: str | None) -> None:
+    offers(*PEFT)
+    found = adapter_file(REPO, name)
+    folder = found if name is None else found.parent
+    assert sorted(path.name for path in folder.iterdir()) == sorted(PEFT)
+
+
+def test_a_named_one_in_a_folder(offers) -> None:
+    offers("v1/adapter_model.safetensors", "v1/adapter_config.json", "v2.safetensors")
+    found = adapter_file(REPO, "v1/adapter_model.safetensors")
+    assert found.with_name("adapter_config.json").read_bytes() == b"v1/adapter_config.json"
+    assert adapter_file(REPO, "v2.safetensors").read_bytes() == b"v2.safetensors"
+
+
+def test_peft_file_without_a_config(offers) -> None:
+    offers("adapter_model.safetensors")
+    assert adapter_file(REPO, "adapter_model.safetensors").read_bytes() == b"adapter_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("a.safetensors", "b.safetensors"), "got a.safetensors, b.safetensors; name one, as someone/tiny/FILE"),
+        (("a.bin",), "got no .safetensors file"),
+    ],
+)
+def test_which_one_is_asked(offers, names: tuple[str, ...], message: str) -> None:
+    offers(*names)
+    with pytest.raises(UserError, match=f"{REPO}: no single adapter: {message}"):
+        adapter_file(REPO)
+
+
+def test_one_that_is_not_there(offers) -> None:
+    offers("a.safetensors")
+    with pytest.raises(UserError, match=REPO):
+        adapter_file(REPO, "b.safetensors")
