@@ -3,7 +3,9 @@
     python benchmarks/ops/bench_linear_int8.py [--tokens 1152 4224] [--out benchmarks/results/NAME.json]
 
 Ceilings: torch._int_mm and a bf16 matmul of 8192 x 8192 x 8192. Beside each product: the same in bf16 by cuBLAS, and
-torch._int_mm with the scales applied after it. `kept`: whether a product of at least FEWEST rows, the tokens of
+torch._int_mm with the scales applied after it. q, k and v are three products, as in a block. `project_rows`, the first
+half of an adapter's low-rank term, stands beside cuBLAS on bf16 rows, with and without making these of the 8-bit ones;
+its gbps count each operand once. `kept`: whether a product of at least FEWEST rows, the tokens of
 512x512, reaches OF_CEILING of the int8 ceiling and is TIMES_BF16 times as fast as bf16.
 """
 
@@ -18,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from timing import Times, milliseconds, need_cuda, report, spread
 from torch import Tensor
-from zimage_kernels import linear_int8, linear_int8_reference, swiglu_int8
+from zimage_kernels import linear_int8, linear_int8_reference, project_rows, swiglu_int8
 
-SHAPES = {"qkv": (11520, 3840), "out": (3840, 3840), "w2": (3840, 10240)}  # [N, K]
+SHAPES = {"q, k, v": (3, 3840, 3840), "out": (1, 3840, 3840), "w2": (1, 3840, 10240)}  # weights, N, K
 HIDDEN, DIM = 10240, 3840
+RANKS = (16, 64)
 OF_CEILING, TIMES_BF16, FEWEST = 0.75, 1.6, 1152
 
 
@@ -53,13 +56,13 @@ def judged(name: str, rows: int, ops: float, times: Times, bf16_ms: float, ceili
 
 
 def linear(name: str, rows: int, ceiling: float) -> dict[str, Any]:
-    outputs, columns = SHAPES[name]
-    x, w = codes(rows, columns), codes(outputs, columns)
-    x16, w16 = x[0].bfloat16(), w[0].bfloat16()
-    times = milliseconds(lambda: linear_int8(*x, *w, backend="triton"))
-    bf16_ms = milliseconds(lambda: x16 @ w16.T)[1]
-    row = judged(f"linear_int8 {name}", rows, 2 * rows * outputs * columns, times, bf16_ms, ceiling)
-    return row | {"times_int_mm": milliseconds(lambda: linear_int8_reference(*x, *w))[1] / times[1]}
+    count, outputs, columns = SHAPES[name]
+    x, weights = codes(rows, columns), [codes(outputs, columns) for _ in range(count)]
+    x16, wide = x[0].bfloat16(), [w[0].bfloat16() for w in weights]
+    times = milliseconds(lambda: [linear_int8(*x, *w, backend="triton") for w in weights])
+    bf16_ms = milliseconds(lambda: [x16 @ w.T for w in wide])[1]
+    row = judged(f"linear_int8 {name}", rows, 2 * rows * count * outputs * columns, times, bf16_ms, ceiling)
+    return row | {"times_int_mm": milliseconds(lambda: [linear_int8_reference(*x, *w) for w in weights])[1] / times[1]}
 
 
 def swiglu(rows: int, ceiling: float) -> dict[str, Any]:
@@ -70,6 +73,16 @@ def swiglu(rows: int, ceiling: float) -> dict[str, Any]:
     return judged("swiglu_int8", rows, 4 * rows * HIDDEN * DIM, times, bf16_ms, ceiling)
 
 
+def projection(rows: int, rank: int) -> dict[str, Any]:
+    (x, scale), a = codes(rows, DIM), torch.randn(rank, DIM, device="cuda", dtype=torch.bfloat16)
+    wide = x.bfloat16()
+    times = milliseconds(lambda: project_rows(x, scale, a, backend="triton"))
+    row: dict[str, Any] = {"op": f"project_rows rank {rank}", "M": rows, **spread(times)}
+    row["gbps"] = (x.nbytes + scale.nbytes + a.nbytes + 2 * rows * rank) / times[1] / 1e6
+    row["times_bf16"] = milliseconds(lambda: wide @ a.T)[1] / times[1]
+    return row | {"times_widened": milliseconds(lambda: (x * scale[:, None]).bfloat16() @ a.T)[1] / times[1]}
+
+
 def measured(all_tokens: list[int]) -> Iterator[dict[str, Any]]:
     found = ceilings()
     yield found
@@ -77,6 +90,8 @@ def measured(all_tokens: list[int]) -> Iterator[dict[str, Any]]:
         for name in SHAPES:
             yield linear(name, tokens, found["int8_tops"])
         yield swiglu(tokens, found["int8_tops"])
+        for rank in RANKS:
+            yield projection(tokens, rank)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ else:
 Backend = Literal["auto", "triton", "reference"]
 ROW_PASSES = 75  # compute capability that kernels without products need: Triton compiles for nothing older
 MATRIX_UNITS = 80  # Triton >= 3.3 has no tensor cores on 7.5: int8 dots do not compile, 16-bit ones become FMAs
-PER_IMAGE = ["rows", "scale_stride"]  # what these names stand for follows the number of tokens
+VARYING = ["rows", "scale_stride", "ranks"]  # what these names stand for follows the number of tokens, or adapters
 HALF_RATE_SUMS = (86, 89, 120)  # GeForce: 16-bit products are added up in float32 at half the rate of float16
 OPTIONS = {"enable_fp_fusion": True}  # goes with every launch: Triton 3.9 warns where nothing is said
 
@@ -40,7 +40,7 @@ def load() -> Any:
 class Kernel:
     """A function in Triton's language, which Triton takes over when it is first wanted, with those that it calls.
 
-    Arguments named in PER_IMAGE are not specialized: one compilation serves every image size.
+    Arguments named in VARYING are not specialized: one compilation serves every image size and every adapter.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
@@ -61,7 +61,7 @@ class Kernel:
                 names[name] = names[name].jit_function
         function = FunctionType(written.__code__, names)
         function.__annotations__ = written.__annotations__
-        return triton.jit(function, do_not_specialize=PER_IMAGE)
+        return triton.jit(function, do_not_specialize=VARYING)
 
 
 def jit(function: Callable[..., Any]) -> Any:

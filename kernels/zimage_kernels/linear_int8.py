@@ -21,9 +21,8 @@ from ._triton import HALF_RATE_SUMS, OPTIONS, Backend, cdiv, has_matrix_units, j
 from .aot import Variant
 from .integer_product import scaled_product
 from .tuning import Tile, tile, tiles
-from .unfused_int8 import unfused_int8
+from .unfused_int8 import LowRank, unfused_int8
 
-LowRank = tuple[Tensor, Tensor]
 RANK_STEP = 16  # of the low-rank loop: one 16-bit matrix instruction deep
 
 
@@ -44,13 +43,13 @@ def linear_int8(
     low_rank: (xA [M, r], B [N, r]), float16 or bfloat16 both (float32 for the reference); several LoRAs lie side by
     side in r.
     K is a multiple of 16, any M and N. Returns [M, N] in out_dtype: bfloat16, float16 or float32. On compute capability
-    7.5 torch multiplies, and a kernel does the rest; with low-rank terms the reference does all.
+    7.5 torch multiplies, and a kernel does the rest.
     """
     rows, columns, outputs = check_operands(x, x_scale, w, w_scale, low_rank)
     kernels = use_triton(backend, x.device)
     fused = kernels and has_matrix_units(x.device)
-    if kernels and not fused and low_rank is None:
-        return unfused_int8(x, x_scale, (w, w_scale), None, bias, scale_log2, out_dtype)
+    if kernels and not fused:
+        return unfused_int8(x, x_scale, (w, w_scale), None, bias, scale_log2, out_dtype, low_rank)
     if not fused:
         return linear_int8_reference(x, x_scale, w, w_scale, bias, low_rank, scale_log2, out_dtype)
     y = torch.empty(rows, outputs, dtype=out_dtype, device=x.device)
@@ -117,7 +116,8 @@ def rank_operands(low_rank: LowRank | None) -> tuple[Tensor | None, Tensor | Non
         return None, None, 0
     if low_rank[0].dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"low_rank: got {low_rank[0].dtype}, expected float16 or bfloat16 for the kernels")
-    xa, b = (F.pad(t, (0, -t.shape[1] % RANK_STEP)).contiguous() for t in low_rank)
+    missing = -low_rank[0].shape[1] % RANK_STEP
+    xa, b = ((F.pad(t, (0, missing)) if missing else t).contiguous() for t in low_rank)
     return xa, b, xa.shape[1]
 
 
@@ -204,31 +204,33 @@ def _linear_int8_kernel(
 
 
 def variants(arch: int) -> list[Variant]:
-    """Every tile plain and with all optional terms, and the first one with a ragged K; for v also in float16, where
-    attention wants that."""
+    """Every tile plain and with low-rank terms, the first one also with a bias and with a ragged K, which small models
+    have; for v in float16, too, where attention wants that."""
     listed = []
     for number, chosen in enumerate(tiles("linear_int8", arch)):
-        for full, even in ((False, True), (True, True), *([(False, False)] if number == 0 else [])):
-            listed.append(_variant(chosen, full, even))
+        listed += [_variant(chosen), _variant(chosen, ("xa_ptr", "b_ptr"))]
+        if number == 0:
+            listed += [_variant(chosen, ("bias_ptr", "xa_ptr", "b_ptr")), _variant(chosen, even=False)]
         if arch in HALF_RATE_SUMS:
-            listed.append(_variant(chosen, False, True, "fp16"))
+            listed += [_variant(chosen, out="fp16"), _variant(chosen, ("xa_ptr", "b_ptr"), out="fp16")]
     return listed
 
 
-def _variant(chosen: Tile, full: bool, even: bool, out: str = "bf16") -> Variant:
+def _variant(chosen: Tile, given: tuple[str, ...] = (), even: bool = True, out: str = "bf16") -> Variant:
     sizes = {name: value for name, value in chosen.items() if name.isupper()}
-    optional = {"bias_ptr": "*bf16", "xa_ptr": "*bf16", "b_ptr": "*bf16"}
+    absent = dict.fromkeys({"bias_ptr", "xa_ptr", "b_ptr"} - set(given))
     signature = {"x_ptr": "*i8", "x_scale_ptr": "*fp32", "w_ptr": "*i8", "w_scale_ptr": "*fp32", "y_ptr": f"*{out}"}
     signature |= {"rows": "i32", "outputs": "i32", "columns": "i32", "rank": "i32", "factor": "fp32"}
+    signature |= dict.fromkeys(given, "*bf16")
     shape = "x".join(str(sizes[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    terms = f"{' low-rank' if full else ''}{'' if even else ' ragged K'}{'' if out == 'bf16' else f' to {out}'}"
+    terms = (" low-rank" if "xa_ptr" in given else "") + (" bias" if "bias_ptr" in given else "")
     return Variant(
-        name=f"linear_int8 {shape}{terms}",
+        name=f"linear_int8 {shape}{terms}{'' if even else ' ragged K'}{'' if out == 'bf16' else f' to {out}'}",
         kernel=_linear_int8_kernel,
-        signature=signature | (optional if full else {}),
-        constexprs={**sizes, "EVEN_K": even, **({} if full else dict.fromkeys(optional))},
-        aligned=tuple(name for name in signature | (optional if full else {}) if name not in ("rows", "factor")),
+        signature=signature,
+        constexprs={**sizes, "EVEN_K": even, **absent},
+        aligned=tuple(name for name in signature if name not in ("rows", "factor")),
         num_warps=chosen["num_warps"],
         num_stages=chosen["num_stages"],
-        matrix=("s8", "bf16") if full else ("s8",),
+        matrix=("s8", "bf16") if "xa_ptr" in given else ("s8",),
     )

@@ -42,8 +42,9 @@ def swiglu_int8(
         raise ValueError(f"w3: got {len(w3)} rows, expected {outputs} as w1 has")
     kernels = use_triton(backend, x.device)
     fused = kernels and has_matrix_units(x.device)
-    if kernels and not fused and low_rank1 is None and low_rank3 is None:
-        return unfused_int8(x, x_scale, (w1, w1_scale), (w3, w3_scale), None, scale_log2, out_dtype)
+    if kernels and not fused:
+        weights = (w1, w1_scale), (w3, w3_scale)
+        return unfused_int8(x, x_scale, *weights, None, scale_log2, out_dtype, low_rank1, low_rank3)
     if not fused:
         return swiglu_int8_reference(
             x, x_scale, w1, w1_scale, w3, w3_scale, low_rank1, low_rank3, scale_log2, out_dtype

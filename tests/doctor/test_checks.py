@@ -65,6 +65,7 @@ SABOTAGE: list[tuple[str, Callable[[Any], Any], str]] = [
     ("linear_int8", off_by(0.003), "off by"),
     ("linear_int8", one_nan, "off by inf"),
     ("swiglu_int8", off_by(0.003), "off by"),
+    ("project_rows", off_by(0.003), "off by"),
     ("flash_attention", off_by(0.006), "off by"),
     ("attention_int8", one_nan, "off by inf"),
     ("quantize_rows", truncated, "codes differ"),
@@ -172,7 +173,7 @@ def test_a_gpu_that_only_gives_errors_ends_the_process(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    "op", ["linear_int8", "swiglu_int8", "flash_attention", "quantize_rows", "add_norm", "norm_rope"]
+    "op", ["linear_int8", "swiglu_int8", "project_rows", "flash_attention", "quantize_rows", "add_norm", "norm_rope"]
 )
 def test_torch_passes_in_bfloat16(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the model computes in on most cards, and Triton's interpreter cannot. A tolerance that torch's own rounding

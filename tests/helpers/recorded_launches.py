@@ -16,8 +16,9 @@ from recording import identity, record
 
 ARCH = 86
 ROWS = (1, 17, 1125, 4224)  # in every bucket; 4224 is a multiple of 16, which Triton must not care about
-linear_int8, swiglu_int8, flash_attention, attention_int8 = (
-    partial(op, backend="triton") for op in (ops.linear_int8, ops.swiglu_int8, ops.flash_attention, ops.attention_int8)
+linear_int8, swiglu_int8, flash_attention, attention_int8, project_rows = (
+    partial(op, backend="triton")
+    for op in (ops.linear_int8, ops.swiglu_int8, ops.flash_attention, ops.attention_int8, ops.project_rows)
 )
 
 
@@ -29,10 +30,15 @@ def launch_all(rows: int, columns: int) -> None:
     swiglu_int8(*codes, *weight, *weight)
     if columns % 256:
         return
-    linear_int8(*codes, *weight, out_dtype=torch.float16)  # v, where its sums are float16
-    linear_int8(*codes, *weight, torch.zeros(64).bfloat16(), low_rank, -7)
+    linear_int8(*codes, *weight, low_rank=low_rank)
+    for terms in (None, low_rank):  # v, where its sums are float16
+        linear_int8(*codes, *weight, low_rank=terms, out_dtype=torch.float16)
+    if rows == 1:
+        linear_int8(*codes, *weight, torch.zeros(64).bfloat16(), low_rank, -7)
     swiglu_int8(*codes, *weight, *weight, low_rank, low_rank, -7)
     for dtype in (torch.float16, torch.bfloat16):
+        for rank in (1, 16, 20, 64, 100):
+            project_rows(*codes, torch.zeros(rank, columns, dtype=dtype))
         q, k, v = torch.zeros(rows, 3, 3, 128, dtype=dtype).unbind(1)
         flash_attention(q, k, v, [rows])
         keys, scale = torch.zeros(rows, 3, 128, dtype=torch.int8), torch.zeros(3, rows).T

@@ -41,6 +41,7 @@ def run(*arguments: str) -> tuple[int, dict[str, Any], str]:
 
 def test_representative_kernels() -> None:
     only = ["linear_int8 128x128x32 low-rank", "swiglu_int8 128x64x32 low-rank", "attention_int8 fp16 128x64 fp16 sums"]
+    only.append("linear_int8 128x128x32 low-rank to fp16")
     tool = str(ROOT / "tools" / "compile_kernels.py")
     code, printed, errors = run(tool, "--arch", "86", "--json", *(f"--only={name}" for name in only))
     assert code == 0, errors

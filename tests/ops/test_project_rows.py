@@ -9,7 +9,7 @@ import torch
 from activations import DEVICE, poisoned  # noqa: F401
 from torch import Tensor
 from zimage_kernels import linear_int8, project_rows
-from zimage_kernels.project_rows import _block
+from zimage_kernels.project_rows import _tile
 
 pytest.importorskip("triton")
 
@@ -19,7 +19,7 @@ if DEVICE == "cuda":  # the interpreter multiplies the bits of bfloat16 as if th
     WAYS.append(("triton", torch.bfloat16))
 EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}  # half a step, relative
 RANKS = [4, 16, 32, 48, 200]  # below a tile, one, in one of the widest, in several
-# M around a tile of 64; K that no step of 64 divides, and several of them.
+# M around tiles of 32; K that no step of 64 divides, and several of them.
 SHAPES = [(1, 16), (17, 48), (64, 64), (65, 336), (130, 1296)]
 
 
@@ -88,7 +88,7 @@ def test_linear_takes_what_comes_out(rank: int, backend: Any) -> None:
 def test_no_rows_and_widths_of_programs() -> None:
     codes, scale, a = operands(4, 64, 48, torch.float16)
     assert project_rows(codes[:0], scale[:0], a, "reference").shape == (0, 48)
-    assert [_block(rank) for rank in RANKS] == [16, 16, 32, 64, 64]
+    assert [_tile(rank)["BLOCK_R"] for rank in RANKS] == [16, 16, 32, 64, 64]
 
 
 @pytest.mark.parametrize("a", [torch.zeros(4, 48), torch.zeros(4, 64, 1)])

@@ -39,11 +39,12 @@ def worst(name: str, got: Tensor, truth: Tensor, allowed: Tensor) -> str | None:
     return f"{name}: off by {(error / allowed).nan_to_num(nan=math.inf).max().item():.3g} times what rounding explains"
 
 
-def rounded(name: str, got: Tensor, truth: Tensor, roundings: float = 1) -> str | None:
-    """truth, in float32, rounded to 16 bits so many times; sums of float32 in another order are within 1e-4 of their
-    usual size, with a factor of 10 to spare."""
+def rounded(name: str, got: Tensor, truth: Tensor, roundings: float = 1, part: Tensor | None = None) -> str | None:
+    """truth, in float32, rounded to 16 bits so many times, and a part of it once before; sums of float32 in another
+    order are within 1e-4 of their usual size, with a factor of 10 to spare."""
     floor = 1e-4 * truth.double().square().mean().sqrt()
-    return worst(name, got, truth, roundings * UNIT[got.dtype] * truth.double().abs() + floor)
+    size = roundings * truth.double().abs() + (0 if part is None else part.double().abs())
+    return worst(name, got, truth, UNIT[got.dtype] * size + floor)
 
 
 def same_rows(name: str, got: Int8Rows, expected: Int8Rows) -> str | None:

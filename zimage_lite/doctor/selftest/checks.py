@@ -67,14 +67,17 @@ TORCH_PRODUCTS = ((32, 3840, 3840), (768, 10240, 3840), (4224, 3840, 3840), (422
 
 
 def _linear_int8(dtype: torch.dtype) -> str | None:
-    """K of the model is a multiple of every step; the ragged loop and the optional terms belong to small models."""
+    """K of the model is a multiple of every step; the ragged loop and a bias belong to small models. Where torch
+    multiplies, low-rank terms are rounded before they are added."""
+    fused = ops.has_matrix_units(torch.empty(0).device)
 
     def one(rows: int, columns: int, full: bool, out: torch.dtype = dtype) -> str | None:
         x, w = _codes(rows, columns), _codes(144, columns)
         low_rank = (torch.randn(rows, 16).to(dtype), torch.randn(144, 16).to(dtype)) if full else None
         given = (*x, *w, torch.randn(144).to(dtype) if full else None, low_rank, -1 if full else 0)
         truth = ops.linear_int8_reference(*given, out_dtype=torch.float32)
-        return rounded(f"{rows} rows", ops.linear_int8(*given, out_dtype=out, backend="triton"), truth)
+        part = None if fused or low_rank is None else low_rank[0].float() @ low_rank[1].float().T
+        return rounded(f"{rows} rows", ops.linear_int8(*given, out_dtype=out, backend="triton"), truth, part=part)
 
     outputs = {dtype, torch.float16} if _attends_in_float16() else {dtype}
     plain = (one(rows, 512, False, out) for rows in _bucket_rows("linear_int8") for out in outputs)
@@ -94,6 +97,17 @@ def _torch_products() -> str | None:
         if not bool((ops.integer_product(x, w) == columns).all()):
             return f"torch's sums of {rows} x {outputs} x {columns}"
     return None
+
+
+def _project_rows(dtype: torch.dtype) -> str | None:
+    """One rank for each width of the kernel's tile, that does not fill it."""
+
+    def one(rank: int) -> str | None:
+        x, a = _codes(37, 512), torch.randn(rank, 512).to(dtype)
+        exact = (x[0].double() * x[1].double()[:, None]) @ a.double().T
+        return rounded(f"rank {rank}", ops.project_rows(*x, a, backend="triton"), exact)
+
+    return first(one(rank) for rank in (9, 25, 49))
 
 
 def _swiglu_int8(dtype: torch.dtype) -> str | None:
@@ -260,6 +274,7 @@ CHECKS: dict[str, tuple[Check, int]] = {
     "requantize": (_requantize, 75),
     "linear_int8": (_linear_int8, 75),
     "swiglu_int8": (_swiglu_int8, 75),
+    "project_rows": (_project_rows, 80),
     "flash_attention": (_flash_attention, 80),
     "attention_int8": (_attention_int8, 80),
 }
