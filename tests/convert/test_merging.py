@@ -1,0 +1,70 @@
+"""Adapters merged into what is converted: of any kind, into any format, on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import trainers
+from adapted import Weights
+from adapter_files import TINY, Described
+from safetensors.torch import save_file
+
+from zimage_lite.checkpoint.checkpoint import open_checkpoint
+from zimage_lite.config import Lora
+from zimage_lite.convert.merging import with_merged
+from zimage_lite.convert.quantize import quantize
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
+    return Weights(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def source(weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    save_file(weights.tensors, folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    "describe",
+    [trainers.musubi, trainers.native_fused, trainers.loha, trainers.lokr_whole, trainers.rotated_outputs(0.0),
+     trainers.rotated_inputs(False, False), trainers.dora_by_length],
+)  # fmt: skip
+def test_rows_are_those_of_the_merged_weight(describe, weights: Weights, source: Path, tmp_path: Path) -> None:
+    """Read in pieces that no rotation's block ends with."""
+    described: Described = describe()
+    checkpoint = open_checkpoint(source, "transformer")
+    assert checkpoint.config == TINY
+    merged = with_merged(checkpoint, [Lora(str(described.write(tmp_path)), 1.0)], lambda line: None)
+    for module, (change, _) in weights.wanted(described).items():
+        tensor = merged.tensors[f"{module}.weight"]
+        rows = torch.cat([tensor.read_float(i, min(i + 7, tensor.rows)) for i in range(0, tensor.rows, 7)])
+        assert change is not None
+        got = rows.double() - weights.of(module).double()
+        assert (got - change).norm() <= 1e-5 * change.norm(), module
+
+
+@pytest.mark.parametrize("to", ["q8_0", "int8"])
+def test_the_file_is_that_of_the_merged_weights(source: Path, weights: Weights, tmp_path: Path, to: str) -> None:
+    """To the byte, whether they are merged on the way or were before."""
+    described = trainers.musubi()
+    adapter = described.write(tmp_path)
+    changed = dict(weights.tensors)
+    checkpoint = with_merged(open_checkpoint(source, "transformer"), [Lora(str(adapter), 0.5)], lambda line: None)
+    for name, tensor in checkpoint.tensors.items():
+        changed[name] = tensor.read_float().view(changed[name].shape)
+    save_file(changed, tmp_path / "model.safetensors")
+    outs = [tmp_path / f"{name}-out" for name in ("before", "way")]
+    quantize(tmp_path / "model.safetensors", outs[0], to)
+    quantize(source, outs[1], to, merge_loras=[Lora(str(adapter), 0.5)])
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+
+
+def test_a_bias_without_a_place(source: Path, tmp_path: Path, refused) -> None:
+    adapter = trainers.biases_of_lora().write(tmp_path)
+    line = refused("quantize", source, "--to", "q8_0", "-o", tmp_path / "out.gguf", "--merge-lora", adapter, notes=1)
+    assert "no place for one" in line and not (tmp_path / "out.gguf").exists()
