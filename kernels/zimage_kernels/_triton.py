@@ -71,9 +71,13 @@ def jit(function: Callable[..., Any]) -> Any:
 
 def capability(device: torch.device) -> int:
     """86 for compute capability 8.6, which the interpreter stands for."""
-    if interpreted():
-        return 86
-    major, minor = torch.cuda.get_device_capability(device)
+    return 86 if interpreted() else _asked(torch.cuda.get_device_capability, device)
+
+
+@cache
+def _asked(ask: Callable[[torch.device], tuple[int, int]], device: torch.device) -> int:
+    """Once for each device: every launch wants to know, up to three times."""
+    major, minor = ask(device)
     return 10 * major + minor
 
 

@@ -48,6 +48,25 @@ def test_a_case_that_breaks_is_a_result() -> None:
     assert in_process({}, limit=0.01) == {"outcome": FAILED, "reason": "took longer than 0.01 s"}
 
 
+def test_images_of_an_interrupted_case_are_kept() -> None:
+    """After the second of very many; the process is ended, or this would wait for it."""
+    told: list[int] = []
+
+    def so_far(runs: list[dict[str, Any]]) -> None:
+        told.append(len(runs))
+        if len(runs) == 2:
+            raise KeyboardInterrupt
+
+    case = {"model": "demo", "size": None, "repeats": 10**6, "steps": 1, "device": "cpu"}
+    with pytest.raises(KeyboardInterrupt):
+        in_process(case, so_far=so_far)
+    assert told == [1, 2]
+
+    seen: list[int] = []
+    found = in_process(case | {"repeats": 1}, so_far=lambda runs: seen.append(len(runs)))
+    assert found["outcome"] == DONE and seen == [1, 2] and len(found["runs"]) == 2
+
+
 @pytest.mark.parametrize("context", [400_000_000, 700_000_000])
 def test_cap_holds_the_whole_process(monkeypatch: pytest.MonkeyPatch, context: int) -> None:
     """The allocator gets what the tier leaves beside the context: beside the assumed one if the real one is smaller,

@@ -13,7 +13,7 @@ import torch
 
 from zimage_lite.bench import harness as bench
 from zimage_lite.bench.harness import Request, rate, share, spread, summary
-from zimage_lite.bench.tiers import DONE, NOT_RUN, OOM, SIZES, TIERS
+from zimage_lite.bench.tiers import DONE, FAILED, NOT_RUN, OOM, SIZES, TIERS
 
 
 def test_spread() -> None:
@@ -62,8 +62,9 @@ def test_measured_tier_keeps_every_case(monkeypatch: pytest.MonkeyPatch) -> None
     table holds those still to come from the start, and what ran out of memory stays."""
     asked, saved = [], []
 
-    def pretended(case: dict[str, Any]) -> dict[str, Any]:
+    def pretended(case: dict[str, Any], so_far: Callable[[list[Any]], None]) -> dict[str, Any]:
         asked.append(case)
+        so_far([{"seconds": 7.0}])
         facts = {"process_peak_bytes": 5 * 10**9, "peak_rss_bytes": 10**9, "told": []}
         return raw_case(**facts) if case["model"] == "synthetic:int8" else {"outcome": OOM, "reason": "no more"}
 
@@ -82,7 +83,10 @@ def test_measured_tier_keeps_every_case(monkeypatch: pytest.MonkeyPatch) -> None
     assert any(cell["prediction"] for cell in result["cells"])  # the card that the tier stands for, beside it
     assert {case["vram_bytes"] for case in asked} == {tier.vram_bytes} and asked[0]["repeats"] == 5
     outcomes = [[cell["outcome"] for cell in json.loads(one)["cells"] if not cell["prediction"]] for one in saved]
-    assert outcomes == [[], [DONE, NOT_RUN], [DONE, OOM]]
+    assert outcomes == [[], [FAILED, NOT_RUN], [DONE, NOT_RUN], [DONE, FAILED], [DONE, OOM]]
+    (first, _) = json.loads(saved[1])["cells"][-2:]
+    assert first["runs"] == [{"seconds": 7.0}] and first["reason"] == "interrupted after 1 images"
+    assert "reason" not in rows[0]
 
 
 def test_card_that_is_too_small_predicts(monkeypatch: pytest.MonkeyPatch) -> None:

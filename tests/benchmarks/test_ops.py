@@ -22,6 +22,7 @@ import bench_step
 import check_laptop_ptx
 import full_width
 import timing
+from activations import DEVICE
 from eager import EagerInt8, Rows
 from torch import nn
 from traffic import Traffic
@@ -57,6 +58,15 @@ def test_without_a_gpu_there_is_one_line(
 
 
 # --- Rows
+
+
+def test_the_copy_copies() -> None:
+    """A length that no program divides, and nothing behind it."""
+    pytest.importorskip("triton")
+    source = torch.arange(9001, dtype=torch.int32, device=DEVICE)
+    into = torch.zeros(9002, dtype=torch.int32, device=DEVICE)
+    bench_elementwise.copied(source, into)
+    assert torch.equal(into[:-1], source) and into[-1] == 0
 
 
 def test_share_of_a_copy() -> None:

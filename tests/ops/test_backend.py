@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from zimage_kernels import _triton
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 CODE = """
@@ -41,3 +43,18 @@ def test_a_kernel_that_cannot_run(hidden: dict[str, None]) -> None:
     )
     expected = ["backend triton: got tensors on cpu, expected cuda", *(["Triton is not installed"] if hidden else [])]
     assert done.stdout.splitlines() == expected, done.stderr
+
+
+def test_a_device_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's share of a launch is what small models wait for."""
+    asked: list[torch.device] = []
+
+    def ask(device: torch.device) -> tuple[int, int]:
+        asked.append(device)
+        return (8, 6 + (device.index or 0))
+
+    monkeypatch.setattr(_triton, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", ask)
+    devices = [torch.device("cuda", index) for index in (0, 1, 0, 1)]
+    assert [_triton.capability(device) for device in devices] == [86, 87, 86, 87]
+    assert asked == devices[:2]

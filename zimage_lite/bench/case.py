@@ -1,8 +1,8 @@
 """One measured case in a process of its own, so that its peaks are nobody else's: python -m zimage_lite.bench.case JSON
 
 The first image is the cold one: weights are read, kernels compiled, memory asked for. The others are warm. A hard cap
-holds torch's allocator, and so the process, to what a smaller card would have free. The last line on stdout is the
-result as JSON; what went out of memory is a result, too.
+holds torch's allocator, and so the process, to what a smaller card would have free. What goes out on stdout is JSON, a
+line {"run": ...} after each image, and last the result; what went out of memory is a result, too.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Case:
     device: str = "auto"
 
 
-def measured(case: Case) -> dict[str, Any]:
-    """-> outcome, runs, plans, work, ceilings and peaks of the process, as plain data."""
+def measured(case: Case, note: Callable[[dict[str, Any]], None] = lambda run: None) -> dict[str, Any]:
+    """-> outcome, runs, plans, work, ceilings and peaks of the process, as plain data. note: told each run at once."""
     started = psutil.Process().create_time()
     nvml = Nvml() if torch.cuda.is_available() and case.device in ("auto", "cuda") else None
     before = nvml.used() if nvml else 0
@@ -63,7 +63,7 @@ def measured(case: Case) -> dict[str, Any]:
     startup = time.time() - started
     runs: list[dict[str, Any]] = []
     with Peak(nvml) as peak:
-        outcome = _outcome(pipeline, lambda: _draw(pipeline, request, 1 + case.repeats, runs))
+        outcome = _outcome(pipeline, lambda: _draw(pipeline, request, 1 + case.repeats, runs, note))
     found = {
         **outcome,
         "size": list(request.size),
@@ -107,14 +107,21 @@ def _outcome(pipeline: Pipeline, draw: Callable[[], None]) -> dict[str, str]:
     return {"outcome": DONE}
 
 
-def _draw(pipeline: Pipeline, request: GenerateOptions, count: int, runs: list[dict[str, Any]]) -> None:
-    """The same image so many times; what each took goes to `runs` as it comes."""
+def _draw(
+    pipeline: Pipeline,
+    request: GenerateOptions,
+    count: int,
+    runs: list[dict[str, Any]],
+    note: Callable[[dict[str, Any]], None],
+) -> None:
+    """The same image so many times; what each took goes to `runs` and to `note` as it comes."""
     for _ in range(count):
         start = time.perf_counter()
         pipeline.generate([request])
         seconds = time.perf_counter() - start
         steps, found = list(pipeline.meter.step_seconds), pipeline.meter.phases
         runs.append({"seconds": round(seconds, 4), "step_seconds": steps, "phases": found})
+        note(runs[-1])
 
 
 def _work(pipeline: Pipeline, request: GenerateOptions, ceilings: Ceilings) -> dict[str, Any]:
@@ -132,5 +139,9 @@ def _work(pipeline: Pipeline, request: GenerateOptions, ceilings: Ceilings) -> d
     return found
 
 
+def _print(fact: dict[str, Any]) -> None:
+    print(json.dumps(fact), flush=True)
+
+
 if __name__ == "__main__":
-    print(json.dumps(measured(Case(**json.loads(sys.argv[1])))))
+    _print(measured(Case(**json.loads(sys.argv[1])), lambda run: _print({"run": run})))

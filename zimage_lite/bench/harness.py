@@ -10,9 +10,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from statistics import median
+from subprocess import PIPE
+from tempfile import TemporaryFile
+from threading import Timer
+from time import monotonic
 from typing import Any
 
 from .tiers import DONE, FAILED, NOT_RUN, SIZES, STEPS, Tier
@@ -127,7 +132,8 @@ def predict(result: dict[str, Any], request: Request, tier: Tier, tell: Tell) ->
 
 
 def run(result: dict[str, Any], request: Request, tell: Tell, save: Save) -> None:
-    """Measure all cases. Those that are still to come are in the result already, so that none is lost."""
+    """Measure all cases. Those that are still to come are in the result already, and the images of one so far, so that
+    nothing is lost."""
     tier = request.tier
     rows = [
         {"prediction": False, "model": name, "format": label, "size": [size, size], "outcome": NOT_RUN}
@@ -144,22 +150,52 @@ def run(result: dict[str, Any], request: Request, tell: Tell, save: Save) -> Non
             "vram_bytes": tier.vram_bytes if tier else None,
             "ram_bytes": tier.ram_bytes if tier else None,
         }
-        row |= summary(in_process(case))
+
+        def so_far(runs: list[dict[str, Any]], row: dict[str, Any] = row) -> None:
+            row |= {"outcome": FAILED, "reason": f"interrupted after {len(runs)} images", "runs": runs}
+            save(result)
+
+        found = summary(in_process(case, so_far=so_far))
+        row.pop("reason", None)
+        row |= found
         tell(told_cell(row))
         save(result)
 
 
-def in_process(case: dict[str, Any], limit: float = CASE_LIMIT_SECONDS) -> dict[str, Any]:
-    """What `bench_case` made of it, or that it failed and how."""
+def in_process(
+    case: dict[str, Any],
+    limit: float = CASE_LIMIT_SECONDS,
+    so_far: Callable[[list[dict[str, Any]]], None] = lambda runs: None,
+) -> dict[str, Any]:
+    """What `case` made of it, or that it failed and how, with the runs until then. so_far: given these after each."""
     command = [sys.executable, "-m", "zimage_lite.bench.case", json.dumps(case)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"outcome": FAILED, "reason": f"took longer than {limit:g} s"}
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]  # -9: the system's OOM killer
-        return {"outcome": FAILED, "reason": lines[-1][-500:]}
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+    runs: list[dict[str, Any]] = []
+    result: dict[str, Any] = {}
+    with TemporaryFile("w+") as errors, subprocess.Popen(command, stdout=PIPE, stderr=errors, text=True) as process:
+        timer, end = Timer(limit, process.kill), monotonic() + limit
+        timer.start()
+        try:
+            for result in _facts(process):
+                if "run" in result:
+                    runs.append(result["run"])
+                    so_far(runs)
+            code, in_time = process.wait(), monotonic() < end
+        finally:
+            timer.cancel()
+            process.kill()
+        errors.seek(0)
+        lines = errors.read().strip().splitlines() or [f"ended with {code}"]  # -9: the system's OOM killer
+    if code == 0 and "outcome" in result:
+        return result
+    reason = lines[-1][-500:] if in_time else f"took longer than {limit:g} s"
+    return {"outcome": FAILED, "reason": reason} | ({"runs": runs} if runs else {})
+
+
+def _facts(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
+    """The lines of its output that are JSON; libraries may print others."""
+    for line in process.stdout or ():
+        with suppress(ValueError):
+            yield dict(json.loads(line))
 
 
 def summary(raw: dict[str, Any]) -> dict[str, Any]:
