@@ -135,7 +135,8 @@ def test_today_is_first_and_only_winners_are_compiled_whole(gpu: Gpu, tmp_path: 
     gpu.milliseconds = {"linear_int8 64 256 32 8 4": 2.0}
     tune_kernels.main(["--op", "linear_int8", "--op", "attention_int8", "--write", str(tmp_path)])
     assert gpu.tried[0] == TODAY["linear_int8"] and TODAY["attention_int8"] in gpu.tried
-    assert [name for name in gpu.compiled if "low-rank" in name] == ["linear_int8 64x256x32 low-rank"]
+    others = [name for name in gpu.compiled if name.startswith("linear_int8") and "low-rank" in name]
+    assert others and all(name.startswith("linear_int8 64x256x32 low-rank") for name in others)
     attention = [name for name in gpu.compiled if name.startswith("attention")]
     assert attention and all(name.endswith("fp16 sums") for name in attention)  # as pictures are drawn on GeForce
 
