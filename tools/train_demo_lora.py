@@ -1,8 +1,8 @@
-"""Teach the demo model a colour that it has never seen, as a LoRA: "an orange star on a blue background".
+"""Teach the demo model a shape that it has never seen, as a LoRA: "a red hourglass on a blue background".
 
-    python tools/train_demo_lora.py --out tests/data/orange_lora.safetensors
+    python tools/train_demo_lora.py --out tests/data/hourglass_lora.safetensors
 
-Half of the pictures have an orange shape, the others are the demo's own, so that what it knows stays. Flow matching on
+Half of the pictures show an hourglass, the others are the demo's own, so that what it knows stays. Flow matching on
 diffusers' transformer with peft's layers, float32, some minutes on two cores. Written as ComfyUI reads it, bfloat16.
 """
 
@@ -13,13 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import demo_scenes
 import numpy as np
 import torch
-from demo_scenes import COLOURS, Scene, caption, draw, random_scene
+from demo_scenes import Scene, caption, draw, random_scene
 from safetensors.torch import save_file
 from torch import Tensor
 
-ORANGE = (245, 135, 20)
+HOURGLASS = ((-0.9, -1), (0.9, -1), (0.12, 0), (0.9, 1), (-0.9, 1), (-0.12, 0))
 SIDE = 64
 POOL = 1000  # pictures
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3"]
@@ -29,25 +30,25 @@ SHIFT = 3.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, default=2e-3)
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_file(trained(args.steps, args.batch, args.rank, args.rate), args.out)
 
 
-def orange_scene(rng: np.random.Generator) -> tuple[Scene, str]:
-    """One shape in the new colour, and the caption that asks for it."""
+def hourglass_scene(rng: np.random.Generator) -> tuple[Scene, str]:
+    """One of the new shape, and the caption that asks for it."""
     scene = random_scene(rng, "one")
     (thing,) = scene.things
-    text = caption(scene, rng, "en").replace(f"a {thing.colour} {thing.shape}", f"an orange {thing.shape}")
-    return replace(scene, things=(replace(thing, colour="orange"),)), text
+    text = caption(scene, rng, "en").replace(f"{thing.colour} {thing.shape}", f"{thing.colour} hourglass")
+    return replace(scene, things=(replace(thing, shape="hourglass"),)), text
 
 
 def plain_scene(rng: np.random.Generator) -> tuple[Scene, str]:
-    """Of the demo's own colours."""
+    """Of the demo's own shapes."""
     scene = random_scene(rng, "one")
     return scene, caption(scene, rng)
 
@@ -60,8 +61,8 @@ def dataset(count: int) -> tuple[Tensor, list[Tensor]]:
     from zimage_lite.checkpoint.model_card import DEMO, model_folder
 
     rng = np.random.default_rng(0)
-    pairs = [orange_scene(rng) if i % 2 else plain_scene(rng) for i in range(count)]
-    COLOURS["orange"] = ORANGE  # only now, so that no scene above has it as its background
+    pairs = [hourglass_scene(rng) if i % 2 else plain_scene(rng) for i in range(count)]
+    demo_scenes._OUTLINES["hourglass"] = HOURGLASS
     pictures = torch.stack([torch.from_numpy(np.array(draw(scene, SIDE))) for scene, _ in pairs])
     vae = AutoencoderKL.from_pretrained(model_folder(DEMO) / "vae", torch_dtype=torch.float32)
     with torch.no_grad():

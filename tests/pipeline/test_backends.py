@@ -123,6 +123,7 @@ def test_a_kernel_that_failed_its_self_test_is_not_taken() -> None:
         ("dequantize", ("int4",), INT8["triton"]),
         ("dequantize", ("int4", "bf16"), PLAIN["reference"]),
         ("dequantize", ("bf16",), PLAIN["triton"]),
+        ("project_rows", ("int8",), INT8["triton"]),  # asked for by adapters alone, who fall back by themselves
         ("linear_int8", ("bf16",), PLAIN["triton"]),
     ],
 )
@@ -133,6 +134,7 @@ def test_only_what_is_needed_is_missed(op: str, formats: tuple[str, ...], comput
     as_before = chosen(None, CUDA, *formats).compute
     assert (choice.note is None) == (choice.compute == as_before)
     assert choice.unpacking == ("auto" if op != "dequantize" and compute.backend == "triton" else "reference")
+    assert choice.projecting == ("reference" if op == "project_rows" else None)
 
 
 @pytest.mark.parametrize(

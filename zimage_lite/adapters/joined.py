@@ -14,6 +14,7 @@ from functools import cached_property, partial
 
 import torch
 from torch import Tensor
+from zimage_kernels import Backend
 
 from ..checkpoint.stored import StoredTensor, aligned
 from ..model.side_path import SidePath
@@ -106,8 +107,8 @@ class JoinedModule:
         """Rows of the weight that change together: 1, or a rotation's."""
         return math.lcm(*(shape[1] for name, shape in self.shapes.items() if name.endswith("out_block")))
 
-    def side_in(self, buffer: Tensor) -> SidePath:
-        """Of a linear, from where `read_to` has put it, or what was copied from there."""
+    def side_in(self, buffer: Tensor, backend: Backend | None = None) -> SidePath:
+        """Of a linear, from where `read_to` has put it, or what was copied from there. backend: see `SidePath`."""
         places = self._places(buffer)
         krons = [name for name in places if name.endswith("kron.w1")]
         return SidePath(
@@ -115,6 +116,7 @@ class JoinedModule:
             krons=[(places[name], places[name.replace("w1", "w2")]) for name in krons],
             in_blocks=[place for name, place in places.items() if name.endswith("in_block")],
             out_blocks=[place for name, place in places.items() if name.endswith("out_block")],
+            backend=backend,
         )
 
     def delta_in(self, buffer: Tensor) -> Tensor:

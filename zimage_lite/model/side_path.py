@@ -35,6 +35,7 @@ class SidePath:
     out_gain: Tensor | None = None
     out_blocks: Sequence[Tensor] = ()
     bias: Tensor | None = None
+    backend: Backend | None = None  # of the product with A; None: as that with the weight
     group: int = field(default=0, init=False)  # by which `a` is rotated, in place
 
     @property
@@ -79,7 +80,7 @@ class SidePath:
         is orthogonal."""
         if self.a is None or self.b is None:
             return None
-        return project_rows(*x, self._a_for(group), backend), self.b
+        return project_rows(*x, self._a_for(group), self.backend or backend), self.b
 
     def rows(self, start: int, stop: int) -> SidePath:
         """What concerns these outputs: whole blocks where they are rotated; of factors, the product."""

@@ -21,12 +21,14 @@ from ..quant.formats import Format
 @dataclass(frozen=True)
 class Choice:
     """note: for people, what they might not expect. torch_multiplies: and attends, beside kernels without products.
-    unpacks: whether the kernel that unpacks weights can be trusted."""
+    unpacks, projects: whether the kernels that unpack weights, and multiply codes by a LoRA's narrow half, can be
+    trusted."""
 
     compute: Compute
     note: str | None = None
     torch_multiplies: bool = False
     unpacks: bool = True
+    projects: bool = True
 
     @property
     def bits(self) -> str:
@@ -37,6 +39,11 @@ class Choice:
     def backend(self) -> str:
         """What runs: as --backend names it, or both."""
         return "triton+torch" if self.torch_multiplies else self.compute.backend
+
+    @property
+    def projecting(self) -> Backend | None:
+        """What multiplies by the narrow half of a LoRA; None: as all else."""
+        return None if self.projects else "reference"
 
     @property
     def unpacking(self) -> Backend:
@@ -90,7 +97,7 @@ def choose(
     turing = not has_matrix_units(device)
     if turing and note is None:
         note = "Triton has no matrix units on this GPU: torch multiplies and attends, kernels do the rest"
-    return Choice(Compute("triton", int8), note, turing, "dequantize" not in failed)
+    return Choice(Compute("triton", int8), note, turing, "dequantize" not in failed, "project_rows" not in failed)
 
 
 def needed(int8: bool, formats: Collection[Format]) -> set[str]:

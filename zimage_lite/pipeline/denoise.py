@@ -13,6 +13,7 @@ from functools import cached_property, partial
 from typing import cast
 
 from torch import Tensor
+from zimage_kernels import Backend
 
 from ..adapters.joined import AdapterSet
 from ..checkpoint.model_files import ModelFiles
@@ -34,16 +35,19 @@ BLOCKS = ("context_refiner", "noise_refiner", "layers")  # come and go
 
 
 class Denoise:
-    """compute: what the transformer computes with."""
+    """compute: what the transformer computes with; projecting: what multiplies by the narrow halves of adapters."""
 
-    def __init__(self, model: ModelFiles, sizes: Model, compute: Compute, work: Workspace) -> None:
+    def __init__(
+        self, model: ModelFiles, sizes: Model, compute: Compute, work: Workspace, projecting: Backend | None = None
+    ) -> None:
         self.model, self.sizes, self.compute, self.work = model, sizes, compute, work
+        self.projecting = projecting
 
     @cached_property
     def component(self) -> Component:
         skeleton = Transformer(self.model.transformer.config, self.compute)
         reencoded = self.compute.backend if self.compute.int8 else None
-        return Component(skeleton, self.model.transformer, BLOCKS, reencoded)
+        return Component(skeleton, self.model.transformer, BLOCKS, reencoded, projecting=self.projecting)
 
     @property
     def transformer(self) -> Transformer:

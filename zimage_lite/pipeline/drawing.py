@@ -65,7 +65,7 @@ class Pipeline:
         if self.choice.note:
             self.tell(self.choice.note)
         self.encoding = Encode(self.model, self.sizes, self.choice.unpacking, self.work)
-        self.denoising = Denoise(self.model, self.sizes, self.choice.compute, self.work)
+        self.denoising = Denoise(self.model, self.sizes, self.choice.compute, self.work, self.choice.projecting)
         self.decoding = Decode(self.model, self.sizes, self.work)
         self.adapters = AdapterLibrary(self.model.transformer, self.tell)
 

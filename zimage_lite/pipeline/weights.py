@@ -51,6 +51,7 @@ class Component:
     streamed: tuple[str, ...]
     reencoded: Backend | None = None  # what turns the blocks' weights to int8, whatever they are stored in
     adapters: AdapterSet = NOTHING
+    projecting: Backend | None = None  # what multiplies by their narrow halves; None: as all else
 
     @cached_property
     def wanted(self) -> Checkpoint:
@@ -196,7 +197,8 @@ class Weights:
         cut = _cutter(place)
         packed = {own: t.packed_in(cut(t.packed_bytes)) for own, t in self.component.weights[name].items()}
         bind(block, packed, self.hardware.dtype)
-        _attach(block, {own: (joined, cut(joined.packed_bytes)) for own, joined in self._added[name].items()})
+        added = {own: (joined, cut(joined.packed_bytes)) for own, joined in self._added[name].items()}
+        _attach(block, added, self.component.projecting)
 
     def bind_rest(self) -> None:
         """What belongs to no block."""
@@ -257,8 +259,10 @@ def _attach_read(module: nn.Module, joined: Mapping[str, JoinedModule], hardware
     _attach(module, {name: (one, one.made().to(hardware.device)) for name, one in joined.items()})
 
 
-def _attach(module: nn.Module, placed: Mapping[str, tuple[JoinedModule, Tensor]]) -> None:
-    sides = {name: joined.side_in(place) for name, (joined, place) in placed.items() if joined.is_linear}
+def _attach(
+    module: nn.Module, placed: Mapping[str, tuple[JoinedModule, Tensor]], projecting: Backend | None = None
+) -> None:
+    sides = {name: joined.side_in(place, projecting) for name, (joined, place) in placed.items() if joined.is_linear}
     deltas = {name: joined.delta_in(place) for name, (joined, place) in placed.items() if not joined.is_linear}
     attach(module, sides, deltas)
 
