@@ -15,6 +15,8 @@ from zimage_lite.bench.harness import in_process, summary
 from zimage_lite.bench.tiers import DONE, FAILED, NO_FIT, OOM, TIERS
 from zimage_lite.memory.machine import CUDA_CONTEXT_BYTES
 
+pytestmark = pytest.mark.slow  # a process for each test
+
 
 def test_case_of_the_demo() -> None:
     found = measured(Case("demo", None, repeats=2, steps=3, device="cpu"))

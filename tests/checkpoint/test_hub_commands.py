@@ -27,11 +27,16 @@ def zimage(work: Path, server: HubServer, *args: object) -> subprocess.Completed
     return subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("to", ["q8_0", "int8"])
-def test_quantize_from_the_hub_is_quantize(server: HubServer, tmp_path: Path, to: str) -> None:
+@pytest.mark.parametrize(
+    ("to", "runs"),
+    [("q8_0", ([], [], ["--discard-source", "--revision", COMMIT])), ("int8", (["--discard-source"],))],
+)
+def test_quantize_from_the_hub_is_quantize(
+    server: HubServer, tmp_path: Path, to: str, runs: tuple[list[str], ...]
+) -> None:
     work = tmp_path / "work"
     assert run(["quantize", str(server.folder), "--to", to, "-o", str(tmp_path / "local")]) == 0
-    for options in ([], [], ["--discard-source"], ["--discard-source", "--revision", COMMIT]):
+    for options in runs:
         done = zimage(work, server, "quantize", REPO, "--to", to, "--overwrite", *options)
         assert done.returncode == 0, done.stderr
         assert os.listdir(work) == [f"tiny-{to}"]

@@ -15,6 +15,8 @@ import pytest
 
 from zimage_lite.cli import run
 
+pytestmark = pytest.mark.slow  # a process for each test
+
 PROGRAM = [sys.executable, "-m", "zimage_lite"]
 FULL = Path("/dev/full")
 posix = pytest.mark.skipif(sys.platform == "win32", reason="a shell's redirections")

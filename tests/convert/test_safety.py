@@ -174,7 +174,7 @@ def test_killed_at_any_moment(
         old = files_below(out)
     line = command(model, kind, out, "--overwrite")
     rng = random.Random(13 + replaced)
-    moments = sorted(rng.uniform(i / 4, (i + 1) / 4) * 1.05 for i in range(4))
+    moments = sorted(rng.uniform(i / 3, (i + 1) / 3) * 1.05 for i in range(3))
     codes, cleared = [], 0
 
     def writing() -> bool:

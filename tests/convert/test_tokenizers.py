@@ -29,6 +29,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return comfy_files(tmp_path_factory.mktemp("bare") / "true")
 
 
+@pytest.mark.slow  # whole models
 def test_files_without_a_tokenizer_draw_before_and_after(tmp_path: Path, bare: Path) -> None:
     """The output has one that transformers reads as it reads Qwen's, and that gives the same picture."""
     from transformers import AutoTokenizer
@@ -39,11 +40,13 @@ def test_files_without_a_tokenizer_draw_before_and_after(tmp_path: Path, bare: P
     assert drawn(tmp_path / "out") == drawn(bare) == drawn(bare, tokenizer=tmp_path / "out" / "tokenizer")
 
 
+@pytest.mark.slow  # whole models
 def test_all_in_one_file_gets_one(tmp_path: Path, bare: Path) -> None:
     quantize(all_in_one(tmp_path / "all.safetensors", bare), tmp_path / "out", "int8", text_encoder_to="keep")
     assert tokenizer_from(tmp_path / "out" / "tokenizer").encode(PROMPT) == Qwen3Tokenizer().encode(PROMPT)
 
 
+@pytest.mark.slow  # whole models
 def test_encoder_in_gguf_carries_it(tmp_path: Path, bare: Path) -> None:
     quantize(bare / FILES["text_encoder"], tmp_path / "encoder.gguf", "q8_0")
     inside = tokenizer_from_gguf(gguf.read_header(tmp_path / "encoder.gguf").metadata, "encoder.gguf")

@@ -12,6 +12,8 @@ import pytest
 
 from zimage_lite.memory import heap
 
+pytestmark = pytest.mark.slow  # a process for each test
+
 needs_glibc = pytest.mark.skipif(heap._glibc() is None, reason="glibc 2.33 or newer")
 
 FREED = """

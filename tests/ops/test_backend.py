@@ -29,6 +29,7 @@ if "triton" in sys.modules:
 """
 
 
+@pytest.mark.slow  # a process for each
 @pytest.mark.parametrize("hidden", [{"triton": None, "triton.language": None}, {}], ids=["absent", "no GPU"])
 def test_a_kernel_that_cannot_run(hidden: dict[str, None]) -> None:
     """Only for a GPU does it matter whether Triton is there."""

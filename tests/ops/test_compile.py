@@ -85,7 +85,9 @@ def test_what_is_launched_is_what_was_compiled() -> None:
     assert printed == {"unknown": [], "not_launched": []}
 
 
-@pytest.mark.parametrize(("arch", "name"), [(86, "int8"), (86, "q4_k_m"), (75, "int4")])
+@pytest.mark.parametrize(
+    ("arch", "name"), [pytest.param(86, "int8", marks=pytest.mark.full_size), (86, "q4_k_m"), (75, "int4")]
+)
 def test_what_pictures_compile(arch: int, name: str) -> None:
     """Only what the self-test compiles, which says how many, and the compile tool, too; and a picture of another size
     nothing more."""

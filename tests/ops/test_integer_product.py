@@ -32,6 +32,7 @@ print(cpu_product(), torch.equal(torch._int_mm(x, w.T).double(), truth))
 """
 
 
+@pytest.mark.slow  # a process for each
 @pytest.mark.parametrize("instructions", ["AVX2", "all"])
 def test_exact(instructions: str) -> None:
     """A process that may not use VNNI is what a CPU without it is. Whatever multiplies there: torch's own product is

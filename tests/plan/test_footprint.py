@@ -124,6 +124,7 @@ def test_reencoding_on_the_cpu(name: str) -> None:
     assert promised / 8 <= live.peak_bytes <= promised + 4 * rows
 
 
+@pytest.mark.slow  # a large VAE
 @pytest.mark.parametrize("way", [VaePlan(), VaePlan(32), VaePlan(32, False), VaePlan(16, False, False)], ids=str)
 def test_flops_of_decoding(way: VaePlan) -> None:
     """As torch counts them. 3 %: bands at an edge compute a row less than those inside."""

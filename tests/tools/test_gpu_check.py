@@ -29,7 +29,7 @@ echo '{"a": "long line that nobody reads"}'
 for word; do [[ "$before" == --out ]] && echo '{"cells": []}' > "$word"; before="$word"; done
 case "$*" in *FACTS*) exit 2 ;; *bench_linear*) exit 3 ;; *tiers/tier_6gb*) sleep SLEEP ;; esac
 """
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs bash and timeout")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="needs bash and timeout")]
 
 
 def run(folder: Path, seconds: int, sleep: int = 0, facts: str = "nothing") -> tuple[dict[str, Any], str, Path]:
