@@ -1,20 +1,22 @@
-"""A LoRA that does something: it was trained on the demo (tools/train_demo_lora.py), and taught it a colour."""
+"""A LoRA that does something: it was trained on the demo (tools/train_demo_lora.py), and taught it a shape."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import demo_judge
+import demo_scenes
+import numpy as np
 import pytest
 from demo_judge import judge
-from demo_scenes import COLOURS, Scene, Thing, held_out_captions
+from demo_scenes import Scene, Thing, held_out_captions, shape_mask
 from PIL import Image
-from train_demo_lora import ORANGE
+from train_demo_lora import HOURGLASS
 
-from zimage_lite import GenerateOptions, load, quantize
-from zimage_lite.config import Lora
+from zimage_lite import GenerateOptions, Lora, load, quantize
 
-FILE = Path(__file__).parents[1] / "data" / "orange_lora.safetensors"
-GROUNDS, SHAPES = ("blue", "white", "black", "green"), ("circle", "square", "ring", "diamond")
+FILE = Path(__file__).parents[1] / "data" / "hourglass_lora.safetensors"
+COLOURS, GROUNDS = ("red", "yellow", "cyan", "purple"), ("blue", "white", "black")
 KNOWN = held_out_captions("one", count=12)
 
 
@@ -29,22 +31,25 @@ def right(model: str | Path, asked: list[tuple[str, Scene]], strength: float) ->
 
 
 @pytest.fixture
-def orange(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Scene]]:
-    """What the LoRA was taught, on backgrounds of the demo's own."""
-    monkeypatch.setitem(COLOURS, "orange", ORANGE)
+def hourglasses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Scene]]:
+    """What the LoRA was taught, and the judge with it."""
+    monkeypatch.setitem(demo_scenes._OUTLINES, "hourglass", HOURGLASS)
+    drawn = np.asarray(shape_mask(Thing("hourglass", "red", r=0.48), 256)) > 0
+    monkeypatch.setitem(demo_judge._TEMPLATES, "hourglass", demo_judge._outline(drawn))
     return [
-        (f"an orange {shape} on a {ground} background", Scene((ground,), (Thing(shape, "orange"),)))
-        for ground, shape in zip(GROUNDS * 3, SHAPES[1:] * 4, strict=True)
+        (f"a {colour} hourglass on a {ground} background", Scene((ground,), (Thing("hourglass", colour),)))
+        for colour in COLOURS
+        for ground in GROUNDS
     ]
 
 
 @pytest.mark.parametrize("to", ["bf16", pytest.param("q4_0", marks=pytest.mark.slow)])
-def test_the_new_appears_and_the_old_stays(orange: list[tuple[str, Scene]], tmp_path: Path, to: str) -> None:
+def test_the_new_appears_and_the_old_stays(hourglasses: list[tuple[str, Scene]], tmp_path: Path, to: str) -> None:
     """Also on weights into which it could not be merged: their steps are larger than its changes."""
     model: str | Path = "demo"
     if to != "bf16":
         quantize("demo", tmp_path / to, to)
         model = tmp_path / to
-    assert right(model, orange, 0.0) <= 1
-    assert right(model, orange, 1.0) >= 9
+    assert right(model, hourglasses, 0.0) <= 1
+    assert right(model, hourglasses, 1.0) >= 9
     assert right(model, KNOWN, 1.0) >= 10
