@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,15 +11,6 @@ from hub_server import HubServer, serving
 from huggingface_hub import constants, file_download
 
 from zimage_lite.checkpoint import hub
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _quanto_in_python() -> None:
-    """quanto unpacks 4 bits by its own function in Python: its C++ would be compiled first, for 80 seconds."""
-    from optimum.quanto.library.extensions import cpp
-    from optimum.quanto.library.unpack import unpack
-
-    cpp.ext._lib = SimpleNamespace(unpack=unpack)
 
 
 @pytest.fixture
