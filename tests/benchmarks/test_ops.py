@@ -150,7 +150,7 @@ def test_passes_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bench_elementwise.difference((got, None), (wrong, None)) is not None
 
 
-@pytest.mark.parametrize("name", ["q4_k_s", "int4", "nf4"])
+@pytest.mark.parametrize("name", [pytest.param("q4_k_s", marks=pytest.mark.full_size), "int4", "nf4"])
 def test_weights_are_compared(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_elementwise, "DEVICE", "cpu")
     bench_elementwise.dtype.cache_clear()
@@ -179,6 +179,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
 
+@pytest.mark.full_size  # interpreted, for developers
 def test_a_block_in_all_ways(small: None) -> None:
     with torch.inference_mode():
         rows = list(bench_block.blocks(RATES))
@@ -195,6 +196,7 @@ def test_a_block_in_all_ways(small: None) -> None:
     assert rows[0]["activation_bytes"] < rows[1]["activation_bytes"] < rows[4]["activation_bytes"]
 
 
+@pytest.mark.full_size  # interpreted, for developers
 def test_a_step(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)  # as where it is not installed
     with torch.inference_mode():

@@ -86,7 +86,12 @@ def test_what_is_launched_is_what_was_compiled() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "name"), [pytest.param(86, "int8", marks=pytest.mark.full_size), (86, "q4_k_m"), (75, "int4")]
+    ("arch", "name"),
+    [
+        pytest.param(86, "int8", marks=pytest.mark.full_size),
+        (86, "q4_k_m"),
+        pytest.param(75, "int4", marks=pytest.mark.full_size),
+    ],
 )
 def test_what_pictures_compile(arch: int, name: str) -> None:
     """Only what the self-test compiles, which says how many, and the compile tool, too; and a picture of another size

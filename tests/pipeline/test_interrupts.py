@@ -189,7 +189,7 @@ def drawing(args: list[str], after: float | None = None) -> tuple[int, float, st
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one process")
-@pytest.mark.parametrize("moments", [4, pytest.param(50, marks=pytest.mark.full_size)])
+@pytest.mark.parametrize("moments", [2, pytest.param(50, marks=pytest.mark.full_size)])
 def test_ctrl_c_at_any_moment(larger: Path, tmp_path: Path, moments: int) -> None:
     """From the command line's first line to its last: also while torch is being loaded."""
     args = ["cat", "--model", str(larger), "--width", "96", "--height", "96", "--steps", "6", "--json", "-o"]
