@@ -62,7 +62,7 @@ bench() {
 
 # tests NAME PLANNED LIMIT OPTIONS...: without conftest, which needs packages that a bare machine lacks
 tests() {
-    part "$1" "$2" "$3" "$python" -m pytest --noconftest -p no:cacheprovider --continue-on-collection-errors \
+    part "$1" "$2" "$3" "$python" -m pytest --noconftest -o addopts=--import-mode=importlib -p no:cacheprovider --continue-on-collection-errors \
         --junitxml "$results/$1.xml" "${@:4}"
 }
 

@@ -93,6 +93,8 @@ def test_its_tests_collect_on_a_bare_machine() -> None:
     files = [f"{start}{name}{end}" for path in named for start, names, end in [split(path)] for name in names]
     assert len(files) == 8 and all((ROOT / file).exists() for file in files)
     command = [sys.executable, ROOT / "tests" / "helpers" / "bare_machine.py", "--noconftest", "--collect-only"]
+    command += ["-p", "no:xdist", *(plain := ["-o", "addopts=--import-mode=importlib"])]  # it has no pytest-xdist
+    assert f"--noconftest {' '.join(plain)} " in SCRIPT.read_text()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     done = subprocess.run([*command, *files], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
