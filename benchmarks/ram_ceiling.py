@@ -24,7 +24,7 @@ from make_checkpoint import make_checkpoint
 from zimage_lite.bench.machine import commit
 from zimage_lite.units import parse_bytes
 
-# VAE, width, height, ceiling: of each VAE one size is decoded whole and two in bands.
+# VAE, width, height, ceiling. The result says what was decoded whole and what in bands.
 CASES = (
     ("tiny", 1280, 720, "700MB"), ("tiny", 1280, 720, "1GB"), ("tiny", 512, 512, "450MB"),
     ("true", 768, 432, "1100MB"), ("true", 512, 512, "1GB"), ("true", 256, 256, "1GB"),

@@ -11,7 +11,7 @@ from adapter_files import TINY, Described, size
 from torch import Tensor
 from trainers import ADAPTERS
 
-from zimage_lite.adapters.joined import AdapterSet, by_block, merged, of_block
+from zimage_lite.adapters.joined import AdapterSet, by_block, merged
 from zimage_lite.adapters.reading import Adapter, open_adapter
 
 Q, W1 = "layers.0.attention.to_q", "layers.0.feed_forward.w1"
@@ -123,9 +123,8 @@ def test_modules_by_block(tmp_path: Path) -> None:
     blocks, rest = by_block(modules.values())
     assert {name: len(own) for name, own in blocks.items()} == {"layers.0": 7, "layers.1": 7, "noise_refiner.0": 1}
     assert [joined.module for joined in rest] == ["cap_embedder.1"]
-    own = of_block(modules, "layers.1")
-    assert set(own) == {
+    own = {joined.module.removeprefix("layers.1.") for joined in by_block(modules.values())[0]["layers.1"]}
+    assert own == {
         *(f"attention.to_{x}" for x in ("q", "k", "v", "out.0")),
         *(f"feed_forward.w{i}" for i in (1, 2, 3)),
     }
-    assert [own[name].module for name in own] == [f"layers.1.{name}" for name in own]

@@ -10,7 +10,7 @@ from adapted import STRENGTHS, Weights, assert_applied
 from adapter_files import TINY, Described, qkv
 from trainers import ADAPTERS, mixed, musubi, peft, peft_folder
 
-from zimage_lite.adapters.reading import kinds, open_adapter, ranks
+from zimage_lite.adapters.reading import kinds, open_adapter
 from zimage_lite.errors import UserError
 
 ONE = {
@@ -46,7 +46,10 @@ def test_what_a_file_holds_is_counted(tmp_path: Path) -> None:
     found = open_adapter(made.write(tmp_path, "pencil"), TINY)
     assert found.name == "pencil" and len(found.sha256) == 64
     assert kinds(found) == {"LoRA": 3, "LoKr": 1}
-    assert set(ranks(found)) == {6, 16}  # the LoKr has 8 columns of w1 and rank 2
+    assert {one.update.shapes(one.target)["a"][0] for one in found.applied} == {
+        6,
+        16,
+    }  # the LoKr has 8 columns of w1 and rank 2
     assert set(found.modules) == {*qkv("layers.0"), "layers.0.feed_forward.w1"}
     assert found.unknown == ("layers.7.attention.to_q",)
     assert len(found.unused) == 3

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.container import TensorFile
 from ..checkpoint.detect import is_adapter
 from ..checkpoint.opening import open_tensor_file
 from ..config import TransformerConfig
@@ -79,7 +78,7 @@ def _described(adapter: Adapter) -> Description:
     pairs = [update for update in low_rank if isinstance(update, LowRank)]
     return Description(
         name=adapter.name,
-        trainer=_trainer(open_tensor_file(adapter.file), adapter),
+        trainer=_trainer(adapter),
         base=next((str(adapter.metadata[key])[:80] for key in _BASES if adapter.metadata.get(key)), ""),
         bytes=sum(raw.entry.nbytes for raw in adapter.raws.values()),
         dtypes=tuple(sorted({raw.entry.kind for raw in adapter.raws.values()})),
@@ -92,16 +91,16 @@ def _described(adapter: Adapter) -> Description:
     )
 
 
-def _trainer(file: TensorFile, adapter: Adapter) -> str:
-    said = file.metadata.get("software")
+def _trainer(adapter: Adapter) -> str:
+    said = adapter.metadata.get("software")
     if isinstance(said, str):
         try:
             return str(json.loads(said)["name"])[:40]  # ai-toolkit
         except (ValueError, TypeError, KeyError):
             return said[:40]
-    if "zimage" in str(file.metadata.get("ss_network_module", "")):
+    if "zimage" in str(adapter.metadata.get("ss_network_module", "")):
         return "musubi-tuner"
-    found = [name for key, name in _IN_METADATA.items() if key in file.metadata]
+    found = [name for key, name in _IN_METADATA.items() if key in adapter.metadata]
     found += [name for part, name in _IN_NAMES.items() if any(part in tensor for tensor in adapter.raws)]
     return found[0] if found else "unknown"
 

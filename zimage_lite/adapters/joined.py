@@ -160,22 +160,11 @@ class AdapterSet:
     def measure(self, weights: Mapping[str, StoredTensor]) -> None:
         """The norms that DoRA needs, once for each adapter. weights: module + ".weight" -> where it lies."""
         for adapter, _ in self.adapters:
-            done = set[int]()
             for one in adapter.applied:
                 update = one.update
-                if isinstance(update, Dora) and update.norm is None and id(update) not in done:
-                    done.add(id(update))
+                if isinstance(update, Dora) and update.norm is None:  # those of fused modules share one
                     stored = [weights[f"{target.module}.weight"] for target in one.all_targets]
                     update.measure(partial(_rows, stored), one.target.all_rows)
-
-
-def of_block(modules: Mapping[str, JoinedModule], block: str) -> dict[str, JoinedModule]:
-    """Those of "layers.3", named as the block names them; its time weights are not among them."""
-    return {
-        name.removeprefix(f"{block}."): joined
-        for name, joined in modules.items()
-        if name.startswith(f"{block}.") and not is_time_weight(f"{name}.weight")
-    }
 
 
 def by_block(modules: Iterable[JoinedModule]) -> tuple[dict[str, list[JoinedModule]], list[JoinedModule]]:

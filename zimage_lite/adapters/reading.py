@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -207,11 +207,3 @@ def kinds(adapter: Adapter) -> dict[str, int]:
     for one in adapter.applied:
         counts.setdefault(one.kind, set()).add(one.target.module)
     return dict(sorted(((kind, len(modules)) for kind, modules in counts.items()), key=lambda pair: -pair[1]))
-
-
-def ranks(adapter: Adapter) -> Iterator[int]:
-    """Of each low-rank pair."""
-    for one in adapter.applied:
-        shape = one.update.shapes(one.target).get("a")
-        if shape:
-            yield shape[0]

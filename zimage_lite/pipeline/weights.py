@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from zimage_kernels import Backend
 
-from ..adapters.joined import NOTHING, AdapterSet, JoinedModule, by_block, of_block
+from ..adapters.joined import NOTHING, AdapterSet, JoinedModule, by_block
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.stored import StoredTensor
 from ..memory.cuda import PAGE_BYTES, CudaLink
@@ -90,8 +90,12 @@ class Weights:
     def __init__(self, component: Component, plan: Plan, hardware: Hardware) -> None:
         self.component, self.plan, self.hardware = component, plan, hardware
         self.moved: list[Moved] = []
-        device, self._joined = hardware.device, component.adapters.modules(hardware.dtype)
-        self._added = {name: of_block(self._joined, name) for name in component.blocks}
+        device = hardware.device
+        of_blocks, self._added_to_rest = by_block(component.adapters.modules(hardware.dtype).values())
+        self._added = {
+            name: {joined.module.removeprefix(f"{name}."): joined for joined in of_blocks.get(name, ())}
+            for name in component.blocks
+        }
         sizes = self._sizes = {
             name: n_bytes + sum(joined.packed_bytes for joined in self._added[name].values())
             for name, n_bytes in component.block_bytes.items()
@@ -202,9 +206,9 @@ class Weights:
 
     def bind_rest(self) -> None:
         """What belongs to no block."""
-        component, (_, rest) = self.component, by_block(self._joined.values())
-        read_into(component.model, component.rest, self.hardware)
-        _attach_read(component.model, {joined.module: joined for joined in rest}, self.hardware)
+        model = self.component.model
+        read_into(model, self.component.rest, self.hardware)
+        _attach_read(model, {joined.module: joined for joined in self._added_to_rest}, self.hardware)
 
 
 @contextmanager
