@@ -34,7 +34,7 @@ FLOORS = (
     ("plan",),
     ("convert",),
     ("adapters",),
-    ("doctor",),
+    ("doctor", "pictures"),
     ("checkpoint", "model"),
     ("memory", "quant", "page"),
 )

@@ -14,7 +14,7 @@ import click
 from ..checkpoint.output import followed, replacing, require_absent
 from ..config import GenerateOptions, RuntimeOptions
 from ..errors import UserError
-from ..pipeline.pictures import save
+from ..pictures.saving import save
 from ..units import parse_bytes
 from . import leaving_at_once, print_json, say
 from .generate import command as generate

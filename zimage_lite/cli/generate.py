@@ -16,7 +16,7 @@ from ..checkpoint.output import require_absent
 from ..config import BACKENDS, COMPUTES, DEVICES, DTYPES, GenerateOptions, RuntimeOptions
 from ..errors import UserError
 from ..memory.meter import peak_rss_bytes
-from ..pipeline.pictures import require_kind, save
+from ..pictures.saving import require_kind, save
 from ..units import format_gb, parse_bytes
 from . import leaving_at_once, print_json, say
 from .requests import Seed, requests_of

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from zimage_lite.errors import UserError
-from zimage_lite.pipeline.pictures import KINDS, recipe_of, require_kind, save
+from zimage_lite.pictures.saving import KINDS, recipe_of, require_kind, save
 
 RECIPE = {"prompt": 'a red fox, 你好 "quoted"\nand a line', "seed": 7, "guidance": 0.0}
 
