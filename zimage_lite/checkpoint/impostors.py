@@ -17,38 +17,40 @@ _CACHED = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 _LFS = b"version https://git-lfs.github.com/spec/"
 _ZIP = b"PK\x03\x04"
 _PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_BLANK = b"\xef\xbb\xbf \t\r\n"
 _PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml")
 _ARCHIVES = {b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"\x1f\x8b": "a gzip archive", b"Rar!": "a RAR archive"}
+
+
+def told(start: bytes) -> tuple[str, str] | None:
+    """What a file that begins so is, whatever was meant to be in it, and what to do; None if it may be what was meant.
+    start: its first START_BYTES, or all of it."""
+    if not start:
+        return "the file is empty", "download it again"
+    if start.startswith(_LFS):
+        return "a git LFS pointer, not the file that it stands for", "run `git lfs pull`, or download the file"
+    if start.lstrip(_BLANK).lower().startswith(_PAGES):
+        return "a web page (a login, or an error) saved under this name", "download the file itself"
+    if start.count(0) == len(start):
+        return "it begins with nothing but zeros, so its download was never finished", "download it again"
+    archive = next((name for magic, name in _ARCHIVES.items() if start.startswith(magic)), None)
+    return (archive, "unpack it and name the file inside") if archive else None
 
 
 def refuse_impostor(path: Path, start: bytes) -> None:
     """Raise FileFormatError if a file that begins so is none of tensors. start: its first START_BYTES, or all of it."""
     if start[4:9] == b"\0\0\0\0{":  # the length of a safetensors header, and its first character
         return
-    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    what, fix = "", "download the file itself"
-    if not start:
-        what, fix = "the file is empty", "download it again"
-    elif start.startswith(_LFS):
-        what, fix = "a git LFS pointer, not the file that it stands for", "run `git lfs pull`, or download the file"
-    elif text.startswith(_PAGES):
-        what = "a web page (a login, or an error) saved under this name"
-    elif text.startswith((b"{", b"[")):
-        what, fix = "a JSON text, not weights", "name the folder that it lies in, or the weights file"
-    elif start.count(0) == len(start):
-        what, fix = "it begins with nothing but zeros, so its download was never finished", "download it again"
+    found = told(start)
+    if start.lstrip(_BLANK).startswith((b"{", b"[")):
+        found = "a JSON text, not weights", "name the folder that it lies in, or the weights file"
     elif start.startswith(_ZIP) and b"data.pkl" not in start and path.suffix == ".zip":
-        what, fix = "a zip archive", "unpack it and name the file inside"
+        found = "a zip archive", "unpack it and name the file inside"
     elif start.startswith((_ZIP, *_PICKLES)):
-        what, fix = (
-            "a pickle file can run any code when it is opened, so it is refused",
-            "get the safetensors or GGUF version",
-        )
-    else:
-        what = next((name for magic, name in _ARCHIVES.items() if start.startswith(magic)), "")
-        fix = "unpack it and name the file inside"
-    if what:
-        raise FileFormatError(f"{path}: {what}", fix=fix)
+        why = "a pickle file can run any code when it is opened, so it is refused"
+        found = why, "get the safetensors or GGUF version"
+    if found:
+        raise FileFormatError(f"{path}: {found[0]}", fix=found[1])
 
 
 def no_such(path: Path | str, what: str = "no such file or folder", expected: str | None = None) -> UserError:

@@ -1,0 +1,152 @@
+"""Pictures as people have them -> pixels: upright, in sRGB, 8 bits a colour; of animations the first frame.
+
+Whatever is wrong with a file is one line. The size is known, and refused, before anything is decoded. Memory: 8 bytes a
+pixel at the most, which is 0.8 GB for the largest, and what the decoder of the format itself keeps meanwhile.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ..checkpoint.impostors import START_BYTES, no_such
+from ..errors import FileFormatError, UserError
+from .colours import converted, from_array
+from .masks import blend
+from .strangers import refuse_stranger
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_PIXELS = 100_000_000  # 10,000 x 10,000
+_ORIENTATION = 0x0112  # of EXIF
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """rgb: [h, w, 3] uint8, sRGB; alpha: [h, w] uint8, 255 being opaque, or None if all is; name: for messages."""
+
+    rgb: np.ndarray
+    alpha: np.ndarray | None = None
+    name: str = "the picture"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height."""
+        return self.rgb.shape[1], self.rgb.shape[0]
+
+    def on(self, grey: int) -> np.ndarray:
+        """Its colours on a plain ground, 0 (black) to 255: [h, w, 3] uint8."""
+        return self.rgb if self.alpha is None else blend(np.full_like(self.rgb, grey), self.rgb, self.alpha)
+
+
+def read(source: str | Path | bytes | Image.Image | np.ndarray | Tensor, name: str = "") -> Picture:
+    """A file by its path or its bytes, a picture of Pillow's, or an array or a tensor [h, w, 3] of uint8, or of floats
+    from 0 to 1. name: what messages call it. Raises UserError for what is no picture, is broken, or is too large."""
+    if isinstance(source, str | Path):
+        return _from_file(Path(source), name or str(source))
+    name = name or "the picture"
+    if isinstance(source, bytes):
+        return _from_stream(BytesIO(source), name)
+    if isinstance(source, Image.Image):
+        return _from_pillow(source, name)
+    pixels = _array(source, name)
+    _require_size(pixels.shape[1::-1], name)
+    return Picture(*from_array(pixels, name), name)
+
+
+def _from_file(path: Path, name: str) -> Picture:
+    if path.is_dir():
+        raise UserError(f"{name}: this is a folder", fix="name a picture in it")
+    try:
+        with open(path, "rb") as file:
+            return _from_stream(file, name)
+    except FileNotFoundError as error:
+        raise no_such(path, "no such file") from error
+    except (OSError, ValueError) as error:  # the latter for a name with a zero in it
+        raise UserError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def _from_stream(file: IO[bytes], name: str) -> Picture:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(file)
+    except UnidentifiedImageError:
+        file.seek(0)
+        refuse_stranger(file.read(START_BYTES), name)
+        raise FileFormatError(
+            f"{name}: not a picture of a kind that can be read", fix="save it as PNG or JPEG"
+        ) from None
+    except Image.DecompressionBombError as error:
+        raise _too_large(f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6} million pixels", name) from error
+    except Exception as error:
+        raise _broken(error, name) from error
+    return _from_pillow(image, name)
+
+
+def _from_pillow(image: Image.Image, name: str) -> Picture:
+    """Decodes it, if that is still to be done: only here its pixels take memory."""
+    _require_size(image.size, name)
+    if image.format == "EPS":  # Pillow would have Ghostscript run it, as a program
+        raise UserError(f"{name}: an EPS drawing, which has no pixels of its own", fix="export it as PNG")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image.load()
+            return Picture(*converted(_upright(image)), name)
+    except Exception as error:  # Pillow's decoders raise whatever their parsing runs into
+        raise _broken(error, name) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # noqa: BLE001 - EXIF that cannot be parsed, in whatever way, says nothing
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def _array(source: Any, name: str) -> np.ndarray:
+    if hasattr(source, "detach"):
+        source = source.detach().cpu()
+        source = source.float() if source.is_floating_point() else source
+    array = np.asarray(source)
+    if array.ndim not in (2, 3) or array.dtype.kind not in "buif":
+        got = f"{type(source).__name__} of {array.dtype}, shape {array.shape}"
+        raise UserError(name, got=got, expected="a path, bytes, a picture of Pillow's, or an array [height, width, 3]")
+    return array
+
+
+def _require_size(size: tuple[int, ...], name: str) -> None:
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise _too_large(f"{width} x {height} pixels", name)
+    if not width * height:
+        raise FileFormatError(f"{name}: it has no pixels", got=f"{width} x {height}")
+
+
+def _too_large(got: str, name: str) -> UserError:
+    return UserError(
+        f"{name}: too large", got=got, expected=f"at most {MAX_PIXELS // 10**6} million", fix="make it smaller first"
+    )
+
+
+def _broken(error: Exception, name: str) -> FileFormatError:
+    why = str(error) or type(error).__name__
+    return FileFormatError(f"{name}: the picture is broken or cut short ({why})", fix="download or export it again")

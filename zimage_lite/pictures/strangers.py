@@ -1,0 +1,38 @@
+"""What people name as a picture that is none, or none that Pillow reads: told by its first bytes, with what to do."""
+
+from __future__ import annotations
+
+from ..checkpoint.impostors import told
+from ..errors import FileFormatError
+
+_EXPORT = "export it as PNG or JPEG"
+_KINDS: dict[bytes, tuple[str, str]] = {
+    b"%PDF": ("a PDF document", _EXPORT),
+    b"gimp xcf": ("a project of GIMP's", _EXPORT),
+    b"PK\x03\x04": ("a zip archive, or a project of Krita's", f"unpack it, or {_EXPORT}"),
+    b"\xff\x0a": ("a JPEG XL picture", _EXPORT),
+    b"\0\0\0\x0cJXL ": ("a JPEG XL picture", _EXPORT),
+    b"GGUF": ("a file of weights", "name a picture"),
+    b"\x1aE\xdf\xa3": ("a video", "save one of its frames as PNG"),
+}
+_PHOTOS = {b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1", b"avif", b"avis"}  # kinds of what begins as MP4 does
+
+
+def refuse_stranger(start: bytes, name: str) -> None:
+    """Raise FileFormatError if a file that begins so is of a known kind. start: its first START_BYTES, or all of it."""
+    found = _told(start)
+    if found:
+        raise FileFormatError(f"{name}: {found[0]}", fix=found[1])
+
+
+def _told(start: bytes) -> tuple[str, str] | None:
+    if b"<svg" in start:
+        return "an SVG drawing, which has no pixels of its own", "export it as PNG"
+    if start[4:8] == b"ftyp":
+        if start[8:12] in _PHOTOS:
+            return "a HEIC or AVIF photo, which this Pillow cannot read", _EXPORT
+        return "a video", "save one of its frames as PNG"
+    if start[4:9] == b"\0\0\0\0{":
+        return "a file of weights", "name a picture"
+    known = next((kind for magic, kind in _KINDS.items() if start.startswith(magic)), None)
+    return known or told(start)
