@@ -113,12 +113,12 @@ class Canvas:
     def finished(self, drawn: np.ndarray) -> np.ndarray:
         """drawn: [h, w, 3] uint8 of `size` -> the result [H, W, 3] uint8 of `result_size`."""
         width, height = self.scaled
-        cut = drawn[:height, :width]
+        cut = np.ascontiguousarray(drawn[:height, :width])
         if not self.pastes or self.mask is None:
             return cut
         left, top, right, bottom = self.box
         result = self.source.copy()
-        drawn_box = resized(np.ascontiguousarray(cut), (right - left, bottom - top))
+        drawn_box = resized(cut, (right - left, bottom - top))
         result[top:bottom, left:right] = blend(self._boxed(self.source), drawn_box, self._boxed(self.mask))
         return result
 
@@ -148,8 +148,8 @@ def lay_out(picture: Picture, mask: Picture | None, layout: Layout, default: Siz
         added = extension_mask(size, layout.outpaint, layout.feather)
         cover = added if cover is None else np.maximum(added, widened(cover, layout.outpaint))
     box = None if cover is None else box_of(cover)
-    if mask and not box:
-        raise UserError(f"{mask.name}: nothing to repaint, as it is all black", fix="paint white what is to change")
+    if mask is not None and not box:
+        raise UserError(f"{mask.name}: nothing to repaint, all is black", fix="paint white what is to change")
     if layout.area == "mask" and not box:
         raise UserError("--inpaint-area mask: there is no mask", fix="name one with --mask")
     whole = (0, 0, source.shape[1], source.shape[0])

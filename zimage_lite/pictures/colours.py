@@ -19,26 +19,37 @@ _DEEP = ("I", "F")  # modes of more than 8 bits, beside those that begin with I;
 _PLAIN = ("L", "RGB", "CMYK", "LAB")  # in which a profile can describe colours
 _GREY = ("1", "L", "LA", "La")
 
+# EXIF's orientations: which of them begin at the bottom of what is upright, which at its right, and which store its
+# columns as rows.
+_FROM_BELOW, _FROM_RIGHT, _LYING = (3, 4, 7, 8), (2, 3, 6, 7), (5, 6, 7, 8)
+
 Convert = Callable[[Image.Image], Image.Image]
 
 
-def converted(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
+def converted(image: Image.Image, orientation: int = 1) -> tuple[np.ndarray, np.ndarray | None]:
     """A loaded picture of any of Pillow's modes -> [h, w, 3] uint8 sRGB by its profile, and alpha [h, w] uint8, None if
-    nothing is transparent. Takes these 4 bytes a pixel beside the picture."""
+    nothing is transparent; both turned upright. Takes these 4 bytes a pixel beside the picture."""
     width, height = image.size
-    rgb = np.empty((height, width, 3), np.uint8)
-    alpha = np.empty((height, width), np.uint8) if image.has_transparency_data else None
-    white = _white_of(image)
-    to_srgb: Convert | None = None
+    shape = (width, height) if orientation in _LYING else (height, width)
+    rgb = np.empty((*shape, 3), np.uint8)
+    alpha = np.empty(shape, np.uint8) if image.has_transparency_data else None
+    white, to_srgb = _white_of(image), None
     rows = max(_BAND_PIXELS // width, 1)
     for top in range(0, height, rows):
         here = slice(top, top + rows)
         colours, opacity = _parted(image.crop((0, top, width, min(top + rows, height))), white)
         to_srgb = to_srgb or _to_srgb(colours.mode, image.info.get("icc_profile"))
-        rgb[here] = np.asarray(to_srgb(colours))
+        _as_stored(rgb, orientation)[here] = np.asarray(to_srgb(colours))
         if alpha is not None:
-            alpha[here] = 255 if opacity is None else np.asarray(opacity)
+            _as_stored(alpha, orientation)[here] = 255 if opacity is None else np.asarray(opacity)
     return rgb, None if alpha is None or alpha.min() == 255 else alpha
+
+
+def _as_stored(upright: np.ndarray, orientation: int) -> np.ndarray:
+    """A view of it as a camera that was held so stores it. orientation: as EXIF counts; what is none is 1."""
+    down, across = -1 if orientation in _FROM_BELOW else 1, -1 if orientation in _FROM_RIGHT else 1
+    turned = upright[::down, ::across]
+    return turned.swapaxes(0, 1) if orientation in _LYING else turned
 
 
 def eight_bit(array: np.ndarray, white: int = 65535) -> np.ndarray:
@@ -55,10 +66,10 @@ def eight_bit(array: np.ndarray, white: int = 65535) -> np.ndarray:
 def from_array(array: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray | None]:
     """[h, w], [h, w, 3] or [h, w, 4], of booleans, uint8, uint16 or floats -> as `converted`; all copied."""
     planes = array[..., None] if array.ndim == 2 else array
-    if planes.ndim != 3 or planes.shape[2] not in (1, 3, 4) or not planes.size:
-        raise UserError(f"{name}: shape", got=array.shape, expected="[height, width, 3]")
-    if planes.dtype.kind not in "bf" and planes.dtype not in (np.uint8, np.uint16):
-        raise UserError(f"{name}: numbers", got=planes.dtype, expected="uint8, or floats from 0 to 1")
+    known = planes.dtype in (np.uint8, np.uint16) or planes.dtype.kind in "bf"
+    if not known or planes.ndim != 3 or planes.shape[2] not in (1, 3, 4) or not planes.size:
+        expected = "a path, bytes, a picture of Pillow's, or [height, width, 3] of uint8 or of floats from 0 to 1"
+        raise UserError(name, got=f"{array.dtype} of shape {array.shape}", expected=expected)
     planes = eight_bit(planes)
     rgb = np.repeat(planes, 3, 2) if planes.shape[2] == 1 else planes[..., :3].copy()
     alpha = planes[..., 3].copy() if planes.shape[2] == 4 else None

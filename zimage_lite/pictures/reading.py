@@ -7,10 +7,12 @@ pixel at the most, which is 0.8 GB for the largest, and what the decoder of the 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -19,22 +21,13 @@ from ..checkpoint.impostors import START_BYTES, no_such
 from ..errors import FileFormatError, UserError
 from .colours import converted, from_array
 from .masks import blend
-from .strangers import refuse_stranger
+from .strangers import unreadable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000
 _ORIENTATION = 0x0112  # of EXIF
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +58,12 @@ def read(source: str | Path | bytes | Image.Image | np.ndarray | Tensor, name: s
         return _from_stream(BytesIO(source), name)
     if isinstance(source, Image.Image):
         return _from_pillow(source, name)
-    pixels = _array(source, name)
-    _require_size(pixels.shape[1::-1], name)
-    return Picture(*from_array(pixels, name), name)
+    if hasattr(source, "detach"):
+        source = source.detach().cpu()
+        source = source.float() if source.is_floating_point() else source  # NumPy has no bfloat16
+    picture = Picture(*from_array(np.asarray(source), name), name)
+    _require_size(picture.size, name)
+    return picture
 
 
 def _from_file(path: Path, name: str) -> Picture:
@@ -83,20 +79,12 @@ def _from_file(path: Path, name: str) -> Picture:
 
 
 def _from_stream(file: IO[bytes], name: str) -> Picture:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with _decoding(name):
+        try:
             image = Image.open(file)
-    except UnidentifiedImageError:
-        file.seek(0)
-        refuse_stranger(file.read(START_BYTES), name)
-        raise FileFormatError(
-            f"{name}: not a picture of a kind that can be read", fix="save it as PNG or JPEG"
-        ) from None
-    except Image.DecompressionBombError as error:
-        raise _too_large(f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6} million pixels", name) from error
-    except Exception as error:
-        raise _broken(error, name) from error
+        except UnidentifiedImageError:
+            file.seek(0)
+            raise unreadable(file.read(START_BYTES), name) from None
     return _from_pillow(image, name)
 
 
@@ -105,32 +93,35 @@ def _from_pillow(image: Image.Image, name: str) -> Picture:
     _require_size(image.size, name)
     if image.format == "EPS":  # Pillow would have Ghostscript run it, as a program
         raise UserError(f"{name}: an EPS drawing, which has no pixels of its own", fix="export it as PNG")
+    with _decoding(name):
+        image.load()
+        _require_size(image.size, name)  # once more, as icons learn theirs only now
+        return Picture(*converted(image, _orientation(image)), name)
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Pillow warns nobody here, and what its decoders raise, all that parsing can run into, becomes one line."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image.load()
-            return Picture(*converted(_upright(image)), name)
-    except Exception as error:  # Pillow's decoders raise whatever their parsing runs into
-        raise _broken(error, name) from error
+            yield
+    except (UserError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise _too_large("more pixels than Pillow takes", name) from error
+    except Exception as error:
+        why = str(error) or type(error).__name__
+        fix = "download or export it again"
+        raise FileFormatError(f"{name}: the picture is broken or cut short ({why})", fix=fix) from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
+    """As EXIF counts, of a loaded picture: that of a TIFF is 1 by then."""
     try:
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+        return image.getexif().get(_ORIENTATION, 1)
     except Exception:  # noqa: BLE001 - EXIF that cannot be parsed, in whatever way, says nothing
-        turn = None
-    return image if turn is None else image.transpose(turn)
-
-
-def _array(source: Any, name: str) -> np.ndarray:
-    if hasattr(source, "detach"):
-        source = source.detach().cpu()
-        source = source.float() if source.is_floating_point() else source
-    array = np.asarray(source)
-    if array.ndim not in (2, 3) or array.dtype.kind not in "buif":
-        got = f"{type(source).__name__} of {array.dtype}, shape {array.shape}"
-        raise UserError(name, got=got, expected="a path, bytes, a picture of Pillow's, or an array [height, width, 3]")
-    return array
+        return 1
 
 
 def _require_size(size: tuple[int, ...], name: str) -> None:
@@ -145,8 +136,3 @@ def _too_large(got: str, name: str) -> UserError:
     return UserError(
         f"{name}: too large", got=got, expected=f"at most {MAX_PIXELS // 10**6} million", fix="make it smaller first"
     )
-
-
-def _broken(error: Exception, name: str) -> FileFormatError:
-    why = str(error) or type(error).__name__
-    return FileFormatError(f"{name}: the picture is broken or cut short ({why})", fix="download or export it again")

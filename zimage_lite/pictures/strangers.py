@@ -15,14 +15,23 @@ _KINDS: dict[bytes, tuple[str, str]] = {
     b"GGUF": ("a file of weights", "name a picture"),
     b"\x1aE\xdf\xa3": ("a video", "save one of its frames as PNG"),
 }
-_PHOTOS = {b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1", b"avif", b"avis"}  # kinds of what begins as MP4 does
+_PHOTOS = {
+    b"heic",
+    b"heix",
+    b"hevc",
+    b"heim",
+    b"mif1",
+    b"msf1",
+    b"avif",
+    b"avis",
+    b"crx ",
+}  # kinds of what begins as MP4 does
 
 
-def refuse_stranger(start: bytes, name: str) -> None:
-    """Raise FileFormatError if a file that begins so is of a known kind. start: its first START_BYTES, or all of it."""
-    found = _told(start)
-    if found:
-        raise FileFormatError(f"{name}: {found[0]}", fix=found[1])
+def unreadable(start: bytes, name: str) -> FileFormatError:
+    """The error for a file that Pillow knows nothing of. start: its first START_BYTES, or all of it."""
+    what, fix = _told(start) or ("not a picture of a kind that can be read", "save it as PNG or JPEG")
+    return FileFormatError(f"{name}: {what}", fix=fix)
 
 
 def _told(start: bytes) -> tuple[str, str] | None:
@@ -30,7 +39,7 @@ def _told(start: bytes) -> tuple[str, str] | None:
         return "an SVG drawing, which has no pixels of its own", "export it as PNG"
     if start[4:8] == b"ftyp":
         if start[8:12] in _PHOTOS:
-            return "a HEIC or AVIF photo, which this Pillow cannot read", _EXPORT
+            return "a HEIC, AVIF or raw photo, which this Pillow cannot read", _EXPORT
         return "a video", "save one of its frames as PNG"
     if start[4:9] == b"\0\0\0\0{":
         return "a file of weights", "name a picture"
