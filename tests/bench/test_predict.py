@@ -32,7 +32,9 @@ def test_the_first_table_of_the_readme(tier: Tier) -> None:
     assert "| card | RAM | " + " | ".join(f"`{name}`" for name in FORMATS) + " |" in README
 
 
-@pytest.mark.parametrize("name", TIERS)
+@pytest.mark.parametrize(
+    "name", [name if name == "6gb" else pytest.param(name, marks=pytest.mark.slow) for name in TIERS]
+)
 def test_script_of_a_tier_predicts(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

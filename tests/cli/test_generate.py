@@ -88,7 +88,9 @@ def test_empty_prompt(tiny: Path, out: Path) -> None:
     assert out.exists()
 
 
-@pytest.mark.parametrize("to", ["q8_0", "q4_0", "int8", "f16", "bf16"])
+@pytest.mark.parametrize(
+    "to", ["q8_0", "int8", *(pytest.param(to, marks=pytest.mark.slow) for to in ("q4_0", "f16", "bf16"))]
+)
 def test_output_of_quantize_is_a_model(tiny: Path, out: Path, to: str) -> None:
     """Relative to 16 bits: 8-bit formats stay close, 4-bit ones recognisable, on weights that are pure noise."""
     folder = out.parent / to

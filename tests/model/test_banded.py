@@ -79,6 +79,7 @@ def test_bands_give_what_the_whole_image_gives(tiny_parts, size: int, rows: int)
     assert_same(banded.encode(encoder, image), encoder(image))
 
 
+@pytest.mark.slow  # large maps
 @pytest.mark.parametrize("way", WAYS)
 @torch.inference_mode()
 def test_the_true_widths(way: tuple[bool, bool]) -> None:

@@ -47,6 +47,7 @@ def right(images: list[torch.Tensor]) -> int:
     return sum(judge(picture, scene).all for picture, scene in zip(pictures, scenes, strict=True))
 
 
+@pytest.mark.slow  # many pictures
 def test_draws_what_held_out_captions_ask(images: list[torch.Tensor]) -> None:
     assert right(images) >= LEAST_RIGHT
     assert right(images[1:] + images[:1]) <= 4  # the judge does look: each picture against the next one's caption
@@ -63,6 +64,7 @@ def test_every_format_still_follows_the_prompt(images: list[torch.Tensor], tmp_p
     assert not same or to in ("bf16", "f16")  # float16 loses only the smallest weights: on some processors no pixel
 
 
+@pytest.mark.slow  # the same pictures
 def test_diffusers_draws_the_same(images: list[torch.Tensor]) -> None:
     sample = diffusers_sampler(model_folder(DEMO), steps=8)
     for n, (caption, _) in enumerate(CAPTIONS[:6]):

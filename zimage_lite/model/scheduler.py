@@ -1,16 +1,13 @@
-"""Flow matching by Euler steps: x moves from noise (sigma 1) to data (sigma 0) along the predicted velocity."""
+"""What flow matching starts from, tells the model, and makes of two answers. Sigma is 1 for noise and 0 for data."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from .schedules import simple as sigmas
 
-def sigmas(steps: int, shift: float) -> Tensor:
-    """[steps + 1] float32 from 1 to 0: evenly spaced, then bent towards noise by s -> shift s / (1 + (shift - 1) s)
-    (Esser et al., 2024, eq. 23)."""
-    even = torch.linspace(1.0, 1.0 / steps, steps)
-    return torch.cat([shift * even / (1 + (shift - 1) * even), torch.zeros(1)])
+__all__ = ["euler_step", "guided", "initial_noise", "model_time", "sigmas"]
 
 
 def model_time(sigma: Tensor) -> Tensor:
