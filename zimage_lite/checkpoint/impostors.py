@@ -22,7 +22,7 @@ _PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml")
 _ARCHIVES = {b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"\x1f\x8b": "a gzip archive", b"Rar!": "a RAR archive"}
 
 
-def told(start: bytes) -> tuple[str, str] | None:
+def foreign_kind(start: bytes) -> tuple[str, str] | None:
     """What a file that begins so is, whatever was meant to be in it, and what to do; None if it may be what was meant.
     start: its first START_BYTES, or all of it."""
     if not start:
@@ -41,7 +41,7 @@ def refuse_impostor(path: Path, start: bytes) -> None:
     """Raise FileFormatError if a file that begins so is none of tensors. start: its first START_BYTES, or all of it."""
     if start[4:9] == b"\0\0\0\0{":  # the length of a safetensors header, and its first character
         return
-    found = told(start)
+    found = foreign_kind(start)
     if start.lstrip(_BLANK).startswith((b"{", b"[")):
         found = "a JSON text, not weights", "name the folder that it lies in, or the weights file"
     elif start.startswith(_ZIP) and b"data.pkl" not in start and path.suffix == ".zip":

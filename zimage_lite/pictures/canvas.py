@@ -24,7 +24,6 @@ from .reading import MAX_PIXELS, Picture
 
 AREAS = ("picture", "mask")
 MAX_SIDE = 512 * SIZE_MULTIPLE  # pixels: the model knows 512 places for tokens each way
-MAX_OUTPAINT = MAX_SIDE
 _CONTEXT, _LEAST_CONTEXT = 1 / 4, 32  # around a mask: of the longer side of its box, and pixels
 
 Size = tuple[int, int]  # width, height
@@ -50,11 +49,11 @@ class Layout:
             raise UserError("--fit", got=repr(self.fit), expected=f"one of {', '.join(FITS)}")
         if self.area not in AREAS:
             raise UserError("--inpaint-area", got=repr(self.area), expected=f"one of {', '.join(AREAS)}")
-        if len(self.outpaint) != 4 or not all(0 <= side <= MAX_OUTPAINT for side in self.outpaint):
-            expected = f"LEFT,TOP,RIGHT,BOTTOM, each from 0 to {MAX_OUTPAINT} pixels"
+        if len(self.outpaint) != 4 or not all(side in range(MAX_SIDE + 1) for side in self.outpaint):
+            expected = f"LEFT,TOP,RIGHT,BOTTOM, each from 0 to {MAX_SIDE} pixels"
             raise UserError("--outpaint", got=",".join(map(str, self.outpaint)), expected=expected)
         if self.feather < 0:
-            raise UserError("--feather", got=self.feather, expected="0 or more pixels")
+            raise UserError("feather of --outpaint", got=self.feather, expected="0 or more pixels")
         if self.diffusers and (any(self.outpaint) or self.area == "mask"):
             fix = "leave out --strength-mode diffusers"
             raise UserError("diffusers' rule has neither outpainting nor an inpaint area", fix=fix)
@@ -139,15 +138,13 @@ def lay_out(picture: Picture, mask: Picture | None, layout: Layout, default: Siz
     size = layout.size_for(picture.size)
     if size != picture.size:
         _require_drawable(size, picture.name)
-    from_alpha = alpha and mask is None and picture.alpha is not None
-    source = fitted(picture.rgb if from_alpha else picture.on(255), size, layout.used_fit)
-    cover = _cover(picture, mask, size, layout, from_alpha)
+    hidden = mask is None and alpha  # what is transparent keeps its colours, which the model then sees
+    source = fitted(picture.rgb if hidden else picture.on(255), size, layout.used_fit)
+    repainted = _fitted_mask_of(picture, mask, size, layout, alpha)
     if any(layout.outpaint):
         _require_room(size, layout.outpaint, picture.name)
-        source = extended(source, layout.outpaint)
-        added = extension_mask(size, layout.outpaint, layout.feather)
-        cover = added if cover is None else np.maximum(added, widened(cover, layout.outpaint))
-    box = None if cover is None else box_of(cover)
+        source, repainted = _outpainted(source, repainted, layout)
+    box = None if repainted is None else box_of(repainted)
     if mask is not None and not box:
         raise UserError(f"{mask.name}: nothing to repaint, all is black", fix="paint white what is to change")
     if layout.area == "mask" and not box:
@@ -156,21 +153,27 @@ def lay_out(picture: Picture, mask: Picture | None, layout: Layout, default: Siz
     drawn = _with_context(box, whole) if box and layout.area == "mask" else whole
     scaled = _scaled(drawn, layout, default)
     _require_drawable(scaled, picture.name)
-    return Canvas(source, cover if box else None, drawn, scaled, pastes=bool(box) and not layout.diffusers)
+    return Canvas(source, repainted if box else None, drawn, scaled, pastes=bool(box) and not layout.diffusers)
 
 
-def _cover(picture: Picture, mask: Picture | None, size: Size, layout: Layout, from_alpha: bool) -> np.ndarray | None:
-    """The mask, of the size that the picture is fitted to."""
-    if mask is None:
-        cover = 255 - picture.alpha if from_alpha and picture.alpha is not None else None
-    elif layout.diffusers:
-        cover = grey(resized(mask.on(0), size))
-    else:
-        cover = resized_mask(grey(mask.on(0)), picture.size)
-    if cover is None:
+def _fitted_mask_of(
+    picture: Picture, mask: Picture | None, size: Size, layout: Layout, alpha: bool
+) -> np.ndarray | None:
+    """[h, w] uint8 of the size that the picture is fitted to, if there is a mask."""
+    if mask is not None and layout.diffusers:
+        return hardened(grey(resized(mask.on(0), size)))
+    if mask is not None:
+        return fitted_mask(resized_mask(grey(mask.on(0)), picture.size), size, layout.used_fit)
+    if picture.alpha is None or not alpha:
         return None
-    cover = fitted_mask(cover, size, layout.used_fit)
-    return hardened(cover) if layout.diffusers else cover
+    found = fitted_mask(255 - picture.alpha, size, layout.used_fit)
+    return hardened(found) if layout.diffusers else found
+
+
+def _outpainted(source: np.ndarray, mask: np.ndarray | None, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    added = extension_mask((source.shape[1], source.shape[0]), layout.outpaint, layout.feather)
+    both = added if mask is None else np.maximum(added, widened(mask, layout.outpaint))
+    return extended(source, layout.outpaint), both
 
 
 def _with_context(box: Box, whole: Box) -> Box:
@@ -185,7 +188,9 @@ def _scaled(box: Box, layout: Layout, default: Size) -> Size:
     width, height = box[2] - box[0], box[3] - box[1]
     if layout.area == "picture" and (layout.asks_size or layout.diffusers):
         return width, height
-    scale = min(sqrt(default[0] * default[1] / (width * height)), MAX_SIDE / max(width, height))
+    scale = sqrt(default[0] * default[1] / (width * height))
+    scale = max(scale, SIZE_MULTIPLE / min(width, height))
+    scale = min(scale, MAX_SIDE / max(width, height))
     if layout.area == "picture":
         scale = min(scale, 1)
     return max(round(width * scale), 1), max(round(height * scale), 1)

@@ -67,7 +67,7 @@ def from_array(array: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray | N
     """[h, w], [h, w, 3] or [h, w, 4], of booleans, uint8, uint16 or floats -> as `converted`; all copied."""
     planes = array[..., None] if array.ndim == 2 else array
     known = planes.dtype in (np.uint8, np.uint16) or planes.dtype.kind in "bf"
-    if not known or planes.ndim != 3 or planes.shape[2] not in (1, 3, 4) or not planes.size:
+    if not known or planes.ndim != 3 or planes.shape[2] not in (1, 3, 4):
         expected = "a path, bytes, a picture of Pillow's, or [height, width, 3] of uint8 or of floats from 0 to 1"
         raise UserError(name, got=f"{array.dtype} of shape {array.shape}", expected=expected)
     planes = eight_bit(planes)

@@ -6,6 +6,7 @@ pixel at the most, which is 0.8 GB for the largest, and what the decoder of the 
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,13 +22,15 @@ from ..checkpoint.impostors import START_BYTES, no_such
 from ..errors import FileFormatError, UserError
 from .colours import converted, from_array
 from .masks import blend
-from .strangers import unreadable
+from .strangers import kind_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000
 _ORIENTATION = 0x0112  # of EXIF
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else what it logs of broken files lands on stderr
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,15 +64,16 @@ def read(source: str | Path | bytes | Image.Image | np.ndarray | Tensor, name: s
     if hasattr(source, "detach"):
         source = source.detach().cpu()
         source = source.float() if source.is_floating_point() else source  # NumPy has no bfloat16
-    picture = Picture(*from_array(np.asarray(source), name), name)
-    _require_size(picture.size, name)
-    return picture
+    array = np.asarray(source)
+    if array.ndim > 1:
+        _require_size(array.shape[1::-1], name)
+    return Picture(*from_array(array, name), name)
 
 
 def _from_file(path: Path, name: str) -> Picture:
-    if path.is_dir():
-        raise UserError(f"{name}: this is a folder", fix="name a picture in it")
     try:
+        if path.is_dir():
+            raise UserError(f"{name}: this is a folder", fix="name a picture in it")
         with open(path, "rb") as file:
             return _from_stream(file, name)
     except FileNotFoundError as error:
@@ -82,9 +86,13 @@ def _from_stream(file: IO[bytes], name: str) -> Picture:
     with _decoding(name):
         try:
             image = Image.open(file)
-        except UnidentifiedImageError:
+        except OSError as error:  # Pillow takes a few weights files for pictures, and only then finds them broken
             file.seek(0)
-            raise unreadable(file.read(START_BYTES), name) from None
+            known = kind_of(file.read(START_BYTES))
+            if not known and not isinstance(error, UnidentifiedImageError):
+                raise
+            what, fix = known or ("not a picture of a kind that can be read", "save it as PNG or JPEG")
+            raise FileFormatError(f"{name}: {what}", fix=fix) from error
     return _from_pillow(image, name)
 
 
@@ -129,7 +137,7 @@ def _require_size(size: tuple[int, ...], name: str) -> None:
     if width * height > MAX_PIXELS:
         raise _too_large(f"{width} x {height} pixels", name)
     if not width * height:
-        raise FileFormatError(f"{name}: it has no pixels", got=f"{width} x {height}")
+        raise FileFormatError(f"{name}: it has no pixels", got=f"{width} x {height}", expected="1 x 1 or more")
 
 
 def _too_large(got: str, name: str) -> UserError:

@@ -43,7 +43,7 @@ def save(path: Path, pixels: Tensor, recipe: Mapping[str, Any]) -> None:
         options = {"pnginfo": info}
     else:
         exif = Image.Exif()
-        exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _comment(recipe)
+        exif[_EXIF_IFD] = {_USER_COMMENT: _comment(recipe)}  # Pillow before 11.1 forgets what get_ifd is given
         options = {**options, "exif": exif}
     with replacing(path) as partial:
         Image.fromarray(pixels.numpy()).save(partial, format=kind, **options)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from ..checkpoint.impostors import told
-from ..errors import FileFormatError
+from ..checkpoint.impostors import foreign_kind
 
 _EXPORT = "export it as PNG or JPEG"
 _KINDS: dict[bytes, tuple[str, str]] = {
@@ -15,33 +14,18 @@ _KINDS: dict[bytes, tuple[str, str]] = {
     b"GGUF": ("a file of weights", "name a picture"),
     b"\x1aE\xdf\xa3": ("a video", "save one of its frames as PNG"),
 }
-_PHOTOS = {
-    b"heic",
-    b"heix",
-    b"hevc",
-    b"heim",
-    b"mif1",
-    b"msf1",
-    b"avif",
-    b"avis",
-    b"crx ",
-}  # kinds of what begins as MP4 does
+_PHOTOS = frozenset(b"heic heix heim hevc mif1 msf1 avif avis crx".split())  # begin as videos do
 
 
-def unreadable(start: bytes, name: str) -> FileFormatError:
-    """The error for a file that Pillow knows nothing of. start: its first START_BYTES, or all of it."""
-    what, fix = _told(start) or ("not a picture of a kind that can be read", "save it as PNG or JPEG")
-    return FileFormatError(f"{name}: {what}", fix=fix)
-
-
-def _told(start: bytes) -> tuple[str, str] | None:
+def kind_of(start: bytes) -> tuple[str, str] | None:
+    """What a file that begins so is, and what to do; None if that is not known. start: its first START_BYTES."""
     if b"<svg" in start:
         return "an SVG drawing, which has no pixels of its own", "export it as PNG"
     if start[4:8] == b"ftyp":
-        if start[8:12] in _PHOTOS:
+        if start[8:12].strip() in _PHOTOS:
             return "a HEIC, AVIF or raw photo, which this Pillow cannot read", _EXPORT
         return "a video", "save one of its frames as PNG"
     if start[4:9] == b"\0\0\0\0{":
         return "a file of weights", "name a picture"
     known = next((kind for magic, kind in _KINDS.items() if start.startswith(magic)), None)
-    return known or told(start)
+    return known or foreign_kind(start)
