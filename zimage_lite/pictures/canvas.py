@@ -32,9 +32,10 @@ Size = tuple[int, int]  # width, height
 @dataclass(frozen=True)
 class Layout:
     """What is asked of a picture. width, height: what it is fitted to, or None: its own size; one alone keeps its
-    shape. fit: one of FITS, how a picture of another shape gets the asked one. outpaint: pixels to add to the left,
-    top, right, bottom; feather: how far inside that repaints. area: one of AREAS, what the model draws: the whole
-    picture, or at its own size what the mask covers. diffusers: by the rules of its pipelines instead of ours."""
+    shape. fit: one of FITS, for a size of another shape. outpaint: pixels to add to the left, top, right, bottom;
+    feather: how far inside that repaints, 0 leaving every old pixel as it is. area: one of AREAS, of which the model
+    draws the whole picture, or what the mask covers at the size that it is made for. diffusers: by the rule of its
+    pipelines: stretched to multiples of 16, the mask hard, nothing pasted back."""
 
     width: int | None = None
     height: int | None = None

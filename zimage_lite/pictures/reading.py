@@ -1,7 +1,7 @@
 """Pictures as people have them -> pixels: upright, in sRGB, 8 bits a colour; of animations the first frame.
 
 Whatever is wrong with a file is one line. The size is known, and refused, before anything is decoded. Memory: 8 bytes a
-pixel at the most, which is 0.8 GB for the largest, and what the decoder of the format itself keeps meanwhile.
+pixel, which is 0.8 GB for the largest, and what a decoder keeps: 8 more for WebP, 12 for JPEG 2000 (measured).
 """
 
 from __future__ import annotations
