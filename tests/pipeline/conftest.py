@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from zimage_lite.memory import hardware
-from zimage_lite.plan import prediction
+from zimage_lite.plan import prediction, vae_phases
 
 
 @pytest.fixture
@@ -15,5 +15,5 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "rss_bytes", lambda: 0)
     monkeypatch.setattr(hardware, "ALLOCATOR_SLACK_BYTES", 0)
     monkeypatch.setattr(prediction, "holes", lambda *_: {})
-    monkeypatch.setattr(prediction, "holes_of_maps", lambda _: {})
+    monkeypatch.setattr(vae_phases, "holes_of_maps", lambda _: {})
     monkeypatch.setattr(prediction, "_BATCHES", (1,))

@@ -96,6 +96,11 @@ class Machine:
     cpu_dtype: str = "fp32"
     cpu_int8: bool = False
 
+    @property
+    def devices(self) -> list[str]:
+        """That compute, the fastest first."""
+        return ["gpu", "cpu"] if self.gpu else ["cpu"]
+
     def dtype(self, device: str) -> str:
         return self.gpu_dtype if device == "gpu" else self.cpu_dtype
 

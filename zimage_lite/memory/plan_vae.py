@@ -64,17 +64,33 @@ class VaePlan:
         return f"bands of {self.rows_per_band} rows" + (f", {how}" if how else "")
 
 
+_ALL_STORED, _NO_INPUT = VaePlan(), VaePlan(store_input=False)
+_NEITHER = VaePlan(store_input=False, store_hidden=False)
+
+
 @lru_cache(maxsize=32)
 def decode_ways(config: VaeConfig, height: int, width: int, item_bytes: int, gpu: bool) -> tuple[VaePlan, ...]:
     """All of them, the whole image first. gpu: or else the CPU; beside a GPU, maps may lie in the host's memory."""
-    ways = [VaePlan()]
-    for choice in (VaePlan(1), VaePlan(1, store_input=False), VaePlan(1, store_input=False, store_hidden=False)):
-        ways += [replace(choice, rows_per_band=rows) for rows in _BAND_ROWS]
-    ways += [replace(ways[-1], rows_per_band=rows) for rows in _SMALL_BAND_ROWS]
-    ways += [VaePlan(rows, spilled=True) for rows in _BAND_ROWS * gpu]
+    ways = _ways(height, gpu, _ALL_STORED, _NO_INPUT, _NEITHER)
     inside = gpu_convolution if gpu else cpu_convolution
-    ways = [way for way in ways if way.rows_per_band < height]
     return tuple(predict_decode(config, height, width, item_bytes, way, inside) for way in ways)
+
+
+@lru_cache(maxsize=32)
+def encode_ways(config: VaeConfig, height: int, width: int, item_bytes: int, gpu: bool) -> tuple[VaePlan, ...]:
+    """The same for a picture that is encoded. Where its input alone is not stored, the second block at full size holds
+    as much all the same."""
+    ways = _ways(height, gpu, _ALL_STORED, _NEITHER)
+    inside = gpu_convolution if gpu else cpu_convolution
+    return tuple(predict_encode(config, height, width, item_bytes, way, inside) for way in ways)
+
+
+def _ways(height: int, gpu: bool, *kinds: VaePlan) -> list[VaePlan]:
+    """kinds: of bands, the smallest last."""
+    bands = [replace(kind, rows_per_band=rows) for kind in kinds for rows in _BAND_ROWS]
+    bands += [replace(kinds[-1], rows_per_band=rows) for rows in _SMALL_BAND_ROWS]
+    bands += [VaePlan(rows, spilled=True) for rows in _BAND_ROWS * gpu]
+    return [VaePlan(), *(way for way in bands if way.rows_per_band < height)]
 
 
 def predict_decode(
@@ -86,39 +102,64 @@ def predict_decode(
     plan = walk.took(way)
     if way.rows_per_band:
         return plan
-    return replace(plan, device_bytes=_whole_bytes(config, height, width, item_bytes, inside) + _SMALL_BYTES)
+    return replace(plan, device_bytes=_whole_decode_bytes(config, height, width, item_bytes, inside) + _SMALL_BYTES)
 
 
 def predict_encode(
     config: VaeConfig, height: int, width: int, item_bytes: int, way: VaePlan, inside: Inside = gpu_convolution
 ) -> VaePlan:
-    walk = _Walk(way.rows_per_band, item_bytes, way.spilled, inside)
+    """The picture included, in the dtype that computes."""
+    walk = _Walk(way.rows_per_band or height, item_bytes, way.spilled, inside)
     walk.encode(config, height, width, way)
-    return walk.took(way)
+    plan = walk.took(way)
+    if way.rows_per_band:
+        return plan
+    return replace(plan, device_bytes=_whole_encode_bytes(config, height, width, item_bytes, inside) + _SMALL_BYTES)
 
 
-def _whole_bytes(c: VaeConfig, height: int, width: int, item: int, inside: Inside) -> int:
-    """The most that `Decoder.forward` holds. A residual block holds its input to its end; what is live at each
-    convolution: that, the hidden map, its normed input, its output, and what it takes inside."""
+def _whole_encode_bytes(c: VaeConfig, height: int, width: int, item: int, inside: Inside) -> int:
+    """The most that `Encoder.forward` holds, and the picture."""
+    image, before = c.in_channels * height * width * item, c.block_out_channels[0] * height * width * item
+    found = [before + inside(image, before)]
+    for level, channels in enumerate(c.block_out_channels):
+        if level > 0:  # halving: its input, the same with a row and a column more, and its output
+            padded = before // (height * width) * (height + 1) * (width + 1)
+            found.append(before + padded + before // 4 + inside(padded, before // 4))
+            height, width, before = height // 2, width // 2, before // 4
+        after = channels * height * width * item
+        found += [_res_block(n, after, inside) for n in (before, after)[: c.layers_per_block]]
+        before = after
+    found.append(_middle(c.block_out_channels[-1], height * width, item))
+    return image + max(found)
+
+
+def _whole_decode_bytes(c: VaeConfig, height: int, width: int, item: int, inside: Inside) -> int:
+    """The most that `Decoder.forward` holds, and the latent."""
     widths = list(reversed(c.block_out_channels))
     pixels = height * width // 4 ** (len(widths) - 1)
     latent = 4 * c.latent_channels * pixels
-
-    def res_block(n: int, m: int) -> int:
-        n, m = (channels * pixels * item for channels in (n, m))
-        shortcut = n + 2 * m + inside(n, m) if n != m else 0
-        return max(2 * n + m + inside(n, m), n + 3 * m + inside(m, m), shortcut)
-
-    # The middle: its input and that of the attention.
-    found, before = [2 * widths[0] * pixels * item + _attending(widths[0], pixels, item)], widths[0]
+    found, before = [_middle(widths[0], pixels, item)], widths[0]
     for level, channels in enumerate(widths):
-        found += [res_block(before, channels), res_block(channels, channels)]
+        n, m = (wide * pixels * item for wide in (before, channels))
+        found += [_res_block(n, m, inside), _res_block(m, m, inside)]
         before = channels
         if level < len(widths) - 1:
             coarse, pixels = channels * pixels * item, 4 * pixels
             found.append(9 * coarse + inside(4 * coarse, 4 * coarse))
     last, image = before * pixels * item, c.in_channels * pixels * item
     return latent + max(*found, 2 * last + image + inside(last, image))
+
+
+def _res_block(n: int, m: int, inside: Inside) -> int:
+    """From a map of n bytes to one of m. It holds its input to its end; what is live at each convolution: that, the
+    hidden map, its normed input, its output, and what it takes inside."""
+    shortcut = n + 2 * m + inside(n, m) if n != m else 0
+    return max(2 * n + m + inside(n, m), n + 3 * m + inside(m, m), shortcut)
+
+
+def _middle(channels: int, pixels: int, item: int) -> int:
+    """Its input and that of the attention, and what that takes."""
+    return 2 * channels * pixels * item + _attending(channels, pixels, item)
 
 
 def _attending(channels: int, pixels: int, item: int) -> int:

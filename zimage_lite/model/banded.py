@@ -74,6 +74,14 @@ class Map(Rows):
         self.tensor = tensor
 
 
+def scaled(image: Tensor, scale: float) -> Rows:
+    def read(top: int, bottom: int) -> Tensor:
+        rows = image[:, top:bottom]
+        return rows if scale == 1 else rows * scale
+
+    return Rows(image.shape[1], image.shape[2], read)
+
+
 def convolved(x: Rows, conv: nn.Conv2d, scale: float = 1.0) -> Rows:
     """Pads with zeros so that height and width are divided by the stride. scale: that of the maps."""
     kernel, stride, before = conv.kernel_size[0], conv.stride[0], conv.padding[0]
@@ -141,8 +149,8 @@ class Banded:
 
     def encode(self, encoder: Encoder, image: Tensor) -> Tensor:
         """As `Encoder.forward`."""
-        c, scale = encoder.config, self._scale(encoder.conv_in)
-        x = convolved(Map((image * scale).to(encoder.conv_in.weight.dtype), image.device), encoder.conv_in, scale)
+        scale = self._scale(encoder.conv_in)
+        x = convolved(scaled(image, scale), encoder.conv_in, scale)
         if self.store_input:
             x = self._stored(x)
         levels: Any = encoder.down_blocks
@@ -153,8 +161,7 @@ class Banded:
             for sampler in level.downsamplers:
                 x = self._stored(convolved(x, sampler.conv, scale))
         assert isinstance(x, Map)
-        mean, _log_variance = self._end(self._mid_block(encoder.mid_block, x), encoder).chunk(2)
-        return (mean - c.shift_factor) * c.scaling_factor
+        return self._end(self._mid_block(encoder.mid_block, x), encoder)
 
     def _res_block(self, block: ResBlock, x: Rows, store_hidden: bool = True) -> Map:
         """What comes out takes the place of the hidden map, or else that of the input."""

@@ -16,6 +16,7 @@ from ..config import VAE_QUERIES, VaeConfig
 from .linear import Linear
 
 _EPS = 1e-6
+_LOG_VARIANCES = (-30.0, 20.0)  # of a posterior, as diffusers bounds them
 
 
 def _conv(
@@ -143,14 +144,13 @@ class Encoder(nn.Module):
         self.conv_out = _conv(widths[-1], 2 * config.latent_channels)
 
     def forward(self, image: Tensor) -> Tensor:
-        """[3, height, width] in [-1, 1] -> the most likely latent, [latent_channels, height/8, width/8], scaled as
-        the transformer wants it."""
+        """[3, height, width] in [-1, 1], in the compute dtype -> moments of the posterior, [2 latent_channels,
+        height/8, width/8]: means, then logarithms of variances."""
         x = self.conv_in(image.unsqueeze(0))
         for layer in _layers(self.down_blocks):
             x = layer(x)
-        x = self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x)), inplace=True))
-        mean, _log_variance = x[0].chunk(2)
-        return (mean - self.config.shift_factor) * self.config.scaling_factor
+        x = self.mid_block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))[0]
 
 
 class Decoder(nn.Module):
@@ -172,6 +172,24 @@ class Decoder(nn.Module):
         for layer in _layers(self.up_blocks):
             x = layer(x)
         return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))[0]
+
+
+HALVES: dict[str, type[Encoder] | type[Decoder]] = {"encoder": Encoder, "decoder": Decoder}
+
+
+def latent_of(moments: Tensor, config: VaeConfig, noise: Tensor | None = None) -> Tensor:
+    """What `Encoder.forward` gives -> latent [latent_channels, height, width] float32, scaled as the transformer wants
+    it: the mean, or with noise of that shape a sample."""
+    latent, log_variance = moments.float().chunk(2)
+    if noise is not None:
+        latent = latent + torch.exp(0.5 * log_variance.clamp(*_LOG_VARIANCES)) * noise
+    return (latent - config.shift_factor) * config.scaling_factor
+
+
+def from_pixels(picture: Tensor, dtype: torch.dtype) -> Tensor:
+    """[height, width, 3] uint8 -> [3, height, width] in [-1, 1]."""
+    image = picture.permute(2, 0, 1).contiguous().float()
+    return image.div_(255).mul_(2).sub_(1).to(dtype)
 
 
 def to_pixels(image: Tensor) -> Tensor:

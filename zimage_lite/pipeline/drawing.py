@@ -31,6 +31,7 @@ from .decode import Decode
 from .denoise import Denoise
 from .encode import Encode
 from .grouping import Group, grouped, rounds
+from .picture import EncodePictures
 from .steps import texts
 from .workspace import Count, Progress, Workspace, silent
 
@@ -67,6 +68,7 @@ class Pipeline:
         self.encoding = Encode(self.model, self.sizes, self.choice.unpacking, self.work)
         self.denoising = Denoise(self.model, self.sizes, self.choice.compute, self.work, self.choice.projecting)
         self.decoding = Decode(self.model, self.sizes, self.work)
+        self.encoding_pictures = EncodePictures(self.model, self.sizes, self.work)
         self.adapters = AdapterLibrary(self.model.transformer, self.tell)
 
     def generate(self, requests: Sequence[GenerateOptions], progress: Progress = silent) -> list[Tensor]:
@@ -159,6 +161,18 @@ class Pipeline:
             self.work.begin()
             return list(self.work.planning.within(ways, partial(self.decoding.run, latents)))
 
+    @torch.inference_mode()
+    def encode_pictures(self, pictures: Sequence[Tensor]) -> list[Tensor]:
+        """pictures: [height, width, 3] uint8, of one size, a multiple of 8. -> latents [16, height / 8, width / 8]
+        float32, on the CPU: the most likely ones, that `decode` takes."""
+        height, width = pictures[0].shape[:2]
+        job = Job(width, height, pictures=len(pictures))
+        with Clearing(self._release):
+            (ways,) = self.work.planning.planned([self.encoding_pictures.ways(job)])
+            self.work.begin()
+            means = [None] * len(pictures)
+            return list(self.work.planning.within(ways, partial(self.encoding_pictures.run, pictures, means)))
+
     @property
     def hardware(self) -> Hardware:
         return self.work.hardware
@@ -177,6 +191,6 @@ class Pipeline:
         return {"device": device, "dtype": dtype, "backend": self.choice.backend, "compute": self.choice.bits}
 
     def _release(self) -> None:
-        for phase in (self.encoding, self.denoising, self.decoding):
+        for phase in (self.encoding_pictures, self.encoding, self.denoising, self.decoding):
             phase.release()
         self.work.give_back()

@@ -18,7 +18,8 @@ _Item = TypeVar("_Item")
 @dataclass(frozen=True)
 class Job:
     """What is to be drawn: `images` of one size. prompt_tokens: of each text that is encoded, what to steer away from
-    included; other_tokens: of prompts of other jobs, whose embeddings wait meanwhile. adapters: LoRAs and their kin."""
+    included; other_tokens: of prompts of other jobs, whose embeddings wait meanwhile. adapters: LoRAs and their kin.
+    pictures: how many different ones of that size it starts from."""
 
     width: int
     height: int
@@ -28,6 +29,7 @@ class Job:
     prompt_tokens: tuple[int, ...] = (LONG_PROMPT_TOKENS,)
     other_tokens: int = 0
     adapters: AdapterSet = field(default=NOTHING, compare=False)
+    pictures: int = 0
 
     @property
     def pixels(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..checkpoint.model_files import ModelFiles
@@ -10,7 +11,7 @@ from ..config import TextEncoderConfig, TransformerConfig, VaeConfig
 from ..convert.catalog import Part, stored_parts, true_parts
 from ..convert.recipe import KEEP, as_it_is, target
 from ..model.linear import shapes
-from ..model.vae import Decoder
+from ..model.vae import HALVES
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Model:
     name: str
     transformer: tuple[Part, ...]
     text_encoder: tuple[Part, ...]
-    vae_weights: int
+    vae_weights: Mapping[str, int]  # how many, of "encoder" and "decoder"
     transformer_config: TransformerConfig
     text_encoder_config: TextEncoderConfig
     vae_config: VaeConfig
@@ -35,7 +36,7 @@ def true_model(format_name: str) -> Model:
         name=f"Z-Image-Turbo in {chosen.name}",
         transformer=tuple(true_parts("transformer", chosen)),
         text_encoder=tuple(true_parts("text_encoder", encoder)),
-        vae_weights=sum(math.prod(shape) for shape in shapes(Decoder(vae)).values()),
+        vae_weights={half: sum(map(math.prod, shapes(made(vae)).values())) for half, made in HALVES.items()},
         transformer_config=TransformerConfig(),
         text_encoder_config=TextEncoderConfig(),
         vae_config=vae,
@@ -44,12 +45,12 @@ def true_model(format_name: str) -> Model:
 
 def model_of(files: ModelFiles) -> Model:
     """A model that is there. Its headers have been read."""
-    decoder = [tensor for name, tensor in files.vae.tensors.items() if name.startswith("decoder.")]
+    halves = {half: files.vae.under(half).values() for half in HALVES}
     return Model(
         name=f"{files.name} ({files.transformer.main_format})",
         transformer=tuple(stored_parts(files.transformer)),
         text_encoder=tuple(stored_parts(files.text_encoder)),
-        vae_weights=sum(tensor.rows * tensor.columns for tensor in decoder),
+        vae_weights={half: sum(t.rows * t.columns for t in tensors) for half, tensors in halves.items()},
         transformer_config=files.transformer.config,
         text_encoder_config=files.text_encoder.config,
         vae_config=files.vae.config,

@@ -1,5 +1,5 @@
-"""What the planner is told about Z-Image: the three phases as blocks with sizes, products and traffic, and what each
-phase holds beside them. From sizes alone; no weight is read.
+"""What the planner is told about Z-Image: its phases as blocks with sizes, products and traffic, and what each phase
+holds beside them. From sizes alone; no weight is read.
 
 Assumed of the computation, as it is designed: adaLN vectors are computed once on the CPU and their weights never sent;
 blocks in another format than int8 are re-encoded to int8 on the device, one at a time, before they compute; blocks that
@@ -14,7 +14,7 @@ the larger of the two counts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from ..adapters.load import Load, load_of
@@ -22,10 +22,9 @@ from ..config import TOKENS_PER_PASS
 from ..convert.catalog import Part
 from ..memory.machine import Machine, Work
 from ..memory.plan import Block, Phase, activation_bytes
-from ..memory.plan_vae import decode_ways
 from ..memory.workers import READERS
 from ..model.transformer import is_time_weight
-from .cpu_terms import ELEMENTWISE_FLOPS, cpu_unpacking_flops, holes, holes_of_maps
+from .cpu_terms import ELEMENTWISE_FLOPS, cpu_unpacking_flops, holes
 from .footprint import (
     ITEM_BYTES,
     STREAM_BYTES,
@@ -37,7 +36,9 @@ from .footprint import (
     unpacking_bytes,
 )
 from .job import Job, batched, padded
+from .kept import embedding_bytes, latent_bytes, picture_bytes, vector_bytes
 from .model_sizes import Model
+from .vae_phases import ways_to_decode, ways_to_encode_pictures
 
 _SUM_TRAFFIC = 8  # bytes for each output of an 8-bit product that torch makes
 _TRAFFIC = 30  # of a block's fused element-wise work, in tokens x width x 2 bytes
@@ -50,12 +51,13 @@ _BATCHES = (1, 2, 4, 8)  # images at once
 # saves more than what this prediction may be wrong by. As part of the time it keeps "the fastest" well ordered.
 _BATCH_CHARGE = 1.05
 _INT8_RATE = 4  # times that of 16 bits with 32-bit sums, on every GeForce since Turing
-_LAUNCHES_PER_CONVOLUTION = 10  # with its norm, activation and what joins them
 
 
 def phases(model: Model, job: Job, machine: Machine) -> list[list[Phase]]:
-    """encode, denoise and decode: of each, the ways there are on this machine."""
+    """picture (if there are any), encode, denoise and decode: of each, the ways there are on this machine."""
+    pictures = [ways_to_encode_pictures(model, job, machine)] if job.pictures else []
     return [
+        *pictures,
         ways_to_encode(model, job.prompt_tokens, machine),
         ways_to_denoise(model, job, machine),
         ways_to_decode(model, job, machine),
@@ -63,22 +65,13 @@ def phases(model: Model, job: Job, machine: Machine) -> list[list[Phase]]:
 
 
 def ways_to_encode(model: Model, prompt_tokens: Sequence[int], machine: Machine) -> list[Phase]:
-    return [_encode(model, prompt_tokens, device, machine) for device in _devices(machine)]
+    return [_encode(model, prompt_tokens, device, machine) for device in machine.devices]
 
 
 def ways_to_denoise(model: Model, job: Job, machine: Machine) -> list[Phase]:
     """So many images at once, always where computing is fastest."""
-    device, batches = _devices(machine)[0], [batch for batch in _BATCHES if batch <= job.images]
+    device, batches = machine.devices[0], [batch for batch in _BATCHES if batch <= job.images]
     return [_denoise(model, job, batch, device, machine) for batch in batches]
-
-
-def ways_to_decode(model: Model, job: Job, machine: Machine) -> list[Phase]:
-    """Whole or in bands of rows."""
-    return [way for device in _devices(machine) for way in _decode(model, job, device, machine)]
-
-
-def _devices(machine: Machine) -> list[str]:
-    return ["gpu", "cpu"] if machine.gpu else ["cpu"]
 
 
 def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) -> Phase:
@@ -113,13 +106,8 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     unpacking = _most_unpacking(list(of_blocks.values()), device, machine)
     tokens = max(sequences * whole, together)
     activations = activation_bytes(tokens, c.dim, c.ffn_dim, c.n_heads, item, stream)
-    latent = 4 * c.in_channels * job.latents
-    making = {"adapters in the making": READERS * load.making} if load.making else {}
-    host = {
-        "embeddings": _embedding_bytes(model, job, stream),
-        "done latents": latent * job.round_images,
-        **making,
-    }
+    latent = latent_bytes(model, job)
+    host = _beside_denoising(model, job, dtype, load)
     return Phase(
         name="denoise",
         blocks=tuple(main),
@@ -130,7 +118,7 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
         device=device,
         fixed={
             "embedders": item * sum(part.rows * part.columns for part in rest) + load.rest,
-            "adaLN vectors": _vector_bytes(model, job, dtype),
+            "adaLN vectors": vector_bytes(model, job, dtype),
             "latents": latent * _LATENT_COPIES * sequences,
             "captions": stream * pads * (c.dim + c.cap_feat_dim),
             "activations": activations + (tokens + pads) * c.head_dim * 4,  # the angles of the parts stay, too
@@ -141,6 +129,16 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
         ram_fixed={**host, "time weights": time_bytes(time_weights) + load.time} if device == "gpu" else {},
         way=batch,
     )
+
+
+def _beside_denoising(model: Model, job: Job, dtype: str, load: Load) -> dict[str, int]:
+    """Bytes in RAM, wherever it computes."""
+    return {
+        "embeddings": embedding_bytes(model, job, dtype),
+        "done latents": latent_bytes(model, job) * job.round_images,
+        **picture_bytes(model, job),
+        **({"adapters in the making": READERS * load.making} if load.making else {}),
+    }
 
 
 def _most_unpacking(blocks: Sequence[Sequence[Part]], device: str, machine: Machine) -> int:
@@ -191,49 +189,6 @@ def _encode(model: Model, prompt_tokens: Sequence[int], device: str, machine: Ma
             **(holes(0, unpacking) if device == "cpu" else {}),  # there are a few tokens only
         },
     )
-
-
-def _decode(model: Model, job: Job, device: str, machine: Machine) -> Iterator[Phase]:
-    """One image after another, each whole or in bands of rows. The weights always stay."""
-    config, dtype = model.vae_config, machine.dtype(device)
-    item = ITEM_BYTES[dtype]
-    ways = decode_ways(config, job.height, job.width, item, device == "gpu")
-    vectors = _vector_bytes(model, job, machine.dtype(_devices(machine)[0]))
-    traffic = 8 * ways[0].device_bytes / ways[0].flops  # of what is done to each element between the products
-    images = {
-        "image": 3 * job.pixels,
-        "latents": 4 * config.latent_channels * job.latents * job.round_images,
-        "embeddings": _embedding_bytes(model, job, STREAM_BYTES[machine.dtype(_devices(machine)[0])]),
-    }
-    for way in ways[dtype == "fp16" :]:  # only bands scale their maps so that float16 holds them
-        work = Work(
-            way.flops,
-            way.attention_flops,
-            traffic * way.flops,
-            host_bytes=way.traffic_bytes,
-            launches=_LAUNCHES_PER_CONVOLUTION * way.reads,
-        )
-        fixed = {"pixels in work": way.device_bytes, "adaLN vectors": vectors}  # these for the next round
-        yield Phase(
-            name="decode",
-            blocks=(Block("decoder", item * model.vae_weights, work),),
-            passes=job.images,
-            device=device,
-            fixed=fixed if device == "gpu" else {**fixed, **images, **holes_of_maps(way.device_bytes)},
-            ram_fixed={**images, "maps": way.host_bytes} if device == "gpu" else {},
-            way=way,
-        )
-
-
-def _embedding_bytes(model: Model, job: Job, stream: int) -> int:
-    """Of all prompts, until the last image is done."""
-    return stream * (sum(job.prompt_tokens) + job.other_tokens) * model.transformer_config.cap_feat_dim
-
-
-def _vector_bytes(model: Model, job: Job, dtype: str) -> int:
-    """Of all steps, from before the first until the last image is done."""
-    c = model.transformer_config
-    return ITEM_BYTES[dtype] * job.steps * (4 * (c.n_refiner_layers + c.n_layers) + 1) * c.dim
 
 
 def _transformer_work(

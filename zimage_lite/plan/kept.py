@@ -1,0 +1,28 @@
+"""What of one phase waits for another, in bytes."""
+
+from __future__ import annotations
+
+from .footprint import ITEM_BYTES, STREAM_BYTES
+from .job import Job
+from .model_sizes import Model
+
+
+def embedding_bytes(model: Model, job: Job, dtype: str) -> int:
+    """Of all prompts, until the last image is done. dtype: that of the transformer."""
+    return STREAM_BYTES[dtype] * (sum(job.prompt_tokens) + job.other_tokens) * model.transformer_config.cap_feat_dim
+
+
+def vector_bytes(model: Model, job: Job, dtype: str) -> int:
+    """adaLN vectors of all steps, from before the first until the last image is done."""
+    c = model.transformer_config
+    return ITEM_BYTES[dtype] * job.steps * (4 * (c.n_refiner_layers + c.n_layers) + 1) * c.dim
+
+
+def latent_bytes(model: Model, job: Job) -> int:
+    """Of one image, in float32."""
+    return 4 * model.vae_config.latent_channels * job.latents
+
+
+def picture_bytes(model: Model, job: Job) -> dict[str, int]:
+    """Of the pictures to start from and their latents, as a term of a plan."""
+    return {"pictures": job.pictures * (3 * job.pixels + latent_bytes(model, job))} if job.pictures else {}
