@@ -1,0 +1,179 @@
+"""One image, as asked for."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import InitVar, dataclass
+from itertools import pairwise
+from typing import Any
+
+from ..errors import UserError
+from .limits import (
+    FITS,
+    INFINITE,
+    INPAINT_AREAS,
+    MAX_LORA_STRENGTH,
+    MAX_STEPS,
+    RANDOM_SEED,
+    SAMPLERS,
+    SCHEDULES,
+    SIZE_MULTIPLE,
+    STRENGTH_MODES,
+)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter by its path (a file, a PEFT folder, OWNER/NAME[/FILE] of the Hub), and how strong it is: 1 as it was
+    trained, 0 not at all, negative turned round."""
+
+    path: str
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not abs(self.strength) <= MAX_LORA_STRENGTH:
+            expected = f"a number from -{MAX_LORA_STRENGTH} to {MAX_LORA_STRENGTH}"
+            raise UserError(f"{self.path}: strength", got=self.strength, expected=expected)
+
+    @classmethod
+    def parsed(cls, text: str) -> Lora:
+        """PATH or PATH:STRENGTH. A drive's letter is no strength."""
+        path, colon, number = text.rpartition(":")
+        try:
+            return cls(path, float(number)) if colon and path else cls(text)
+        except ValueError:
+            return cls(text)
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """One image, as asked for. None: what the model says of itself.
+
+    seed: -1 draws one. guidance: as diffusers counts, 0 is off; cfg: the same as ComfyUI counts, 1 is off;
+    guidance_range: parts of the steps between which it is on. loras: of Lora, or texts "PATH:STRENGTH"; they add up.
+    sigmas: noise levels in the place of schedule, shift and steps. variation: how far the prompt is moved, by the seed,
+    in the first fifth of the steps. image, mask: a path, bytes, a PIL image or an array [height, width, 3]; white of
+    the mask is drawn anew. outpaint: pixels to add left, above, right and below. hires: the result, so many times as
+    large, is drawn over with hires_strength. latents: a file of them, in the place of an image.
+    """
+
+    prompt: str = ""
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    seed: int = 0
+    guidance: float | None = None
+    negative: str = ""
+    shift: float | None = None
+    loras: tuple[Lora, ...] = ()
+    sampler: str = "euler"
+    schedule: str = "simple"
+    sigmas: tuple[float, ...] = ()
+    variation: float = 0.0
+    guidance_range: tuple[float, float] = (0.0, 1.0)
+    cfg_normalization: float = 0.0
+    cfg_truncation: float = 1.0
+    image: Any = None
+    mask: Any = None
+    strength: float | None = None
+    strength_mode: str = "steps"
+    fit: str = "crop"
+    inpaint_area: str = "picture"
+    outpaint: tuple[int, int, int, int] | None = None
+    latents: Any = None
+    hires: float | None = None
+    hires_strength: float = 0.35
+    cfg: InitVar[float | None] = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, once they are known."""
+        assert self.width is not None and self.height is not None, "Pipeline.complete fills them in"
+        return self.width, self.height
+
+    @property
+    def step_count(self) -> int:
+        """Steps, once they are known: of the whole schedule, of which a picture to start from may take the end."""
+        if self.sigmas:
+            return len(self.sigmas) - 1
+        assert self.steps is not None, "Pipeline.complete fills it in"
+        return self.steps
+
+    def __post_init__(self, cfg: float | None) -> None:
+        if cfg is not None:
+            object.__setattr__(self, "guidance", self._guidance_of(cfg))
+        self._check_choices()
+        loras = tuple(lora if isinstance(lora, Lora) else Lora.parsed(lora) for lora in self.loras)
+        object.__setattr__(self, "loras", loras)
+        if self.seed == RANDOM_SEED:
+            object.__setattr__(self, "seed", secrets.randbelow(2**32))  # as many as other programs have
+        if self.steps is not None and not 1 <= self.steps <= MAX_STEPS:
+            raise UserError("--steps", got=self.steps, expected=f"a number from 1 to {MAX_STEPS} (Turbo is made for 8)")
+        for flag, pixels in (("--width", self.width), ("--height", self.height)):
+            if pixels is None:
+                continue
+            if pixels < SIZE_MULTIPLE or pixels % SIZE_MULTIPLE:
+                below = max(pixels // SIZE_MULTIPLE, 1) * SIZE_MULTIPLE
+                near = f"{below} or {below + SIZE_MULTIPLE}" if pixels > SIZE_MULTIPLE else f"{below}"
+                raise UserError(flag, got=pixels, expected=f"a multiple of {SIZE_MULTIPLE}, such as {near}")
+        if not 0 <= self.seed < 2**63:
+            raise UserError("--seed", got=self.seed, expected="a whole number from 0 to 2^63 - 1, or random")
+        if self.guidance is not None and not 0 <= self.guidance < INFINITE:
+            raise UserError("--guidance", got=self.guidance, expected="0 (off) or more")
+        if self.shift is not None and not 0 < self.shift < INFINITE:
+            raise UserError("--shift", got=self.shift, expected="more than 0 (Turbo 3, Base 6)")
+        self._check_levels()
+        self._check_picture()
+
+    def _check_choices(self) -> None:
+        choices = {
+            "sampler": SAMPLERS, "schedule": SCHEDULES, "strength_mode": STRENGTH_MODES, "fit": FITS,
+            "inpaint_area": INPAINT_AREAS,
+        }  # fmt: skip
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                got, flag = repr(getattr(self, name)), f"--{name.replace('_', '-')}"
+                raise UserError(flag, got=got, expected=f"one of {', '.join(known)}")
+
+    def _check_levels(self) -> None:
+        """Noise levels, and when the prompt and its opposite are followed."""
+        object.__setattr__(self, "sigmas", tuple(map(float, self.sigmas)))
+        falling = all(a > b for a, b in pairwise(self.sigmas))
+        if self.sigmas and not (falling and self.sigmas[0] <= 1 and self.sigmas[-1] == 0 and len(self.sigmas) > 1):
+            raise UserError("--sigmas", got=self.sigmas, expected="numbers from at most 1, falling to 0: 1,0.9,0.6,0")
+        if not 0 <= self.variation < INFINITE:
+            raise UserError("--variation", got=self.variation, expected="0 (off) or more, such as 20")
+        start, end = self.guidance_range
+        if not 0 <= start <= end <= 1:
+            raise UserError("--guidance-range", got=f"{start:g},{end:g}", expected="two parts of the steps: 0,0.8")
+        for flag, value in (("normalization", self.cfg_normalization), ("truncation", self.cfg_truncation)):
+            if not 0 <= value < INFINITE:
+                raise UserError(f"--cfg-{flag}", got=value, expected="0 or more")
+
+    def _check_picture(self) -> None:
+        for flag, part in (("--strength", self.strength), ("--hires-strength", self.hires_strength)):
+            if part is not None and not 0.01 <= part <= 1:
+                raise UserError(flag, got=part, expected="a number from 0.01 (little changes) to 1 (all does)")
+        if self.hires is not None and not 1 < self.hires <= 8:
+            raise UserError("--hires", got=self.hires, expected="more than 1 and at most 8, such as 2x")
+        if self.outpaint is not None and (min(self.outpaint) < 0 or not any(self.outpaint)):
+            raise UserError("--outpaint", got=self.outpaint, expected="pixels left,above,right,below: 0,0,256,0")
+        given = {"--image": self.image, "--latents": self.latents}
+        if all(source is not None for source in given.values()):
+            raise UserError("--image and --latents both say what to start from", fix="name one of them")
+        needs = {"--mask": self.mask, "--outpaint": self.outpaint}
+        if self.image is None and (lost := [flag for flag, value in needs.items() if value is not None]):
+            raise UserError(f"{lost[0]} without a picture", fix="name one with --image")
+        if self.strength is not None and all(source is None for source in given.values()):
+            raise UserError("--strength without a picture to start from", fix="name one with --image")
+        if self.strength is not None and self.sigmas:
+            raise UserError("--strength and --sigmas both say where to start", fix="name one of them")
+        if self.hires and self.mask is not None:
+            raise UserError("--hires does not go with --mask", fix="draw what the mask names first, then use --image")
+
+    def _guidance_of(self, cfg: float) -> float:
+        if self.guidance is not None:
+            raise UserError("--cfg and --guidance are one setting, counted in two ways", fix="name one of them")
+        if not 1 <= cfg < INFINITE:
+            raise UserError("--cfg", got=cfg, expected="1 (off) or more")
+        return round(cfg - 1, 6)  # 4.1 is 3.1, and not a rounding error less

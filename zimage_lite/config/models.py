@@ -1,0 +1,188 @@
+"""What checkpoints say of themselves, with the true model's sizes as defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+from ..errors import UserError
+from .image import GenerateOptions
+from .limits import INFINITE, PATCH_SIZE, VAE_FACTOR
+
+_Config = TypeVar("_Config")
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The S3-DiT. Names are those of diffusers' transformer/config.json."""
+
+    in_channels: int = 16
+    dim: int = 3840
+    n_layers: int = 30
+    n_refiner_layers: int = 2
+    n_heads: int = 30
+    norm_eps: float = 1e-5
+    cap_feat_dim: int = 2560
+    rope_theta: float = 256.0
+    t_scale: float = 1000.0
+    axes_dims: tuple[int, ...] = (32, 48, 48)
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def ffn_dim(self) -> int:
+        return int(self.dim / 3 * 8)
+
+    @property
+    def conditioning_dim(self) -> int:
+        """Width of the time embedding that drives adaLN."""
+        return min(self.dim, 256)
+
+    @property
+    def patch_dim(self) -> int:
+        return self.in_channels * PATCH_SIZE**2
+
+    def __post_init__(self) -> None:
+        _require_positive(self)
+        if self.dim % self.n_heads or sum(self.axes_dims) != self.head_dim or any(d % 2 for d in self.axes_dims):
+            raise UserError(
+                "transformer config does not add up",
+                got=f"dim {self.dim}, n_heads {self.n_heads}, axes_dims {self.axes_dims}",
+                expected="even axes_dims that sum to dim / n_heads",
+            )
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """Qwen3. Names are those of transformers' text_encoder/config.json."""
+
+    vocab_size: int = 151936
+    hidden_size: int = 2560
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    intermediate_size: int = 9728
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    max_position_embeddings: int = 40960
+
+    @property
+    def layers_used(self) -> int:
+        """The prompt embedding is the residual stream before the last layer, so that layer is never needed."""
+        return self.num_hidden_layers - 1
+
+    def __post_init__(self) -> None:
+        _require_positive(self)
+        if self.max_position_embeddings >= 2**32:
+            raise UserError("max_position_embeddings", got=self.max_position_embeddings, expected="less than 2^32")
+        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2 or self.num_hidden_layers < 2:
+            raise UserError(
+                "text encoder config does not add up",
+                got=f"{self.num_attention_heads} heads, {self.num_key_value_heads} key-value heads, "
+                f"head_dim {self.head_dim}, {self.num_hidden_layers} layers",
+                expected="heads a multiple of key-value heads, an even head_dim, at least 2 layers",
+            )
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """The Flux-1 autoencoder. Names are those of diffusers' vae/config.json."""
+
+    in_channels: int = 3
+    latent_channels: int = 16
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.3611
+    shift_factor: float = 0.1159
+
+    def __post_init__(self) -> None:
+        _require_positive(self, but="shift_factor")
+        if 2 ** (len(self.block_out_channels) - 1) != VAE_FACTOR or any(
+            width % self.norm_num_groups for width in self.block_out_channels
+        ):
+            raise UserError(
+                "VAE config does not add up",
+                got=f"block_out_channels {self.block_out_channels}, norm_num_groups {self.norm_num_groups}",
+                expected="4 levels, each a multiple of norm_num_groups",
+            )
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Flow matching. Turbo was distilled with shift 3, Base wants 6: of what it says, that tells them apart."""
+
+    shift: float = 3.0
+
+    @property
+    def undistilled(self) -> bool:
+        """Z-Image Base, which needs many steps and guidance."""
+        return self.shift == 6.0
+
+    @property
+    def steps(self) -> int:
+        """Its default."""
+        return 30 if self.undistilled else 8
+
+    @property
+    def least_steps(self) -> int:
+        """That its authors name."""
+        return 28 if self.undistilled else 8
+
+    @property
+    def guidance(self) -> float:
+        """Its default, as diffusers counts."""
+        return 4.0 if self.undistilled else 0.0
+
+    def completed(self, request: GenerateOptions, size: tuple[int, int]) -> GenerateOptions:
+        """What was left open is what the model says of itself; the size of what is made from a picture is its own.
+        size: the model's width and height."""
+        named = request.image is not None or request.latents is not None
+        width, height = (None, None) if named else size
+        return replace(
+            request,
+            width=width if request.width is None else request.width,
+            height=height if request.height is None else request.height,
+            steps=self.steps if request.steps is None else request.steps,
+            guidance=self.guidance if request.guidance is None else request.guidance,
+            shift=self.shift if request.shift is None else request.shift,
+        )
+
+    def __post_init__(self) -> None:
+        _require_positive(self)
+
+
+def from_mapping(kind: type[_Config], values: Mapping[str, Any], where: str) -> _Config:
+    """Build a config dataclass from JSON: unknown keys are ignored, wrong types refused with `where` named."""
+    known: dict[str, Any] = {}
+    for field in fields(kind):  # type: ignore[arg-type]
+        if values.get(field.name) is not None:
+            known[field.name] = _checked(values[field.name], field.default, f"{where}: {field.name}")
+    return kind(**known)
+
+
+def _checked(value: Any, default: Any, where: str) -> Any:
+    if isinstance(default, tuple):
+        if not isinstance(value, list | tuple) or not value or not all(_is_int(item) for item in value):
+            raise UserError(where, got=repr(value)[:60], expected="a list of whole numbers")
+        return tuple(value)
+    if isinstance(default, int) and _is_int(value):
+        return value
+    if isinstance(default, float) and (_is_int(value) or isinstance(value, float)) and abs(value) < INFINITE:
+        return float(value)
+    raise UserError(where, got=repr(value)[:60], expected=f"a number such as {default}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require_positive(config: Any, but: str = "") -> None:
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name != but and min(value if isinstance(value, tuple) else (value,)) <= 0:
+            raise UserError(f"{type(config).__name__}.{field.name}", got=value, expected="more than 0")
