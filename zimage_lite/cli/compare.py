@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..pictures.saving import save
 from ..units import parse_bytes
 from . import leaving_at_once, print_json, say
+from .drawing_options import DRAWING_FIELDS
 from .generate import command as generate
 from .generate import recipe
 from .requests import requests_of
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 _SHEET, _RESULT, _PICTURES = "sheet.png", "result.json", "pictures"
 _AS_IN_GENERATE = {
     "prompt_file", "width", "height", "steps", "seed", "count", "guidance", "cfg", "negative", "shift", "vram", "ram",
-    "device", "dtype", "backend", "compute", "as_json",
+    "device", "dtype", "backend", "compute", "as_json", *DRAWING_FIELDS,
 }  # fmt: skip
 
 
@@ -88,7 +89,7 @@ command.params += [option for option in generate.params if option.name in _AS_IN
 
 
 def _save(path: Path, pixels: Tensor, request: GenerateOptions, pipeline: Pipeline) -> None:
-    save(path, pixels, recipe(request, pipeline))
+    save(path, pixels, recipe(request, pipeline, pixels))
 
 
 def _require_place(out: Path) -> None:

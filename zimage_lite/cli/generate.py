@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,13 @@ from ..memory.meter import peak_rss_bytes
 from ..pictures.saving import require_kind, save
 from ..units import format_gb, parse_bytes
 from . import leaving_at_once, print_json, say
+from .drawing_options import drawing_facts, picture_options, sampling_options, watching_options
+from .previews import previewing
 from .requests import Seed, requests_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..pipeline.drawing import Pipeline
 
 _IMAGE = GenerateOptions()
@@ -35,8 +39,8 @@ _PATH = click.Path(path_type=Path)
     "prompt_file",
     type=_PATH,
     metavar="FILE.jsonl",
-    help="One JSON object a line: prompt, and what of seed, width, height, steps, guidance, cfg, negative, loras is "
-    "its own.",
+    help="One JSON object a line: prompt, and whatever of the other options is its own, by their names: seed, width, "
+    "steps, cfg, loras, image, mask, sampler, ...",
 )
 @click.option(
     "--model",
@@ -71,6 +75,9 @@ _PATH = click.Path(path_type=Path)
 @click.option("--cfg", type=float, help="The same as ComfyUI counts it: 1 is off, and 5 is --guidance 4.")
 @click.option("--negative", metavar="TEXT", default="", help="What to steer away from, with --guidance.")
 @click.option("--shift", type=float, help="Shift of the noise schedule.  [default: the model's; Turbo 3]")
+@sampling_options
+@picture_options
+@watching_options
 @click.option(
     "--lora",
     "loras",
@@ -127,9 +134,9 @@ def command(
     prompts: tuple[str, ...], prompt_file: Path | None, model: str | None, out: Path, count: int,
     vram: str | None, ram: str | None, device: str, dtype: str, backend: str, compute: str, no_cache: bool,
     as_json: bool, lora_dir: Path | None, transformer: Path | None, text_encoder: Path | None, vae: Path | None,
-    tokenizer: Path | None, **image: Any,
+    tokenizer: Path | None, preview: str | None, preview_decoder: Path | None, save_latents: bool, **image: Any,
 ) -> None:  # fmt: skip
-    """Draw images from prompts.
+    """Draw images from prompts, and over pictures.
 
     Give one or several PROMPTs, or a file of them; they share one loaded model.
     """
@@ -156,9 +163,10 @@ def command(
     requests = [pipeline.complete(request) for request in requests]
     for note in (*_notes(model, pipeline), *_words(prompts)):
         say(f"note: {note}")
-    with phase_progress() as progress:
-        for index, pixels in pipeline.images(requests, progress):
-            save(paths[index], pixels, recipe(requests[index], pipeline))
+    on_latents = _saver(paths) if save_latents else None
+    with phase_progress() as progress, previewing(preview, preview_decoder, pipeline) as on_step:
+        for index, pixels in pipeline.images(requests, progress, on_step, on_latents):
+            save(paths[index], pixels, recipe(requests[index], pipeline, pixels))
             say(f"{paths[index]}  seed {requests[index].seed}")
     images = {"images": [str(path) for path in paths], "seeds": [request.seed for request in requests]}
     result = {**images, **_measured(pipeline, requests)}
@@ -216,17 +224,25 @@ def _output_paths(out: Path, count: int) -> list[Path]:
     return paths
 
 
-def recipe(request: GenerateOptions, pipeline: Pipeline) -> dict[str, Any]:
-    """What it takes to draw a picture again, by the names of the options."""
+def _saver(paths: Sequence[Path]) -> Callable[[int, Tensor], None]:
+    """Keeps latents beside the pictures."""
+    from ..pipeline.latents import save_latents
+
+    return lambda index, latent: save_latents(paths[index].with_suffix(".latents.safetensors"), latent)
+
+
+def recipe(request: GenerateOptions, pipeline: Pipeline, pixels: Tensor) -> dict[str, Any]:
+    """What it takes to draw a picture again, by the names of the options. pixels: [height, width, 3]."""
     model = pipeline.model
     return {
         "prompt": request.prompt,
         "seed": request.seed,
         "steps": request.steps,
-        "size": "{}x{}".format(*request.size),
+        "size": f"{pixels.shape[1]}x{pixels.shape[0]}",
         "guidance": request.guidance,
         "negative": request.negative,
         "shift": request.shift,
+        **drawing_facts(request),
         **_loras(pipeline.adapters.told(request.loras)),
         "model": f"{model.name} (random weights: the picture is noise)" if model.synthetic else model.name,
         "format": model.transformer.main_format,
@@ -241,13 +257,13 @@ def _loras(told: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _measured(pipeline: Pipeline, requests: Sequence[GenerateOptions]) -> dict[str, Any]:
-    meter, steps = pipeline.meter, sum(request.step_count for request in requests)
+    meter = pipeline.meter
     return {
         **pipeline.computes_with(),
         "format": pipeline.model.transformer.main_format,
         "synthetic": pipeline.model.synthetic,
         "loras": [pipeline.adapters.told(request.loras) for request in requests],
-        "seconds_per_step": round(meter.phases["denoise"]["seconds"] / steps, 3),
+        "seconds_per_step": round(meter.phases["denoise"]["seconds"] / meter.steps, 3),
         "step_seconds": list(meter.step_seconds),
         "phases": {
             name: {"planned": plan.facts(), "measured": meter.phases[name]} for name, plan in pipeline.plans.items()

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..config import GenerateOptions, Lora, SchedulerConfig
+from ..config import DEFAULT_SIZE, SAMPLERS, GenerateOptions, Lora, SchedulerConfig
 from ..errors import UserError
 from ..units import format_gb, parse_bytes
 from . import print_json, say, table_printer
+from .drawing_options import picture_options
 
 if TYPE_CHECKING:
     from ..memory.gpus import Gpu
@@ -32,9 +33,17 @@ class _Prediction:
     model: str
     gpu: Gpu
     budgets: Budgets
+    size: tuple[int, int]
+    steps: int
     count: int
     plans: Sequence[Plan]
     slow_plans: Sequence[Plan]
+
+    @property
+    def denoise(self) -> tuple[Plan, Plan]:
+        """At both limits; of several, the last, which is the largest."""
+        pairs = list(zip(self.plans, self.slow_plans, strict=True))
+        return [pair for pair in pairs if pair[0].phase == "denoise"][-1]
 
 
 @click.command(name="plan")
@@ -49,16 +58,18 @@ class _Prediction:
     metavar="SIZE",
     help=f"Ceiling for the process's memory.  [default: what is free here; {_RAM} beside another GPU]",
 )
-@click.option("--width", type=int, default=1024, show_default=True, help="Pixels, a multiple of 16.")
-@click.option("--height", type=int, default=1024, show_default=True, help="Pixels, a multiple of 16.")
+@click.option("--width", type=int, help="Pixels, a multiple of 16.  [default: 1024, or the picture's]")
+@click.option("--height", type=int, help="Pixels, a multiple of 16.  [default: 1024, or the picture's]")
 @click.option("--steps", type=int, help="Denoising steps.  [default: the model's; Turbo 8, Base 30]")
 @click.option("--count", type=int, default=1, show_default=True, help="Images of this size.")
 @click.option("--lora", "loras", multiple=True, metavar="PATH", help="A LoRA beside the weights. Once for each.")
+@click.option("--sampler", type=click.Choice(SAMPLERS), default="euler", show_default=True)
+@picture_options
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw one step as a picture.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 def command(
-    model: str | None, format_name: str | None, gpu_name: str | None, vram: str | None, ram: str | None, width: int,
-    height: int, steps: int | None, count: int, loras: tuple[str, ...], plot: Path | None, as_json: bool,
+    model: str | None, format_name: str | None, gpu_name: str | None, vram: str | None, ram: str | None, count: int,
+    loras: tuple[str, ...], plot: Path | None, as_json: bool, **image: Any,
 ) -> None:  # fmt: skip
     """Predict where the weights would live, the memory peaks, the time, and what bounds it, for any GPU.
 
@@ -70,22 +81,22 @@ def command(
         raise UserError("--plot", got=str(plot), expected="a name that ends in .svg")
     if count < 1:
         raise UserError("--count", got=count, expected="at least 1")
-    wanted = GenerateOptions(width=width, height=height, steps=steps, loras=tuple(map(Lora.parsed, loras)))
+    wanted = GenerateOptions(loras=tuple(map(Lora.parsed, loras)), **image)
     limits = parse_bytes(vram) if vram else None, parse_bytes(ram) if ram else None
     sizes, schedule = _sizes(model, format_name or "int8")
-    wanted = replace(wanted, steps=steps or schedule.steps, guidance=schedule.guidance)
-    prediction = _predict(sizes, gpu_name, limits, wanted, count)
-    _describe(prediction, wanted, table_printer(as_json))
+    prediction = _predict(sizes, gpu_name, limits, schedule.completed(wanted, (DEFAULT_SIZE, DEFAULT_SIZE)), count)
+    _describe(prediction, table_printer(as_json))
     if plot:
         from ..checkpoint.output import replacing
         from ..plan.timeline import as_svg
 
-        title = f"Prediction: one step, {prediction.model} at {width}x{height} on {prediction.gpu.name}"
+        size = "{}x{}".format(*prediction.size)
+        title = f"Prediction: one step, {prediction.model} at {size} on {prediction.gpu.name}"
         with replacing(plot) as partial:
-            partial.write_text(as_svg(prediction.plans[1], title), encoding="utf-8")
+            partial.write_text(as_svg(prediction.denoise[0], title), encoding="utf-8")
         say(f"{plot}  one step")
     if as_json:
-        print_json(_as_json(prediction, wanted))
+        print_json(_as_json(prediction))
 
 
 def _sizes(model: str | None, format_name: str) -> tuple[Model, SchedulerConfig]:
@@ -104,16 +115,20 @@ def _predict(
 ) -> _Prediction:
     from ..adapters.library import adapters_for
     from ..memory.planner import budgets_in_force, plan_phases
-    from ..plan.job import Job
+    from ..pipeline.grouping import grouped
+    from ..pipeline.tasks import tasks_of
+    from ..plan.job import LONG_PROMPT_TOKENS
     from ..plan.prediction import phases
 
     gpu, machines = _machines(gpu_name, *limits)
-    adapters = adapters_for(model.transformer_config, wanted.loras)
-    job = Job(*wanted.size, wanted.step_count, bool(wanted.guidance), count, adapters=adapters)
-    todo = phases(model, job, machines[0])
+    tasks = tasks_of([wanted] * count, model.transformer_config.in_channels, (DEFAULT_SIZE, DEFAULT_SIZE))
+    adapters = {wanted.loras: adapters_for(model.transformer_config, wanted.loras)}
+    tokens = dict.fromkeys((wanted.prompt, wanted.negative), LONG_PROMPT_TOKENS)
+    first, *others = (phases(model, group.job, machines[0]) for group in grouped(tasks, tokens, adapters))
+    todo = first + [ways for some in others for ways in some if ways[0].name != "encode"]
     budgets = budgets_in_force(machines[0], *limits)
     fast, slow = (plan_phases(todo, one, budgets) for one in machines)
-    return _Prediction(model.name, gpu, budgets, count, fast, slow)
+    return _Prediction(model.name, gpu, budgets, tasks[-1].size, tasks[-1].steps, count, fast, slow)
 
 
 def _machines(name: str | None, vram: int | None, ram: int | None) -> tuple[Gpu, list[Machine]]:
@@ -148,13 +163,13 @@ def _here() -> tuple[Gpu, Machine] | None:
     return gpu_here(hardware.device), machine_here(hardware)
 
 
-def _describe(prediction: _Prediction, wanted: GenerateOptions, show: Callable[[str], None]) -> None:
+def _describe(prediction: _Prediction, show: Callable[[str], None]) -> None:
     from ..plan.timeline import as_text
 
     gpu, budgets = prediction.gpu, prediction.budgets
-    width, height = wanted.size
+    width, height = prediction.size
     images = f"{prediction.count} images of {width}x{height}" if prediction.count > 1 else f"{width}x{height}"
-    show(f"A prediction, nothing was run: {prediction.model}, {images}, {wanted.step_count} steps, {gpu.name}")
+    show(f"A prediction, nothing was run: {prediction.model}, {images}, {prediction.steps} steps, {gpu.name}")
     watts = f"{gpu.watts[0]}-{gpu.watts[1]} W" if gpu.watts[0] < gpu.watts[1] else f"{gpu.watts[1]} W"
     show(
         f"at {watts}, copies at {gpu.link_gbps:g} GB/s (PCIe {gpu.pcie}); within {_gib(budgets.vram_bytes)} of GPU "
@@ -168,7 +183,7 @@ def _describe(prediction: _Prediction, wanted: GenerateOptions, show: Callable[[
         show(f"{facts:<65}{_how(fast)}".rstrip())
     total = [sum(plan.total_ms for plan in plans) for plans in (prediction.plans, prediction.slow_plans)]
     show(f"{'together':<14}{_seconds(*total):>16}")
-    fast, slow = prediction.plans[1], prediction.slow_plans[1]
+    fast, slow = prediction.denoise
     homes = list(fast.homes.values())
     counts = [f"{homes.count(home)} {text}" for home, text in _HOMES.items() if home in homes]
     slots = f"; {fast.slots} slots of {format_gb(fast.slot_bytes)}" if fast.slots else ""
@@ -190,7 +205,7 @@ def _how(plan: Plan) -> str:
     return str(plan.way) if plan.way else ""
 
 
-def _as_json(prediction: _Prediction, wanted: GenerateOptions) -> dict[str, Any]:
+def _as_json(prediction: _Prediction) -> dict[str, Any]:
     phases = []
     for fast, slow in zip(prediction.plans, prediction.slow_plans, strict=True):
         times = {name: [getattr(fast, name), getattr(slow, name)] for name in ("pass_ms", "startup_ms", "total_ms")}
@@ -200,8 +215,8 @@ def _as_json(prediction: _Prediction, wanted: GenerateOptions) -> dict[str, Any]
         "model": prediction.model,
         "gpu": prediction.gpu.name,
         "watts": prediction.gpu.watts,
-        "size": wanted.size,
-        "steps": wanted.step_count,
+        "size": prediction.size,
+        "steps": prediction.steps,
         "count": prediction.count,
         "vram_bytes": prediction.budgets.vram_bytes,
         "ram_bytes": prediction.budgets.ram_bytes,

@@ -19,8 +19,12 @@ _RANDOM = "random"
 _NUMBER = (int, float)
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "prompt": str, "seed": int, "width": int, "height": int, "steps": int, "guidance": _NUMBER, "cfg": _NUMBER,
-    "negative": str, "loras": list,
+    "negative": str, "loras": list, "shift": _NUMBER, "sampler": str, "schedule": str, "sigmas": list,
+    "variation": _NUMBER, "guidance_range": list, "cfg_normalization": _NUMBER, "cfg_truncation": _NUMBER, "image": str,
+    "mask": str, "strength": _NUMBER, "strength_mode": str, "fit": str, "inpaint_area": str, "outpaint": list,
+    "latents": str, "hires": _NUMBER, "hires_strength": _NUMBER,
 }  # fmt: skip
+_LISTS = {"sigmas": 0, "guidance_range": 2, "outpaint": 4}  # of so many numbers, any number if 0
 
 
 class Seed(click.ParamType):
@@ -88,6 +92,8 @@ def _request(values: dict[str, Any], base: GenerateOptions, where: str) -> Gener
                 got=repr(value)[:60],
                 expected=f"one of {', '.join(_FIELDS)} with a fitting value",
             )
+    for name in _LISTS.keys() & values.keys():
+        values[name] = _numbers(values[name], _LISTS[name], f"{where}: {name}")
     if "cfg" in values:
         values.setdefault("guidance", None)  # its own instead of the command line's
     if "loras" in values:
@@ -96,6 +102,13 @@ def _request(values: dict[str, Any], base: GenerateOptions, where: str) -> Gener
         return replace(base, **values)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def _numbers(values: list[Any], count: int, where: str) -> tuple[float, ...]:
+    numbers = all(isinstance(value, _NUMBER) and not isinstance(value, bool) for value in values)
+    if not numbers or count not in (0, len(values)):
+        raise UserError(where, got=repr(values)[:60], expected=f"a list of {count or 'some'} numbers")
+    return tuple(values)
 
 
 def _lora(value: Any, where: str) -> Lora:

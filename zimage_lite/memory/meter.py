@@ -30,6 +30,7 @@ class Meter:
     """
 
     phases: dict[str, dict[str, float]] = field(default_factory=dict)
+    steps: int = 0  # of all images
     step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_STEPS_KEPT))  # the last ones, each
 
     @contextmanager

@@ -5,19 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .schedules import simple as sigmas
-
-__all__ = ["euler_step", "guided", "initial_noise", "model_time", "sigmas"]
-
 
 def model_time(sigma: Tensor) -> Tensor:
     """What the transformer is told: 1 - sigma, [1] float32. By way of 1000 training steps, as diffusers rounds it."""
     return ((1000 - sigma * 1000) / 1000).reshape(1)
-
-
-def euler_step(x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-    """x: [channels, height, width] float32; velocity: noise - data, same shape; sigma, sigma_next: scalars."""
-    return x + (sigma_next - sigma) * velocity
 
 
 def guided(positive: Tensor, negative: Tensor, guidance: float) -> Tensor:
@@ -25,7 +16,17 @@ def guided(positive: Tensor, negative: Tensor, guidance: float) -> Tensor:
     return positive + guidance * (positive - negative)
 
 
-def initial_noise(seed: int, channels: int, height: int, width: int) -> Tensor:
-    """[channels, height, width] float32, drawn on the CPU so that every device starts from the same noise."""
+def norm_limited(guided: Tensor, positive: Tensor, most: float) -> Tensor:
+    """Guidance that makes the whole image's velocity longer than `most` times what the prompt alone gives is shortened
+    to that (diffusers' cfg_normalization)."""
+    length, limit = guided.norm(), most * positive.norm()
+    return guided * (limit / length).clamp(max=1)
+
+
+def initial_noise(seed: int, channels: int, height: int, width: int, drawn_before: int = 0) -> Tensor:
+    """[channels, height, width] float32, drawn on the CPU so that every device starts from the same noise.
+    drawn_before: so many others come first, as diffusers draws for a picture's encoding."""
     generator = torch.Generator("cpu").manual_seed(seed)
+    for _ in range(drawn_before):
+        torch.randn((1, channels, height, width), generator=generator)
     return torch.randn((1, channels, height, width), generator=generator, dtype=torch.float32)[0]

@@ -24,6 +24,7 @@ from .reading import MAX_PIXELS, Picture
 
 AREAS = ("picture", "mask")
 MAX_SIDE = 512 * SIZE_MULTIPLE  # pixels: the model knows 512 places for tokens each way
+_MUCH_LARGER = 2  # times as many pixels as the model is made for: drawn smaller
 _CONTEXT, _LEAST_CONTEXT = 1 / 4, 32  # around a mask: of the longer side of its box, and pixels
 
 Size = tuple[int, int]  # width, height
@@ -190,6 +191,8 @@ def _scaled(box: Box, layout: Layout, default: Size) -> Size:
     if layout.area == "picture" and (layout.asks_size or layout.diffusers):
         return width, height
     scale = sqrt(default[0] * default[1] / (width * height))
+    if layout.area == "picture" and scale > sqrt(1 / _MUCH_LARGER):
+        scale = 1
     scale = max(scale, SIZE_MULTIPLE / min(width, height))
     scale = min(scale, MAX_SIDE / max(width, height))
     if layout.area == "picture":

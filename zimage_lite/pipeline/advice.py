@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from ..adapters.known import unlike
 from ..checkpoint.model_files import ModelFiles
 from ..config import MAX_PROMPT_TOKENS, GenerateOptions, SchedulerConfig
-from .steps import texts
+from .words import texts
 
 _ENDING = 40  # characters of the prompt's last words that are used
 

@@ -1,14 +1,15 @@
 """Second phase: noise -> latents, over a number of steps.
 
-What is drawn differently joins here: what images start from is `Batch.start`, the rule of a step is `Batch.denoised`'s
-last line, a caller sees each step in `Denoise.run`, and whatever streams beside the transformer is opened where it is.
+What is drawn differently joins here: what images start from and the rule of a step are `walk.py`'s, what the model is
+asked in a step `steps.py`'s; a caller sees each step in `Denoise.run`, and whatever streams beside the transformer is
+opened where it is.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import cast
 
@@ -17,21 +18,38 @@ from zimage_kernels import Backend
 
 from ..adapters.joined import AdapterSet
 from ..checkpoint.model_files import ModelFiles
-from ..config import GenerateOptions
 from ..memory.hardware import Hardware
 from ..memory.plan import Plan
 from ..model.compute import Compute
-from ..model.linear import release
+from ..model.linear import Stream, release
 from ..model.transformer import Caption, Transformer
 from ..plan.job import Job, batched, padded
 from ..plan.model_sizes import Model
 from ..plan.prediction import ways_to_denoise
 from .finite import overflow, raise_at_first_non_finite, raise_if_damaged, require_finite
-from .steps import Batch, NotFiniteError, Schedule, schedule, texts
+from .steps import Batch, NotFiniteError, Schedule, schedule
+from .walk import Image, Walk
 from .weights import Component, Weights
+from .words import Words, all_words
 from .workspace import Count, WaysOn, Workspace
 
 BLOCKS = ("context_refiner", "noise_refiner", "layers")  # come and go
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a caller is told after each step of each image. image: its place among those asked for; step: from 1, of
+    `of`; sigma: the noise level that was left behind; x0: the guess of the image without noise, [channels, height/8,
+    width/8] float32, on the device: who does not look at it does not wait for it."""
+
+    image: int
+    step: int
+    of: int
+    sigma: float
+    x0: Tensor
+
+
+OnStep = Callable[[Step], object]  # raises what stops the run
 
 
 class Denoise:
@@ -61,52 +79,62 @@ class Denoise:
         """The transformer and what is added to it."""
         return replace(self.component, adapters=adapters) if adapters else self.component
 
-    def schedule(self, request: GenerateOptions, adapters: AdapterSet, done: int, plan: Plan) -> Iterator[Schedule]:
-        """What all images of a group share: of the same steps, shift and adapters. One, to be run as a phase is."""
-        assert request.shift is not None
+    def schedule(self, sigmas: Tensor, adapters: AdapterSet, done: int, plan: Plan) -> Iterator[Schedule]:
+        """What all images of a group share: of the same noise levels and adapters. One, to be run as a phase is."""
         component, hardware = self.with_adapters(adapters), self.work.hardware_of(plan)
         with self.work.meter.phase("denoise"):
-            found = schedule(component, request.step_count, request.shift, hardware)
+            found = schedule(component, sigmas, hardware)
         yield found
 
     def run(
-        self, requests: Sequence[GenerateOptions], embeddings: Mapping[str, Tensor], times: Schedule,
-        adapters: AdapterSet, count: Count, done: int, plan: Plan,
+        self, images: Sequence[Image], embeddings: Mapping[str, Tensor], times: Schedule, job: Job, count: Count,
+        on_step: OnStep | None, done: int, plan: Plan,
     ) -> Iterator[Tensor]:  # fmt: skip
-        """-> latents [channels, height/8, width/8] float32 on the CPU, of requests[done:]. count: of steps."""
-        hardware, todo, failed = self.work.hardware_of(plan), requests[done:], None
-        with self.work.open(self.with_adapters(adapters), plan) as weights:
+        """-> latents [channels, height/8, width/8] float32 on the CPU, of images[done:]. count: of steps."""
+        hardware, todo, failed = self.work.hardware_of(plan), images[done:], None
+        with self.work.open(self.with_adapters(job.adapters), plan) as weights:
             captions = self._captions(weights, todo, embeddings, hardware)
-            batches = [Batch(todo[i : i + plan.way], captions, times) for i in range(0, len(todo), plan.way)]
-            with weights.passes(len(batches) * len(times)) as stream:
+            batches = [Batch(todo[i : i + plan.way], captions, times, job.tiles) for i in range(0, len(todo), plan.way)]
+            with weights.passes(sum(batch.evaluations for batch in batches)) as stream:
                 for batch in batches:
-                    latents, start = list[Tensor](), time.perf_counter()
                     try:
-                        for latents in batch.denoised(self.transformer, hardware, stream):
-                            count.add(len(latents))
-                            start, before = time.perf_counter(), start
-                            self.work.meter.step_seconds.append(round(start - before, 4))
+                        walks = self._walked(batch, stream, hardware, count, on_step)
                     except NotFiniteError as error:
                         failed = batch, error.with_traceback(None)
                         break
-                    yield from (latent.cpu() for latent in latents)
+                    yield from (latent.cpu() for latent in walks)
             if failed:
                 self._explain(*failed, weights, hardware)
+
+    def _walked(
+        self, batch: Batch, stream: Stream, hardware: Hardware, count: Count, on_step: OnStep | None
+    ) -> list[Tensor]:
+        """Its latents, on the device."""
+        start, steps, walks = time.perf_counter(), len(batch.schedule), list[Walk]()
+        for done, walks in enumerate(batch.denoised(self.transformer, hardware, stream), start=1):
+            count.add(len(walks))
+            start, before = time.perf_counter(), start
+            self.work.meter.step_seconds.append(round(start - before, 4))
+            self.work.meter.steps += len(walks)
+            if on_step:
+                sigma = float(batch.schedule.sigmas[done - 1])
+                for image, walk in zip(batch.images, walks, strict=True):
+                    on_step(Step(image.place, done, steps, sigma, cast(Tensor, walk.x0)))
+        return [cast(Tensor, walk.result) for walk in walks]
 
     def release(self) -> None:
         if "component" in vars(self):  # else it was never made
             release(self.component.model)
 
     def _captions(
-        self, weights: Weights, requests: Sequence[GenerateOptions], embeddings: Mapping[str, Tensor],
-        hardware: Hardware,
-    ) -> dict[str, Caption]:  # fmt: skip
+        self, weights: Weights, images: Sequence[Image], embeddings: Mapping[str, Tensor], hardware: Hardware
+    ) -> dict[Words, Caption]:
         """Refined once, for all steps of all images."""
-        prompts = list(dict.fromkeys(text for request in requests for text in texts(request)))
-        batches, refined = batched(prompts, lambda text: padded(len(embeddings[text]))), list[Caption]()
+        prompts = list(dict.fromkeys(words for image in images for words in all_words(image.request)))
+        batches, refined = batched(prompts, lambda words: padded(len(embeddings[words.text]))), list[Caption]()
         with weights.prelude(len(batches)) as stream:
             for batch in batches:
-                told = [embeddings[text].to(hardware.device) for text in batch]
+                told = [words.told(embeddings[words.text]).to(hardware.device) for words in batch]
                 refined += self.transformer.refine_captions(told, stream)
         tokens = [caption.tokens for caption in refined]
         require_finite(tokens, self.model.transformer, "the refined prompt", hardware.dtype)
@@ -117,6 +145,6 @@ class Denoise:
         raise_if_damaged(self.model.transformer)
         where = f"step {error.step + 1} of {len(batch.schedule)}"
         watch = raise_at_first_non_finite(where, hardware.dtype)
-        with weights.passes(1) as stream:
-            batch.velocities(self.transformer, error.latents, error.step, hardware.dtype, stream, watch)
+        with weights.passes(batch.evaluations) as stream:
+            batch.velocities(self.transformer, error.given, error.step, hardware.dtype, stream, watch)
         raise overflow(f"{where}: the latent has", hardware.dtype)  # of finite parts

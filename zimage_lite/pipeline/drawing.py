@@ -1,5 +1,8 @@
 """Prompt to image, as a recipe: encode, denoise, decode. The only place where the phases meet.
 
+A picture that an image is made from is encoded before the transformer is opened; a larger image is made from a smaller
+one that is drawn first.
+
 Each phase opens its model, uses the whole budget, and closes it again; all are planned before the first one starts.
 Images that are alike share a plan, and are denoised and decoded in rounds, so that finished ones are handed over as
 they come.
@@ -7,9 +10,9 @@ they come.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -28,19 +31,34 @@ from ..plan.retry import Tell, Ways
 from .advice import advice
 from .backends import choose_for
 from .decode import Decode
-from .denoise import Denoise
+from .denoise import Denoise, OnStep
 from .encode import Encode
 from .grouping import Group, grouped, rounds
+from .levels import as_tensor
 from .picture import EncodePictures
-from .steps import texts
+from .tasks import Task, tasks_of
+from .walk import Image
+from .words import texts
 from .workspace import Count, Progress, Workspace, silent
+
+OnLatents = Callable[[int, Tensor], object]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A group, and how its phases will be done."""
+
+    group: Group
+    denoise: Ways
+    decode: Ways
+    picture: Ways | None
 
 
 @dataclass(frozen=True)
 class Drawing:
     """All that is to be done, planned. prompts: those that are to be encoded; kept: the embeddings of the others."""
 
-    groups: Sequence[tuple[Group, Ways, Ways]]  # with the plans to denoise and to decode
+    groups: Sequence[Planned]
     prompts: Sequence[str]
     encode: Ways | None
     kept: dict[str, Tensor]
@@ -71,71 +89,105 @@ class Pipeline:
         self.encoding_pictures = EncodePictures(self.model, self.sizes, self.work)
         self.adapters = AdapterLibrary(self.model.transformer, self.tell)
 
-    def generate(self, requests: Sequence[GenerateOptions], progress: Progress = silent) -> list[Tensor]:
+    def generate(
+        self, requests: Sequence[GenerateOptions], progress: Progress = silent, on_step: OnStep | None = None
+    ) -> list[Tensor]:
         """-> one [height, width, 3] uint8 tensor per request, on the CPU. Raises UserError, BudgetError if it does not
-        fit. progress(phase, done, total) is called as it goes."""
+        fit. progress(phase, done, total) is called as it goes, on_step after each step of each image: what it raises
+        stops the run there, with all memory given back."""
         with Clearing(self._release):  # an interrupt can come between `images` and what puts it in inference mode
-            found = dict(self.images(requests, progress))
+            found = dict(self.images(requests, progress, on_step))
         return [found[index] for index in range(len(requests))]
 
     @torch.inference_mode()
-    def images(self, requests: Sequence[GenerateOptions], progress: Progress = silent) -> Iterator[tuple[int, Tensor]]:
+    def images(
+        self, requests: Sequence[GenerateOptions], progress: Progress = silent, on_step: OnStep | None = None,
+        on_latents: OnLatents | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
         """The same as they come, each with its place in `requests`: of those that are alike, one after another; of
-        several sizes or schedules, one group after another."""
+        several sizes or schedules, one group after another. on_latents: called with each place and its latents before
+        they are decoded, [channels, height/8, width/8] float32."""
         with Clearing(self._release):
             if requests:
-                yield from self._drawn([self.complete(request) for request in requests], progress)
+                yield from self._drawn([self.complete(request) for request in requests], progress, on_step, on_latents)
 
-    def _drawn(self, requests: Sequence[GenerateOptions], progress: Progress) -> Iterator[tuple[int, Tensor]]:
-        todo, within = self._planned(requests), self.work.planning.within
-        for line in advice(requests, self.model) if self.advises else ():
+    def _drawn(
+        self, requests: Sequence[GenerateOptions], progress: Progress, on_step: OnStep | None,
+        on_latents: OnLatents | None,
+    ) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+        tasks = self._tasks(requests)
+        todo, within = self._planned(tasks), self.work.planning.within
+        notes = dict.fromkeys(note for task in tasks if task.sketch for note in task.sketch.notes)
+        for line in (*advice(requests, self.model), *notes) if self.advises else ():
             self.tell(line)
         self.work.begin()
         embeddings = todo.kept
         if todo.encode:
             embeddings = {**embeddings, **self.encoding.embeddings(todo.prompts, todo.encode, progress)}
-        steps = Count(progress, "denoise", sum(request.step_count for request in requests))
-        images = Count(progress, "decode", len(requests))
-        for group, denoise, decode in todo.groups:
-            adapters = group.job.adapters
-            (times,) = within(denoise, partial(self.denoising.schedule, group.requests[0], adapters))
-            for places in rounds(group, denoise.plan):
-                some = [group.requests[place] for place in places]
-                latents = list(within(denoise, partial(self.denoising.run, some, embeddings, times, adapters, steps)))
+        steps = Count(progress, "denoise", sum(task.steps for task in tasks))
+        images = Count(progress, "decode", len(tasks))
+        for planned in todo.groups:
+            job, decode = planned.group.job, planned.decode
+            sigmas = as_tensor(planned.group.tasks[0].sigmas)
+            (times,) = within(planned.denoise, partial(self.denoising.schedule, sigmas, job.adapters))
+            for some in rounds(planned.group, planned.denoise.plan):
+                wanted = self._begun(some, planned)
+                run = partial(self.denoising.run, wanted, embeddings, times, job, steps, on_step)
+                latents = list(within(planned.denoise, run))
+                if on_latents:
+                    for task, latent in zip(some, latents, strict=True):
+                        on_latents(task.place, latent)
                 with closing(within(decode, partial(self.decoding.run, latents))) as decoded:
-                    for place, image in zip(places, decoded, strict=True):
+                    for task, image in zip(some, decoded, strict=True):
                         images.add()
-                        yield group.indices[place], image
+                        finished = task.sketch.finished(image) if task.sketch else image
+                        if task.enlarged and task.enlarged.sketch:
+                            task.enlarged.sketch.made_from(finished)
+                        else:
+                            yield task.place, finished
 
-    def _planned(self, requests: Sequence[GenerateOptions]) -> Drawing:
+    def _begun(self, tasks: Sequence[Task], planned: Planned) -> list[Image]:
+        """With the latents of the pictures that they are made from, each encoded once."""
+        sketches = {task.sketch.key: task.sketch for task in tasks if task.sketch}
+        found = {key: sketch.latent for key, sketch in sketches.items() if sketch.latent is not None}
+        if planned.picture:
+            unknown = [sketch for key, sketch in sketches.items() if key not in found]
+            pictures, noises = [sketch.given() for sketch in unknown], [sketch.noise() for sketch in unknown]
+            run = partial(self.encoding_pictures.run, pictures, noises)
+            latents = self.work.planning.within(planned.picture, run)
+            found |= {sketch.key: latent for sketch, latent in zip(unknown, latents, strict=True)}
+        return [task.begun(found) for task in tasks]
+
+    def _tasks(self, requests: Sequence[GenerateOptions]) -> list[Task]:
+        channels = self.model.transformer.config.in_channels
+        return tasks_of(requests, channels, self.model.default_size)
+
+    def _planned(self, tasks: Sequence[Task]) -> Drawing:
         """Raises BudgetError."""
-        told = [texts(request) for request in requests]
-        tokens = self.encoding.tokens(dict.fromkeys(text for of in told for text in of))
+        requests = [task.request for task in tasks]
+        tokens = self.encoding.tokens(dict.fromkeys(text for request in requests for text in texts(request)))
         adapters = {request.loras: self.adapters.of(request.loras) for request in requests}
-        groups, kept = grouped(requests, told, tokens, adapters), self.encoding.kept(tokens)
+        groups, kept = grouped(tasks, tokens, adapters), self.encoding.kept(tokens)
         prompts = [text for text in tokens if text not in kept]
         todo = [self.encoding.ways([tokens[text] for text in prompts])] if prompts else []
         for group in groups:
             todo += [self.denoising.ways(group.job), self.decoding.ways(group.job)]
-        planned = self.work.planning.planned(todo)
-        encode, others = planned[0] if prompts else None, planned[bool(prompts) :]
-        return Drawing(list(zip(groups, others[::2], others[1::2], strict=True)), prompts, encode, kept)
+            todo += [self.encoding_pictures.ways(group.job)] if group.job.pictures else []
+        planned = iter(self.work.planning.planned(todo))
+        encode = next(planned) if prompts else None
+        ways = [
+            Planned(group, next(planned), next(planned), next(planned) if group.job.pictures else None)
+            for group in groups
+        ]
+        return Drawing(ways, prompts, encode, kept)
 
     def require_fit(self, requests: Sequence[GenerateOptions]) -> None:
         """Raises BudgetError for what `images` could not draw now. Loads no weights."""
-        self._planned([self.complete(request) for request in requests])
+        self._planned(self._tasks([self.complete(request) for request in requests]))
 
     def complete(self, request: GenerateOptions) -> GenerateOptions:
         """What was left open is what the model says of itself."""
-        (width, height), scheduler = self.model.default_size, self.model.scheduler
-        return replace(
-            request,
-            width=width if request.width is None else request.width,
-            height=height if request.height is None else request.height,
-            steps=scheduler.steps if request.steps is None else request.steps,
-            guidance=scheduler.guidance if request.guidance is None else request.guidance,
-            shift=scheduler.shift if request.shift is None else request.shift,
-        )
+        return self.model.scheduler.completed(request, self.model.default_size)
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str], progress: Progress = silent) -> list[Tensor]:

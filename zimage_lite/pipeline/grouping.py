@@ -7,47 +7,71 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..adapters.joined import AdapterSet
-from ..config import MOST_PER_ROUND, GenerateOptions, Lora
+from ..config import MOST_PER_ROUND, Lora
 from ..memory.plan import Plan
+from ..model.samplers import evaluations
 from ..plan.job import Job
+from .tasks import Task
+from .words import all_words, texts
 
 RELOADING_SHARE = 0.1  # of a round's time, at most, is spent on bringing the transformer's weights in again
 
 
 @dataclass(frozen=True)
 class Group:
-    """Images of one size, schedule and set of adapters. indices: their places in what was asked for."""
+    """Images of one size, schedule, sampler and set of adapters."""
 
-    indices: tuple[int, ...]
-    requests: tuple[GenerateOptions, ...]
+    tasks: tuple[Task, ...]
     job: Job
 
 
 def grouped(
-    requests: Sequence[GenerateOptions],
-    texts: Sequence[Sequence[str]],
-    tokens: Mapping[str, int],
-    adapters: Mapping[tuple[Lora, ...], AdapterSet],
+    tasks: Sequence[Task], tokens: Mapping[str, int], adapters: Mapping[tuple[Lora, ...], AdapterSet]
 ) -> list[Group]:
-    """In the order of the first of each. texts: what each request needs encoded; tokens: text -> its tokens."""
-    found: dict[tuple, list[int]] = {}
-    for index, request in enumerate(requests):
-        alike = request.size, request.step_count, bool(request.guidance), request.shift, request.loras
-        found.setdefault(alike, []).append(index)
-    groups, all_tokens = [], sum(tokens[text] for text in {text for own in texts for text in own})
-    for ((width, height), steps, guided, _, loras), indices in found.items():
-        own = dict.fromkeys(text for index in indices for text in texts[index])
-        own_tokens = tuple(tokens[text] for text in own)
-        job = Job(width, height, steps, guided, len(indices), own_tokens, all_tokens - sum(own_tokens), adapters[loras])
-        groups.append(Group(tuple(indices), tuple(requests[index] for index in indices), job))
-    return groups
+    """In the order of the first of each. tokens: text -> its tokens."""
+    found: dict[tuple, list[Task]] = {}
+    for task in tasks:
+        request, over = task.request, task.sketch is not None
+        alike = task.size, task.sigmas, request.sampler, bool(request.guidance), request.loras, over
+        found.setdefault(alike, []).append(task)
+    encoded = {text for task in tasks for text in texts(task.request)}
+    waiting = sum(_pixel_bytes(task.enlarged) for task in tasks if task.enlarged)
+    jobs = (_job(own, tokens, encoded, adapters[own[0].request.loras], waiting) for own in found.values())
+    return [Group(tuple(own), job) for own, job in zip(found.values(), jobs, strict=True)]
 
 
-def rounds(group: Group, denoise: Plan) -> Iterator[range]:
-    """Places in the group that are denoised before they are decoded. A small round hands its images over early; a
-    large one loads the transformer less often."""
-    image_ms = denoise.pass_ms * group.job.steps / denoise.way
+def _job(
+    tasks: Sequence[Task], tokens: Mapping[str, int], encoded: set[str], adapters: AdapterSet, waiting: int
+) -> Job:
+    """encoded: all texts whose embeddings wait; waiting: bytes of images that are to be enlarged."""
+    first = tasks[0]
+    told = dict.fromkeys(words for task in tasks for words in all_words(task.request))
+    own = {words.text for words in told}
+    sketches = [task.sketch for task in tasks if task.sketch]
+    return Job(
+        *first.size,
+        first.steps,
+        bool(first.request.guidance),
+        len(tasks),
+        tuple(tokens[words.text] for words in told),
+        sum(tokens[text] for text in encoded - own),
+        adapters=adapters,
+        evaluations=evaluations(first.request.sampler, first.steps),
+        pictures=min(len({sketch.key for sketch in sketches if sketch.latent is None}), MOST_PER_ROUND),
+        over=bool(sketches),
+        held_bytes=waiting + max((sketch.source_bytes for sketch in sketches), default=0),
+    )
+
+
+def _pixel_bytes(task: Task) -> int:
+    return 3 * task.size[0] * task.size[1]
+
+
+def rounds(group: Group, denoise: Plan) -> Iterator[Sequence[Task]]:
+    """What is denoised before it is decoded. A small round hands its images over early; a large one loads the
+    transformer less often."""
+    image_ms = denoise.pass_ms * group.job.passes / denoise.way
     wanted = math.ceil(denoise.startup_ms / max(RELOADING_SHARE * image_ms, 1e-9))
     size = -(-min(max(wanted, 1), MOST_PER_ROUND) // denoise.way) * denoise.way
-    for start in range(0, len(group.requests), size):
-        yield range(start, min(start + size, len(group.requests)))
+    for start in range(0, len(group.tasks), size):
+        yield group.tasks[start : start + size]

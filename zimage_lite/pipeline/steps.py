@@ -1,21 +1,25 @@
-"""The Euler loop of images that are drawn alike, several at once where that pays."""
+"""The loop over noise levels, of images that are drawn alike, several at once where that pays."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..config import VAE_FACTOR, GenerateOptions
+from ..config import GenerateOptions
 from ..memory.hardware import Hardware
+from ..model.blending import feathered
 from ..model.linear import Stream
-from ..model.scheduler import euler_step, guided, initial_noise, model_time, sigmas
+from ..model.samplers import SAMPLERS, evaluations
+from ..model.scheduler import guided, model_time, norm_limited
 from ..model.transformer import Caption, Modulation, Ropes, Transformer, Watch
+from ..plan.tiles import Tile
 from .finite import all_finite
+from .walk import Image, Walk
 from .weights import Component, time_weights
+from .words import Words, words
 
 
 @dataclass(frozen=True)
@@ -29,73 +33,99 @@ class Schedule:
         return len(self.modulations)
 
 
-def schedule(component: Component, steps: int, shift: float, hardware: Hardware) -> Schedule:
-    """Computed on the CPU, from weights that are read for it and are not needed afterwards."""
+def schedule(component: Component, sigmas: Tensor, hardware: Hardware) -> Schedule:
+    """sigmas: [steps + 1] float32. Computed on the CPU, from weights that are read for it and are not needed
+    afterwards."""
     assert isinstance(component.model, Transformer)
-    noise = sigmas(steps, shift)
-    times = torch.cat([model_time(sigma) for sigma in noise[:-1]])
+    times = torch.cat([model_time(sigma) for sigma in sigmas[:-1]])
     with time_weights(component, hardware) as stream:
         found = component.model.modulations(times, hardware.dtype, stream)
-    return Schedule(noise, [modulation.to(hardware.device) for modulation in found])
+    return Schedule(sigmas, [modulation.to(hardware.device) for modulation in found])
 
 
 @dataclass
 class NotFiniteError(Exception):
-    """A step gave NaN or infinite values. latents: before it; step: counts from 0."""
+    """A step gave NaN or infinite values. given: what the model saw; step: counts from 0."""
 
-    latents: list[Tensor]
+    given: list[Tensor]
     step: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
-    """Images that take their steps together, and what they are told."""
+    """Images that take their steps together, and what they are told. tiles: what the model sees of each at a time."""
 
-    requests: Sequence[GenerateOptions]
-    captions: Mapping[str, Caption]  # by text
+    images: Sequence[Image]
+    captions: Mapping[Words, Caption]
     schedule: Schedule
+    tiles: Sequence[Tile]
+    _ropes: tuple[object, Ropes] | None = field(default=None, init=False)  # and of what they are
 
-    def start(self, channels: int, device: torch.device) -> list[Tensor]:
-        """What each image begins as: the noise of its seed, [channels, height/8, width/8] float32."""
-        sizes = [(request.size[1] // VAE_FACTOR, request.size[0] // VAE_FACTOR) for request in self.requests]
-        seeds = [request.seed for request in self.requests]
-        return [initial_noise(seed, channels, *size).to(device) for seed, size in zip(seeds, sizes, strict=True)]
+    @property
+    def evaluations(self) -> int:
+        """Passes over the model."""
+        return evaluations(self._sampler, len(self.schedule)) * len(self.tiles)
 
-    def denoised(self, model: Transformer, hardware: Hardware, stream: Stream) -> Iterator[list[Tensor]]:
-        """The latents after each step, of each image. Raises NotFiniteError."""
-        latents = self.start(model.config.in_channels, hardware.device)
-        ropes = model.ropes(*self._given(latents, hardware.dtype))
-        for step, (sigma, sigma_next) in enumerate(pairwise(self.schedule.sigmas)):
-            velocities = self.velocities(model, latents, step, hardware.dtype, stream, ropes=ropes)
-            before, latents = latents, [
-                euler_step(latent, velocity, sigma, sigma_next)
-                for latent, velocity in zip(latents, velocities, strict=True)
-            ]  # fmt: skip
-            if not all_finite(latents):
-                raise NotFiniteError(before, step)
-            yield latents
+    def denoised(self, model: Transformer, hardware: Hardware, stream: Stream) -> Iterator[list[Walk]]:
+        """Each image after each step. Raises NotFiniteError."""
+        sigmas, channels = self.schedule.sigmas, model.config.in_channels
+        walks, evaluated = [Walk(image, sigmas, channels, hardware.device) for image in self.images], 0
+        while walks[0].result is None:
+            given, step = [walk.given() for walk in walks], walks[0].index
+            velocities = self.velocities(model, given, step, hardware.dtype, stream)
+            for walk, seen, velocity in zip(walks, given, velocities, strict=True):
+                walk.go(seen, velocity)
+            if not all_finite(velocities):
+                raise NotFiniteError(given, step)
+            evaluated += 1
+            if evaluated % SAMPLERS[self._sampler].evaluations_per_step == 0 or walks[0].result is not None:
+                yield walks
 
     def velocities(
-        self, model: Transformer, latents: list[Tensor], step: int, dtype: torch.dtype, stream: Stream,
-        watch: Watch | None = None, ropes: Ropes | None = None,
+        self, model: Transformer, given: list[Tensor], step: int, dtype: torch.dtype, stream: Stream,
+        watch: Watch | None = None,
     ) -> list[Tensor]:  # fmt: skip
-        """From each image towards noise, float32: of all in one pass over the weights, and with guidance of both sides
-        of each."""
-        given, captions = self._given(latents, dtype)
-        outputs = iter(model(given, captions, self.schedule.modulations[step], stream, watch, ropes))
-        results = []
-        for request in self.requests:
-            sides = [next(outputs).float() for _ in texts(request)]
-            results.append(-(guided(sides[0], sides[1], request.guidance) if request.guidance else sides[0]))
-        return results
+        """From each image towards noise, float32: of all in one pass over the weights for each tile, and with guidance
+        of both sides of each."""
+        found = [self._of_tile(model, given, tile, step, dtype, stream, watch) for tile in self.tiles]
+        if len(found) == 1:
+            return found[0]
+        places = [(tile.top, tile.left) for tile in self.tiles]
+        return [
+            feathered(pieces, places, *own.shape[1:])
+            for pieces, own in zip(zip(*found, strict=True), given, strict=True)
+        ]
 
-    def _given(self, latents: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Caption]]:
-        """What the model sees: each image once for every text that it is told."""
-        told = [texts(request) for request in self.requests]
-        given = [latent.to(dtype) for latent, of in zip(latents, told, strict=True) for _ in of]
-        return given, [self.captions[text] for of in told for text in of]
+    def _of_tile(
+        self, model: Transformer, given: list[Tensor], tile: Tile, step: int, dtype: torch.dtype, stream: Stream,
+        watch: Watch | None,
+    ) -> list[Tensor]:  # fmt: skip
+        down, across = slice(tile.top, tile.top + tile.height), slice(tile.left, tile.left + tile.width)
+        sigma, steps = float(self.schedule.sigmas[step]), len(self.schedule)
+        told = [words(image.request, step, steps, sigma) for image in self.images]
+        inputs = [latent[:, down, across].to(dtype) for latent, own in zip(given, told, strict=True) for _ in own]
+        captions = [self.captions[side] for own in told for side in own]
+        ropes = self._ropes_of(model, inputs, captions)
+        outputs = iter(model(inputs, captions, self.schedule.modulations[step], stream, watch, ropes))
+        sides = [[next(outputs).float() for _ in own] for own in told]
+        return [-followed(image.request, *own) for image, own in zip(self.images, sides, strict=True)]
+
+    def _ropes_of(self, model: Transformer, inputs: list[Tensor], captions: list[Caption]) -> Ropes:
+        """Of the step before, where they are the same."""
+        alike = [latent.shape for latent in inputs], [len(caption.tokens) for caption in captions]
+        if self._ropes is None or self._ropes[0] != alike:
+            self._ropes = alike, model.ropes(inputs, captions)
+        return self._ropes[1]
+
+    @property
+    def _sampler(self) -> str:
+        return self.images[0].request.sampler
 
 
-def texts(request: GenerateOptions) -> list[str]:
-    """The prompt, and with guidance what to steer away from."""
-    return [request.prompt, request.negative] if request.guidance else [request.prompt]
+def followed(request: GenerateOptions, positive: Tensor, negative: Tensor | None = None) -> Tensor:
+    """What the model says of the prompt, and with guidance of what to steer away from, as one."""
+    if negative is None:
+        return positive
+    assert request.guidance is not None
+    found = guided(positive, negative, request.guidance)
+    return norm_limited(found, positive, request.cfg_normalization) if request.cfg_normalization else found

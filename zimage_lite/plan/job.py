@@ -9,6 +9,7 @@ from typing import TypeVar
 from ..adapters.joined import NOTHING, AdapterSet
 from ..config import MOST_PER_ROUND, PATCH_SIZE, SEQUENCE_MULTIPLE, TOKENS_PER_PASS, VAE_FACTOR
 from ..units import round_up
+from .tiles import Tile, tiles_of
 
 LONG_PROMPT_TOKENS = 128
 
@@ -19,7 +20,8 @@ _Item = TypeVar("_Item")
 class Job:
     """What is to be drawn: `images` of one size. prompt_tokens: of each text that is encoded, what to steer away from
     included; other_tokens: of prompts of other jobs, whose embeddings wait meanwhile. adapters: LoRAs and their kin.
-    pictures: how many different ones of that size it starts from."""
+    pictures: how many different ones of that size are encoded; over: drawn over one; held_bytes: of pictures that wait
+    in RAM, or are put together there. evaluations: of the model for each image, if not one a step."""
 
     width: int
     height: int
@@ -28,8 +30,22 @@ class Job:
     images: int = 1
     prompt_tokens: tuple[int, ...] = (LONG_PROMPT_TOKENS,)
     other_tokens: int = 0
-    adapters: AdapterSet = field(default=NOTHING, compare=False)
     pictures: int = 0
+    adapters: AdapterSet = field(default=NOTHING, compare=False)
+    evaluations: int | None = None
+    over: bool = False
+    held_bytes: int = 0
+
+    @property
+    def passes(self) -> int:
+        """Over the transformer, for each image."""
+        return (self.steps if self.evaluations is None else self.evaluations) * len(self.tiles)
+
+    @property
+    def tiles(self) -> list[Tile]:
+        """What the transformer sees at a time. From noise, each would become a picture of its own."""
+        whole = [Tile(0, 0, self.height // VAE_FACTOR, self.width // VAE_FACTOR)]
+        return tiles_of(self.width, self.height) if self.over else whole
 
     @property
     def pixels(self) -> int:
@@ -42,7 +58,9 @@ class Job:
 
     @property
     def image_tokens(self) -> int:
-        return padded(self.latents // PATCH_SIZE**2)
+        """That the transformer sees at a time."""
+        tile = self.tiles[0]
+        return padded(tile.height * tile.width // PATCH_SIZE**2)
 
     @property
     def round_images(self) -> int:

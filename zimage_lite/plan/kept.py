@@ -24,5 +24,7 @@ def latent_bytes(model: Model, job: Job) -> int:
 
 
 def picture_bytes(model: Model, job: Job) -> dict[str, int]:
-    """Of the pictures to start from and their latents, as a term of a plan."""
-    return {"pictures": job.pictures * (3 * job.pixels + latent_bytes(model, job))} if job.pictures else {}
+    """Of the pictures to start from, their latents and masks, and those that wait, as a term of a plan."""
+    each = 3 * job.pixels + latent_bytes(model, job) + 4 * job.latents
+    n_bytes = job.pictures * each + job.held_bytes
+    return {"pictures": n_bytes} if n_bytes else {}

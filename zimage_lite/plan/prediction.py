@@ -111,7 +111,7 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     return Phase(
         name="denoise",
         blocks=tuple(main),
-        passes=job.steps * -(-job.images // batch),
+        passes=job.passes * -(-job.images // batch),
         prelude=tuple(prelude),
         prelude_passes=len(refined),
         read_once_bytes=sum(part.n_bytes for part in time_weights),

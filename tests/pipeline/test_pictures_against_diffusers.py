@@ -1,0 +1,102 @@
+"""Pictures drawn over, and Base's guidance: by diffusers' own rules the same as its pipelines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracles import PROMPT, psnr
+from PIL import Image
+from torch import Tensor
+
+from zimage_lite.checkpoint.model_files import open_model
+from zimage_lite.config import GenerateOptions, RuntimeOptions
+from zimage_lite.pipeline.drawing import Pipeline
+
+SIZES = {"even": (96, 64), "odd": (101, 83)}
+STRENGTHS = (0.3, 0.6, 1.0)
+GUIDED = {"guidance": 4.0, "negative": "blurry"}
+
+
+@pytest.fixture(scope="module")
+def pipeline(diffusers_folder: Path) -> Pipeline:
+    return Pipeline(open_model(diffusers_folder), RuntimeOptions(device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def parts(diffusers_pipeline: Any) -> dict[str, Any]:
+    return dict(diffusers_pipeline.components)
+
+
+def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    """Smooth colours, so that a step aside would show."""
+    noise = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+
+
+def mask(size: tuple[int, int]) -> Image.Image:
+    found = Image.new("L", size)
+    found.paste(255, (size[0] // 3, 0, size[0], size[1] * 2 // 3))
+    return found
+
+
+def theirs(pipeline: Any, request: GenerateOptions, **more: Any) -> Tensor:
+    result = pipeline(
+        request.prompt,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance or 0.0,
+        negative_prompt=request.negative if request.guidance else None,
+        generator=torch.Generator("cpu").manual_seed(request.seed),
+        **more,
+    )
+    return torch.from_numpy(np.asarray(result.images[0]).copy())
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("strength", "guided"), [*((s, False) for s in STRENGTHS), pytest.param(0.6, True, marks=pytest.mark.slow)]
+)
+def test_image_to_image(parts, pipeline, size, strength, guided) -> None:
+    from diffusers import ZImageImg2ImgPipeline
+
+    request = GenerateOptions(
+        PROMPT, steps=8, seed=3, image=picture(SIZES[size]), strength=strength, strength_mode="diffusers",
+        **(GUIDED if guided else {}),
+    )  # fmt: skip
+    truth = theirs(ZImageImg2ImgPipeline(**parts), request, image=request.image, strength=strength)
+    ours = pipeline.generate([request])[0]
+    assert truth.float().std() > 1
+    assert psnr(ours, truth, 255) >= 50
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("strength", "guided"), [*((s, False) for s in STRENGTHS), pytest.param(1.0, True, marks=pytest.mark.slow)]
+)
+def test_inpainting(parts, pipeline, size, strength, guided) -> None:
+    from diffusers import ZImageInpaintPipeline
+
+    width, height = (side // 16 * 16 for side in SIZES[size])
+    request = GenerateOptions(
+        PROMPT, steps=8, seed=4, image=picture(SIZES[size]), mask=mask((width, height)), strength=strength,
+        strength_mode="diffusers", **(GUIDED if guided else {}),
+    )  # fmt: skip
+    more = {"image": request.image, "mask_image": request.mask, "width": width, "height": height}
+    truth = theirs(ZImageInpaintPipeline(**parts), request, strength=strength, **more)
+    ours = pipeline.generate([request])[0]
+    assert psnr(ours, truth, 255) >= 50
+
+
+@pytest.mark.parametrize("normalization", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("truncation", [0.4, 1.0])
+def test_guidance_of_base(diffusers_pipeline, pipeline, normalization, truncation) -> None:
+    request = GenerateOptions(
+        PROMPT, 96, 64, steps=6, seed=5, cfg_normalization=normalization, cfg_truncation=truncation, **GUIDED
+    )
+    more = {"cfg_normalization": normalization, "cfg_truncation": truncation, "width": 96, "height": 64}
+    truth = theirs(diffusers_pipeline, request, **more)
+    ours = pipeline.generate([request])[0]
+    assert psnr(ours, truth, 255) >= 50

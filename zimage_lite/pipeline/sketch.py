@@ -1,0 +1,126 @@
+"""The picture that an image is made from, opened only while it is needed: a thousand of them do not lie in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..config import DEFAULT_STRENGTH, VAE_FACTOR, GenerateOptions
+from ..model.scheduler import initial_noise
+from ..pictures.canvas import Canvas, Layout, lay_out
+from ..pictures.masks import latent_mask, nearest_latent_mask
+from ..pictures.reading import Picture, read
+from .latents import read_latents
+
+NO_MASK = "none"  # in the place of one: what is transparent is no mask, either
+_COPIES = 4  # of the source's three bytes a pixel, while it is read, fitted and put back
+
+
+@dataclass
+class Sketch:
+    """A picture, latents, or an image that is still to be drawn.
+
+    size: width and height that the model draws; finished_size: of what comes out; strength: how much of the schedule
+    it goes through; seed: of the latent, where it is drawn from what the encoder says, as diffusers does: else the most
+    likely one is taken; latent: where there is nothing to encode; key: equal for those of the same latent;
+    source_bytes: that it takes while it is open; notes: what of it the user might not expect.
+    """
+
+    size: tuple[int, int]
+    finished_size: tuple[int, int]
+    strength: float
+    opened: Callable[[], Canvas] | None = None
+    seed: int | None = None
+    latent: Tensor | None = None
+    channels: int = 16
+    key: Hashable = None
+    source_bytes: int = 0
+    notes: tuple[str, ...] = ()
+
+    def given(self) -> Tensor:
+        """What is encoded: [height, width, 3] uint8."""
+        assert self.opened is not None
+        return torch.from_numpy(self.opened().given())
+
+    def noise(self) -> Tensor | None:
+        """By which the latent is drawn."""
+        width, height = (side // VAE_FACTOR for side in self.size)
+        return None if self.seed is None else initial_noise(self.seed, self.channels, height, width)
+
+    def mask(self) -> Tensor | None:
+        """[height/8, width/8] float32, 1 where the latent may change; None if it may everywhere."""
+        mask = None if self.opened is None else self.opened().given_mask()
+        if mask is None:
+            return None
+        return torch.from_numpy((latent_mask if self.seed is None else nearest_latent_mask)(mask))
+
+    def finished(self, pixels: Tensor) -> Tensor:
+        """[height, width, 3] uint8, as decoded -> put back into the picture."""
+        return pixels if self.opened is None else torch.from_numpy(self.opened().finished(pixels.numpy()))
+
+    def made_from(self, pixels: Tensor) -> None:
+        """The image that was to be drawn first, [height, width, 3] uint8."""
+        layout = Layout(*self.size, fit="stretch")
+        self.opened = partial(lay_out, Picture(pixels.numpy()), None, layout, self.size)
+
+
+def sketch_of(request: GenerateOptions, channels: int, default_size: tuple[int, int]) -> Sketch | None:
+    """None: it is made from nothing. channels: of latents; default_size: width and height that the model draws best.
+    Raises UserError."""
+    if request.latents is not None:
+        latent = read_latents(request.latents, channels, request)
+        size = latent.shape[2] * VAE_FACTOR, latent.shape[1] * VAE_FACTOR
+        return Sketch(size, size, request.strength or DEFAULT_STRENGTH, latent=latent, key=object())
+    if request.image is None:
+        return None
+    opened = partial(_canvas, request, default_size)
+    canvas, sampled = opened(), request.strength_mode == "diffusers"
+    return Sketch(
+        canvas.size,
+        canvas.result_size,
+        request.strength or (DEFAULT_STRENGTH if canvas.mask is None else 1.0),
+        opened,
+        request.seed if sampled else None,
+        channels=channels,
+        key=object() if sampled else tuple(_key(getattr(request, name)) for name in _SHAPING),
+        source_bytes=_COPIES * canvas.source.nbytes,
+        notes=tuple(_notes(request, canvas)),
+    )
+
+
+def _notes(request: GenerateOptions, canvas: Canvas) -> Iterator[str]:
+    if canvas.mask is not None and request.mask is None and not request.outpaint:
+        share = 100 * float((canvas.mask > 0).mean())
+        yield f"{share:.0f} % of the picture is transparent and is drawn anew; --mask none takes it on white"
+    (width, height), (left, top, right, bottom) = canvas.scaled, canvas.box
+    if request.inpaint_area == "picture" and width < right - left and request.strength_mode == "steps":
+        yield (
+            f"the picture has {right - left}x{bottom - top} pixels and is drawn at {width}x{height}, which the model "
+            "is made for; name a --width for more"
+        )
+
+
+_SHAPING = ("image", "mask", "width", "height", "fit", "inpaint_area", "outpaint")
+
+
+def _key(value: object) -> Hashable:
+    """Pictures in memory are known by where they are: they live as long as the requests."""
+    return value if isinstance(value, str | int | tuple | None) else id(value)
+
+
+def _canvas(request: GenerateOptions, default_size: tuple[int, int]) -> Canvas:
+    layout = Layout(
+        request.width,
+        request.height,
+        request.fit,
+        request.outpaint or (0, 0, 0, 0),
+        area=request.inpaint_area,
+        diffusers=request.strength_mode == "diffusers",
+    )
+    ignored = isinstance(request.mask, str) and request.mask == NO_MASK
+    mask = None if request.mask is None or ignored else read(request.mask)
+    return lay_out(read(request.image), mask, layout, default_size, alpha=not ignored)
