@@ -42,13 +42,13 @@ def main() -> None:
         make_checkpoint(work / "model", "tiny", layout="comfyui")
         write_true_vae(work / "vae")
         runs: dict[tuple[str, int, int, str], list[dict[str, Any]]] = {case: [] for case in CASES}
-        for _ in range(args.runs):  # in turns
+        for done in range(1, args.runs + 1):  # in turns, kept after each
             for case, found in runs.items():
                 found.append(run(work, *case))
-    rows = [row(case, found) for case, found in runs.items()]
-    report = {"machine": machine(), "commit": commit(), "runs": args.runs, "rows": rows}
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+            rows = [row(case, found) for case, found in runs.items()]
+            report = {"machine": machine(), "commit": commit(), "runs": done, "rows": rows}
+            if args.out:
+                args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
     sys.exit(0 if all(row["kept"] for row in rows) else 1)
 
