@@ -40,6 +40,7 @@ SHIFT = 3.0
 SAMPLER_STEPS = 8
 SUFFIX_TOKENS = 5  # <|im_end|>, newline, <|im_start|>, assistant, newline: the same after every caption
 SAVE_SECONDS = 180
+COLOUR_STEPS = 3000
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -193,6 +194,29 @@ def set_latent_scale(vae: AutoencoderKL, run: Run) -> None:
     batches = [pixels for pixels, *_ in DataLoader(DrawnScenes(run, 0, 512), 64, num_workers=run.recipe.workers)]
     latents = torch.cat([vae.encode(batch.to(vae.device).float() / 127.5 - 1).latent_dist.mean for batch in batches])
     vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
+
+
+def fit_colours(vae: AutoencoderKL, run: Run) -> list[list[str]]:
+    """How a preview's colours follow from the latents, pixel by pixel: 24 units with ReLU, then red, green and blue.
+    Layers, each a text of its weights and bias for each output."""
+    torch.manual_seed(run.recipe.seed)
+    net = nn.Sequential(nn.Conv2d(16, 24, 1), nn.ReLU(), nn.Conv2d(24, 3, 1)).to(vae.device)
+    optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=COLOUR_STEPS)
+    with torch.no_grad():
+        scenes = DataLoader(DrawnScenes(run, 0, 2048), 64, num_workers=run.recipe.workers)
+        batches = [pixels.to(vae.device).float() / 127.5 - 1 for pixels, *_ in scenes]
+        latents = [vae.encode(pictures).latent_dist.mean for pictures in batches]
+    for step in range(COLOUR_STEPS):
+        latent, pictures = latents[step % len(latents)], batches[step % len(latents)]
+        scaled = (latent - vae.config.shift_factor) * vae.config.scaling_factor
+        loss = (net(scaled) - nn.functional.avg_pool2d(pictures, 8)).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    layers = [torch.cat([layer.weight.flatten(1), layer.bias[:, None]], 1) for layer in (net[0], net[2])]
+    return [[" ".join(f"{value:.4g}" for value in row) for row in layer.tolist()] for layer in layers]
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -367,6 +391,7 @@ def export(run: Run, out: Path) -> None:
         "settings": asdict(recipe),
         "steps": {name: len(values) for name, values in losses.items()},
         "final_loss": {name: round(float(np.mean(values[-200:])), 5) for name, values in losses.items()},
+        "colours": fit_colours(vae, run),
     }
     write_card(out, card)
 

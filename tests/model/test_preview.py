@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from zimage_lite.model.preview import latent_rgb, reduced
+from zimage_lite.model.vae import to_pixels
 
 
 def test_colours_of_latents() -> None:
@@ -26,6 +27,15 @@ def test_every_channel_counts() -> None:
         x0 = torch.zeros(16, 1, 1)
         x0[channel] = 8.0
         assert not torch.equal(latent_rgb(x0), grey), channel
+
+
+def test_layers() -> None:
+    """Against torch's own modules."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(16, 5, 1), torch.nn.ReLU(), torch.nn.Conv2d(5, 3, 1))
+    layers = [torch.cat([c.weight.flatten(1), c.bias[:, None]], 1).tolist() for c in (net[0], net[2])]
+    x0 = torch.randn(16, 4, 6)
+    wanted = to_pixels(net(x0[None])[0].detach())
+    assert (latent_rgb(x0, layers).int() - wanted.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from os import PathLike, fspath
 from pathlib import Path
+from typing import Any
 
 from ..config import DEFAULT_SIZE
 from ..errors import FileFormatError
@@ -12,6 +13,7 @@ from .json_file import read_json
 
 DEMO = "demo"  # as a MODEL; a folder of that name is reached as ./demo
 CARD = "card.json"
+LATENT_CHANNELS = 16
 
 
 def model_folder(model: str | PathLike[str]) -> Path:
@@ -21,10 +23,34 @@ def model_folder(model: str | PathLike[str]) -> Path:
 
 def default_size(folder: Path | None) -> tuple[int, int]:
     """Width and height that the model draws best: what its card says, or those of the true model. Raises UserError."""
-    card = folder / CARD if folder else None
-    values = read_json(card) if card and card.exists() else {}
+    values = _card(folder)
     width = values.get("default_width", DEFAULT_SIZE)
     height = values.get("default_height", DEFAULT_SIZE)
     if not isinstance(width, int) or not isinstance(height, int):
-        raise FileFormatError(f"{card}: default size", got=f"{width} by {height}", expected="whole numbers")
+        raise FileFormatError(f"{folder}/{CARD}: default size", got=f"{width} by {height}", expected="whole numbers")
     return width, height
+
+
+def colour_layers(folder: Path | None) -> list[list[list[float]]] | None:
+    """How the colours of a preview follow from the latents, if the card says it: layers, each a row of numbers for
+    each output, its bias last. The card has a text for each row. Raises UserError."""
+    layers = _card(folder).get("colours")
+    if layers is None:
+        return None
+    try:
+        found = [[[float(word) for word in row.split()] for row in rows] for rows in layers]
+    except (TypeError, AttributeError, ValueError) as error:
+        raise FileFormatError(f"{folder}/{CARD}: colours are not lists of rows of numbers") from error
+    width = LATENT_CHANNELS
+    for rows in found:
+        if any(len(row) != width + 1 for row in rows):
+            raise FileFormatError(f"{folder}/{CARD}: a row of colours", expected=f"{width} weights and a bias")
+        width = len(rows)
+    if width != 3:
+        raise FileFormatError(f"{folder}/{CARD}: colours", got=width, expected="3 in the end")
+    return found
+
+
+def _card(folder: Path | None) -> dict[str, Any]:
+    card = folder / CARD if folder else None
+    return read_json(card) if card and card.exists() else {}

@@ -6,7 +6,7 @@ named one by one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from .checkpoint import Checkpoint, components_in, open_checkpoint
 from .detect import COMPONENTS
 from .impostors import no_such, refuse_cache_root
 from .json_file import read_json
-from .model_card import default_size
+from .model_card import colour_layers, default_size
 from .qwen3 import Qwen3Tokenizer, is_vocabulary_of_qwen3
 from .tokenizer import PromptTokenizer, has_tokenizer, tokenizer_from, tokenizer_from_gguf
 from .weight_files import are_shards, is_weight_file
@@ -42,6 +42,7 @@ class ModelFiles:
     tokenizer: PromptTokenizer
     scheduler: SchedulerConfig
     default_size: tuple[int, int]  # width and height
+    colours: Sequence[Sequence[Sequence[float]]] | None = None  # of a preview; None: as Flux's latents have them
     synthetic: bool = False  # random weights: what it draws is noise
 
 
@@ -58,6 +59,7 @@ def open_model(model: Path | None, overrides: Mapping[str, Path | None] | None =
         tokenizer=_tokenizer(model, parts["text_encoder"], chosen.get("tokenizer")),
         scheduler=scheduler_config(model),
         default_size=default_size(model),
+        colours=colour_layers(model),
         **parts,
     )
     require_fit(files)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ def open_synthetic(
     chosen = target(model.removeprefix(PREFIX), f"--model {PREFIX}FORMAT")
     encoder = as_it_is() if chosen.text_encoder_to == KEEP else target(chosen.text_encoder_to)
     given = {name: path for name, path in (overrides or {}).items() if path is not None}
-    parts = {}
+    parts: dict[str, Any] = {}
     for component, config, to in zip(COMPONENTS, configs, (chosen, encoder, as_it_is()), strict=True):
         path = given.get(component)
         parts[component] = open_checkpoint(path, component) if path else synthetic_checkpoint(config, to)
