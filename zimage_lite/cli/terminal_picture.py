@@ -1,0 +1,174 @@
+"""A small picture in a terminal that can show one, each in the place of the one before.
+
+Three ways are spoken: kitty's, iTerm2's, and sixels, which are older than both. Which one is told by the environment
+alone: to ask the terminal would mean to wait for an answer that many never give.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from base64 import b64encode
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+
+MOST_ROWS = 16
+_BESIDES = 8  # lines that stay free for what else is written
+_CELL_HEIGHT = 20  # pixels: Windows Terminal's for sixels, whatever its font, and a usual one elsewhere
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Size in cells, which are about half as wide as high, and the height of one in pixels."""
+
+    columns: int = 80
+    lines: int = 24
+    cell_height: int = _CELL_HEIGHT
+
+
+Encode = Callable[["np.ndarray", int, Screen], str]  # rgb [height, width, 3] uint8, rows, -> what shows it so high
+
+
+def kitty(rgb: np.ndarray, rows: int, screen: Screen) -> str:
+    """As a PNG in pieces of 4096 characters, under an id of this process: a new picture takes the old one's place. The
+    terminal scales it to the rows, leaves the cursor where it is (C=1) and does not answer (q=2)."""
+    data = b64encode(_png(rgb)).decode()
+    pieces = [data[at : at + 4096] for at in range(0, len(data), 4096)]
+    keys = f"a=T,f=100,i={os.getpid()},p=1,r={rows},C=1,q=2,"
+    return "".join(
+        f"\x1b_G{'' if n else keys}m={int(n + 1 < len(pieces))};{piece}\x1b\\" for n, piece in enumerate(pieces)
+    )
+
+
+def iterm2(rgb: np.ndarray, rows: int, screen: Screen) -> str:
+    """As a PNG, which the terminal scales to the rows."""
+    png = _png(rgb)
+    keys = f"inline=1;size={len(png)};width=auto;height={rows};preserveAspectRatio=1"
+    return f"\x1b]1337;File={keys}:{b64encode(png).decode()}\x07"
+
+
+def sixel(rgb: np.ndarray, rows: int, screen: Screen) -> str:
+    """In pixels, at most 256 colours, in bands of six rows: each colour's pixels of a band in one character a column,
+    whose low six bits are the rows; runs as !COUNT; $ goes back to the band's start, - on to the next."""
+    import numpy as np
+    from PIL import Image
+
+    height = max(rows * screen.cell_height // 6, 1) * 6
+    width = max(round(height * rgb.shape[1] / rgb.shape[0]), 1)
+    picture = Image.fromarray(rgb).resize((width, height), Image.Resampling.BILINEAR).quantize(256)
+    palette = np.asarray(picture.getpalette(), dtype=np.uint8).reshape(-1, 3)
+    shares = [";".join(str(round(100 * int(part) / 255)) for part in colour) for colour in palette]
+    colours = "".join(f"#{n};2;{share}" for n, share in enumerate(shares))
+    bands = [_band(band) for band in np.asarray(picture).reshape(-1, 6, width)]
+    return f'\x1bP0;0q"1;1;{width};{height}{colours}{"-".join(bands)}\x1b\\'
+
+
+def _band(colours: np.ndarray) -> str:
+    """colours: [6, width], each pixel's number."""
+    import numpy as np
+
+    weights = (1 << np.arange(6, dtype=np.uint8))[:, None]
+    lines = []
+    for colour in np.unique(colours):
+        bits = ((colours == colour) * weights).sum(0, dtype=np.uint8)
+        line = re.sub(r"(.)\1{3,}", lambda run: f"!{len(run[0])}{run[1]}", (bits + 63).tobytes().decode())
+        lines.append(f"#{colour}{line}")
+    return "$".join(lines)
+
+
+def _png(rgb: np.ndarray) -> bytes:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(rgb).save(file, "PNG")
+    return file.getvalue()
+
+
+# Multiplexers pass none of it on, and hide which terminal is behind them.
+_MULTIPLEXERS = ("TMUX", "STY", "ZELLIJ")
+# Who calls itself by name (TERM_PROGRAM) is not to be taken for the terminal that it was started from.
+_PROGRAMS: dict[str, Encode] = {"iTerm.app": iterm2, "WezTerm": iterm2, "ghostty": kitty, "mintty": sixel}
+_TERMS: dict[str, Encode] = {
+    "xterm-kitty": kitty,
+    "xterm-ghostty": kitty,
+    "wezterm": iterm2,
+    "foot": sixel,
+    "foot-extra": sixel,
+    "mlterm": sixel,
+    "contour": sixel,
+    "yaft-256color": sixel,
+}
+_VARIABLES: dict[str, Encode] = {
+    "KITTY_WINDOW_ID": kitty,
+    "WEZTERM_PANE": iterm2,
+    "WT_SESSION": sixel,  # Windows Terminal from 1.22 on; those before swallow it
+    "MLTERM": sixel,
+    "KONSOLE_VERSION": sixel,  # from 22.04 on, the same
+}
+
+
+def encoder(environment: Mapping[str, str]) -> Encode | None:
+    """How to show a picture in the terminal that the environment tells of. None: not at all, or nobody knows."""
+    term, program = environment.get("TERM", ""), environment.get("TERM_PROGRAM", "")
+    if term.startswith(("screen", "tmux")) or any(environment.get(name) for name in _MULTIPLEXERS):
+        return None
+    if program or term in _TERMS:
+        return _PROGRAMS.get(program) or _TERMS.get(term)
+    if environment.get("LC_TERMINAL") == "iTerm2":  # which ssh passes on
+        return iterm2
+    return next((encode for name, encode in _VARIABLES.items() if environment.get(name)), None)
+
+
+@dataclass
+class TerminalPicture:
+    encode: Encode
+    screen: Screen = Screen()
+    _shown: tuple[int, ...] = field(default=(), init=False)  # shape of the picture whose place is there
+
+    def text(self, rgb: np.ndarray) -> str:
+        """What shows the picture, [height, width, 3] uint8: written where the cursor is at the start of a line. It
+        leaves the cursor below the picture, where the next one must be written to take its place; one of another shape
+        gets its own."""
+        height, width = rgb.shape[:2]
+        fitting = self.screen.columns * height // (2 * width)
+        rows = max(min(MOST_ROWS, self.screen.lines - _BESIDES, fitting), 1)
+        room = "\n" * rows if rgb.shape != self._shown else ""
+        self._shown = rgb.shape
+        return f"\r{room}\x1b7\x1b[{rows}A{self.encode(rgb, rows, self.screen)}\x1b8"
+
+    def show(self, console: Console, rgb: np.ndarray) -> None:
+        """Above the progress bars of the console, if it has any."""
+        from rich.segment import ControlType, Segment, Segments
+
+        no_text: Any = [(ControlType.CURSOR_UP, 0)]  # so that rich neither measures nor wraps it
+        console.print(Segments([Segment(self.text(rgb), None, no_text)]), end="")
+
+
+def terminal_picture(console: Console) -> TerminalPicture | None:
+    """None where the console is no terminal, or none that can show pictures."""
+    encode = encoder(os.environ) if console.file.isatty() else None  # rich takes FORCE_COLOR for a terminal, too
+    return TerminalPicture(encode, _screen(console)) if encode else None
+
+
+def _screen(console: Console) -> Screen:
+    return Screen(console.width, console.height, _cell_height(console))
+
+
+def _cell_height(console: Console) -> int:
+    """What the system knows of the terminal, where it does."""
+    try:
+        import fcntl
+        import struct
+        import termios
+
+        raw = fcntl.ioctl(console.file.fileno(), termios.TIOCGWINSZ, bytes(8))  # lines, columns, width, height
+        lines, _, _, height = struct.unpack("HHHH", raw)
+    except (ImportError, OSError, ValueError):
+        return _CELL_HEIGHT
+    return height // lines if lines and height >= lines else _CELL_HEIGHT
