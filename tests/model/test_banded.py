@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,21 @@ from zimage_lite.checkpoint.model_files import open_model
 from zimage_lite.config import RuntimeOptions, VaeConfig
 from zimage_lite.errors import BudgetError
 from zimage_lite.memory import hardware
-from zimage_lite.memory.plan_vae import VaePlan, decode_ways, no_convolution, predict_decode, predict_encode
+from zimage_lite.memory.plan_vae import (
+    VaePlan,
+    decode_ways,
+    encode_ways,
+    no_convolution,
+    predict_decode,
+    predict_encode,
+)
 from zimage_lite.model import vae
 from zimage_lite.model.banded import Banded, Moments
 from zimage_lite.model.linear import bind, shapes
-from zimage_lite.model.vae import Decoder, Encoder, to_pixels
+from zimage_lite.model.vae import Decoder, Encoder, from_pixels, latent_of, to_pixels
 from zimage_lite.pipeline.decode import decode_as_planned
 from zimage_lite.pipeline.drawing import Pipeline
+from zimage_lite.pipeline.picture import encode_as_planned
 from zimage_lite.quant.formats import PLAIN_BY_DTYPE
 from zimage_lite.quant.tensor import QTensor
 from zimage_lite.units import parse_bytes
@@ -101,10 +111,36 @@ def test_bands_give_what_diffusers_gives(diffusers_pipeline, diffusers_folder) -
         assert relative_error(Banded(6, *way).encode(parts["encoder"], image), encoded) <= 1e-5
 
 
+@pytest.mark.parametrize("size", [0.0, 1.0, 100.0])
+def test_a_sample_is_that_of_diffusers(size: float) -> None:
+    """To the bit, and within its bounds of the variance."""
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    moments, noise = torch.randn(32, 5, 7) * size, torch.randn(1, 16, 5, 7, generator=torch.Generator().manual_seed(1))
+    theirs = DiagonalGaussianDistribution(moments.unsqueeze(0))
+    sample, mean = (x[0] for x in (theirs.sample(torch.Generator().manual_seed(1)), theirs.mode()))
+    for noise_or_none, truth in ((noise[0], sample), (None, mean)):
+        found = latent_of(moments, TINY, noise_or_none)
+        assert torch.equal(found, (truth - TINY.shift_factor) * TINY.scaling_factor)
+
+
+def test_pixels_are_read_as_diffusers_reads_them() -> None:
+    """To the bit, and back to the same pixels."""
+    from diffusers.image_processor import VaeImageProcessor
+    from PIL import Image
+
+    pixels = torch.randint(256, (48, 32, 3), dtype=torch.uint8)
+    image = from_pixels(pixels, torch.float32)
+    assert torch.equal(image, VaeImageProcessor().preprocess(Image.fromarray(pixels.numpy()))[0])
+    assert torch.equal(to_pixels(image), pixels) and image.is_contiguous()
+
+
 @torch.inference_mode()
 def test_maps_may_lie_elsewhere(tiny_parts) -> None:
-    latent = torch.randn(16, 6, 4)
-    assert_same(Banded(9, store=torch.device("cpu")).decode(tiny_parts[1], latent), tiny_parts[1](latent))
+    (encoder, decoder), banded = tiny_parts, Banded(9, store=torch.device("cpu"))
+    latent, image = torch.randn(16, 6, 4), image_of(6, 4)
+    assert_same(banded.decode(decoder, latent), decoder(latent))
+    assert_same(banded.encode(encoder, image), encoder(image))
 
 
 @torch.inference_mode()
@@ -157,6 +193,12 @@ def count(run: Any, *args: Any) -> int:
     return live.peak_bytes
 
 
+def encoding(encoder: Encoder, run: Callable[[torch.Tensor], torch.Tensor], height: int, width: int) -> Any:
+    """From pixels on."""
+    pixels = torch.empty(height, width, 3, dtype=torch.uint8, device="meta")
+    return lambda: run(from_pixels(pixels, encoder.conv_in.weight.dtype))
+
+
 COUNTED = [(TINY, 128, 272, 9), (TINY, 208, 112, 16), (TRUE, 256, 512, 32), (TRUE, 1024, 1024, 64)]
 
 
@@ -167,13 +209,12 @@ def test_what_is_predicted_is_used(config: VaeConfig, height: int, width: int, r
     """On the meta device, which counts tensors of any size; what a convolution takes inside is left out."""
     encoder, decoder = model(Encoder, config, dtype, "meta"), model(Decoder, config, dtype, "meta")
     latent = torch.empty(16, height // 8, width // 8, device="meta")
-    image = torch.empty(3, height, width, device="meta", dtype=dtype)
     for way in WAYS:
         plan = VaePlan(rows, *way)
         used = count(Banded(rows, *way).decode, decoder, latent)
         promised = predict_decode(config, height, width, dtype.itemsize, plan, no_convolution).device_bytes
         assert used <= promised <= 1.1 * used
-        used = count(Banded(rows, *way).encode, encoder, image)
+        used = count(encoding(encoder, partial(Banded(rows, *way).encode, encoder), height, width))
         promised = predict_encode(config, height, width, dtype.itemsize, plan, no_convolution).device_bytes
         assert used <= promised <= 1.1 * used
 
@@ -186,6 +227,23 @@ def test_what_the_whole_image_takes(config: VaeConfig, height: int, width: int, 
     used = count(decoder, torch.empty(16, height // 8, width // 8, device="meta"))
     promised = predict_decode(config, height, width, dtype.itemsize, VaePlan(), no_convolution).device_bytes
     assert used <= promised <= 1.02 * used + 2**15
+    encoder = model(Encoder, config, dtype, "meta")
+    used = count(encoding(encoder, encoder, height, width))
+    promised = predict_encode(config, height, width, dtype.itemsize, VaePlan(), no_convolution).device_bytes
+    assert used <= promised <= 1.02 * used + 2**15
+
+
+@pytest.mark.parametrize("size", range(len(LATENTS)))
+def test_small_pictures_take_what_is_predicted(size: int) -> None:
+    """Where vectors count, and what lies beyond the edges of maps; in bands as narrow as there are."""
+    height, width = (8 * side for side in LATENTS[size])
+    for dtype in (torch.float32, torch.bfloat16):
+        encoder = model(Encoder, TINY, dtype, "meta")
+        for plan in encode_ways(TINY, height, width, dtype.itemsize, gpu=False):
+            banded = Banded(plan.rows_per_band, plan.store_input, plan.store_hidden)
+            run = partial(banded.encode, encoder) if plan.rows_per_band else encoder
+            promised = predict_encode(TINY, height, width, dtype.itemsize, plan, no_convolution).device_bytes
+            assert count(encoding(encoder, run, height, width)) <= promised
 
 
 def test_counting() -> None:
@@ -220,6 +278,24 @@ def test_ways(height: int, width: int) -> None:
     for stored, again in pairwise([way for way in bands if way.rows_per_band == 16 and not way.spilled]):
         assert again.flops > stored.flops and again.device_bytes <= stored.device_bytes
     assert all(way.host_bytes > 0 and way.device_bytes < bands[0].device_bytes for way in bands if way.spilled)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("item_bytes", [2, 4])
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (208, 336), (1024, 1024), (3072, 2048)])
+def test_a_picture_fits_where_its_image_does(height: int, width: int, item_bytes: int, gpu: bool) -> None:
+    """Each way to encode takes less than the same way to decode; of two, the later takes less or computes less."""
+    decode = {way_of(plan): plan for plan in decode_ways(TRUE, height, width, item_bytes, gpu)}
+    encode = encode_ways(TRUE, height, width, item_bytes, gpu)
+    for plan in encode:
+        twin = decode[way_of(plan)]
+        assert plan.device_bytes + plan.host_bytes < twin.device_bytes + twin.host_bytes and plan.flops < twin.flops
+    for stored, again in pairwise([way for way in encode if way.rows_per_band == 16 and not way.spilled]):
+        assert again.flops > stored.flops and again.device_bytes < stored.device_bytes
+
+
+def way_of(plan: VaePlan) -> tuple[int, bool, bool, bool]:
+    return plan.rows_per_band, plan.store_input, plan.store_hidden, plan.spilled
 
 
 def test_planning_loads_no_torch() -> None:
@@ -269,3 +345,18 @@ def test_on_a_gpu(plan: VaePlan) -> None:
     used = torch.cuda.max_memory_allocated() - before
     assert used <= predict_decode(TRUE, 512, 768, 2, plan).device_bytes
     assert (to_pixels(image).int() - truth.int()).float().mean() < 2  # bf16, of 255
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", [VaePlan(), VaePlan(32), VaePlan(32, False, False), VaePlan(32, spilled=True)])
+@torch.inference_mode()
+def test_a_picture_on_a_gpu(plan: VaePlan) -> None:
+    encoder = model(Encoder, TRUE, torch.bfloat16, "cuda")
+    pixels = torch.randint(256, (512, 768, 3), dtype=torch.uint8).cuda()
+    truth = encoder(from_pixels(pixels, torch.bfloat16))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    moments = encode_as_planned(encoder, from_pixels(pixels, torch.bfloat16), plan)
+    used = torch.cuda.max_memory_allocated() - before
+    assert used <= predict_encode(TRUE, 512, 768, 2, plan).device_bytes
+    assert relative_error(moments, truth) < 0.05  # bf16

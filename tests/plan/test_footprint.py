@@ -11,12 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from zimage_lite.config import TextEncoderConfig, TransformerConfig, VaeConfig
 from zimage_lite.convert.catalog import Part
 from zimage_lite.memory.plan import activation_bytes
-from zimage_lite.memory.plan_vae import VaePlan, predict_decode
+from zimage_lite.memory.plan_vae import VaePlan, predict_decode, predict_encode
 from zimage_lite.model.linear import Linear
 from zimage_lite.model.text_encoder import Layer
 from zimage_lite.model.transformer import Block
-from zimage_lite.model.vae import Decoder
+from zimage_lite.model.vae import Decoder, Encoder
 from zimage_lite.pipeline.decode import decode_as_planned
+from zimage_lite.pipeline.picture import encode_as_planned
 from zimage_lite.pipeline.reencoding import reencoded
 from zimage_lite.plan.footprint import STREAM_BYTES, is_reencoded, reencoded_bytes, unpacking_bytes
 from zimage_lite.quant.formats import FORMATS
@@ -125,17 +126,23 @@ def test_reencoding_on_the_cpu(name: str) -> None:
 
 
 @pytest.mark.slow  # a large VAE
+@pytest.mark.parametrize("half", [Encoder, Decoder])
 @pytest.mark.parametrize("way", [VaePlan(), VaePlan(32), VaePlan(32, False), VaePlan(16, False, False)], ids=str)
-def test_flops_of_decoding(way: VaePlan) -> None:
+def test_flops_of_the_vae(way: VaePlan, half: type[Encoder] | type[Decoder]) -> None:
     """As torch counts them. 3 %: bands at an edge compute a row less than those inside."""
     config, side = VaeConfig(), 512
     with torch.device("meta"):
-        decoder, latent = Decoder(config).to(torch.bfloat16), torch.empty(16, side // 8, side // 8)
-    for owner in decoder.modules():
+        made = half(config).to(torch.bfloat16)
+        latent, image = torch.empty(16, side // 8, side // 8), torch.empty(3, side, side, dtype=torch.bfloat16)
+    for owner in made.modules():
         if isinstance(owner, Linear):
             owner.packed = QTensor(FORMATS["bf16"], tuple(owner.weight.shape), {"": owner.weight})
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        decode_as_planned(decoder, latent, way)
-    promised = predict_decode(config, side, side, 2, way)
+        if isinstance(made, Encoder):
+            encode_as_planned(made, image, way)
+        else:
+            decode_as_planned(made, latent, way)
+    predict = predict_encode if half is Encoder else predict_decode
+    promised = predict(config, side, side, 2, way)
     total = counter.get_total_flops()
     assert total <= promised.flops + promised.attention_flops <= 1.03 * total

@@ -210,6 +210,7 @@ class _Walk:
         self.live = self.most = self.live_spilled = self.most_spilled = 0
         self.flops = self.attention_flops = self.traffic = 0.0
         self.reads = 0
+        self.input: _Rows | None = None
 
     def took(self, way: VaePlan) -> VaePlan:
         return replace(
@@ -245,10 +246,10 @@ class _Walk:
         self.end(self.mid_block(x), 2 * c.latent_channels)
 
     def given(self, channels: int, height: int, width: int) -> _Rows:
-        """The input."""
-        x = _map(channels, height, width)
-        self.live += x.values(height) * self.item
-        return x
+        """The input, which the caller holds."""
+        self.input = _map(channels, height, width)
+        self.live += self.input.values(height) * self.item
+        return self.input
 
     def res_block(self, x: _Rows, channels: int, store_hidden: bool = True) -> _Rows:
         self.moments(x)
@@ -347,7 +348,8 @@ class _Walk:
         """Or the map that it is computed from."""
         while x.kind != "map":
             x = x.sources[0]
-        self.hold(-self.map_bytes(x))
+        if x is not self.input:
+            self.hold(-self.map_bytes(x))
 
     def map_bytes(self, x: _Rows) -> int:
         """With its statistics, two float32 for each channel and band, and those of the map whose place it took."""
