@@ -156,7 +156,8 @@ class Pipeline:
             run = partial(self.encoding_pictures.run, pictures, noises)
             latents = self.work.planning.within(planned.picture, run)
             found |= {sketch.key: latent for sketch, latent in zip(unknown, latents, strict=True)}
-        return [task.begun(found) for task in tasks]
+        sources = {key: sketch.source(found[key]) for key, sketch in sketches.items()}
+        return [task.begun(sources) for task in tasks]
 
     def _tasks(self, requests: Sequence[GenerateOptions]) -> list[Task]:
         channels = self.model.transformer.config.in_channels

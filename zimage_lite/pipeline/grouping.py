@@ -59,7 +59,8 @@ def _job(
         evaluations=evaluations(first.request.sampler, first.steps),
         pictures=min(len({sketch.key for sketch in sketches if sketch.latent is None}), MOST_PER_ROUND),
         over=bool(sketches),
-        held_bytes=waiting + max((sketch.source_bytes for sketch in sketches), default=0),
+        held_bytes=waiting,
+        open_bytes=max((sketch.source_bytes for sketch in sketches), default=0),
     )
 
 

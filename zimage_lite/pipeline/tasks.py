@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
 from ..config import SIZE_MULTIPLE, GenerateOptions
 from .levels import levels_of
 from .sketch import Sketch, sketch_of
@@ -30,21 +28,23 @@ class Task:
     def steps(self) -> int:
         return len(self.sigmas) - 1
 
-    def begun(self, latents: Mapping[Hashable, Tensor]) -> Image:
-        """latents: of sketches, by their keys."""
-        sketch = self.sketch
-        source = Source(latents[sketch.key], sketch.mask(), sketch.seed is not None) if sketch else None
+    def begun(self, sources: Mapping[Hashable, Source]) -> Image:
+        """sources: what sketches have become, by their keys."""
+        source = sources[self.sketch.key] if self.sketch else None
         return Image(self.place, self.request, self.size, source)
 
 
 def tasks_of(requests: Iterable[GenerateOptions], channels: int, default_size: tuple[int, int]) -> list[Task]:
     """requests: complete. channels: of latents. Those that enlarge another come after all others. Raises UserError."""
-    firsts = [_task(place, request, channels, default_size) for place, request in enumerate(requests)]
+    known: dict[Hashable, Sketch] = {}
+    firsts = [
+        _task(place, request, sketch_of(request, channels, default_size, known))
+        for place, request in enumerate(requests)
+    ]
     return [*firsts, *(task.enlarged for task in firsts if task.enlarged)]
 
 
-def _task(place: int, request: GenerateOptions, channels: int, default_size: tuple[int, int]) -> Task:
-    sketch = sketch_of(request, channels, default_size)
+def _task(place: int, request: GenerateOptions, sketch: Sketch | None) -> Task:
     if sketch is None:
         task = Task(place, request, request.size, levels_of(request))
     else:

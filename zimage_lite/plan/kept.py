@@ -23,8 +23,7 @@ def latent_bytes(model: Model, job: Job) -> int:
     return 4 * model.vae_config.latent_channels * job.latents
 
 
-def picture_bytes(model: Model, job: Job) -> dict[str, int]:
-    """Of the pictures to start from, their latents and masks, and those that wait, as a term of a plan."""
+def picture_bytes(model: Model, job: Job) -> int:
+    """Of the pictures to start from, their latents and masks, and those that wait."""
     each = 3 * job.pixels + latent_bytes(model, job) + 4 * job.latents
-    n_bytes = job.pictures * each + job.held_bytes
-    return {"pictures": n_bytes} if n_bytes else {}
+    return job.pictures * each + job.held_bytes

@@ -136,7 +136,7 @@ def _beside_denoising(model: Model, job: Job, dtype: str, load: Load) -> dict[st
     return {
         "embeddings": embedding_bytes(model, job, dtype),
         "done latents": latent_bytes(model, job) * job.round_images,
-        **picture_bytes(model, job),
+        **({"pictures": pictures} if (pictures := picture_bytes(model, job)) else {}),
         **({"adapters in the making": READERS * load.making} if load.making else {}),
     }
 

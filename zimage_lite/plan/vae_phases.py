@@ -1,5 +1,5 @@
-"""What the planner is told about the VAE: pictures are encoded before all else, images decoded at the end, one after
-another. Each goes through whole or in bands of rows; the weights always stay.
+"""What the planner is told about the VAE: pictures are encoded before images are denoised, images decoded at the end,
+one after another. Each goes through whole or in bands of rows; the weights always stay.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ _LAUNCHES_PER_CONVOLUTION = 10  # with its norm, activation and what joins them
 
 
 def ways_to_encode_pictures(model: Model, job: Job, machine: Machine) -> list[Phase]:
-    task = _Task("picture", "encoder", encode_ways, job.pictures, picture_bytes(model, job))
-    return list(_ways(task, model, job, machine))
+    dtype = machine.dtype(machine.devices[0])
+    kept = {"embeddings": embedding_bytes(model, job, dtype), **_open_pictures(model, job)}
+    vectors = {"adaLN vectors": vector_bytes(model, job, dtype)}
+    return list(_ways(_Task("picture", "encoder", encode_ways, job.pictures, kept, vectors), model, job, machine))
 
 
 def ways_to_decode(model: Model, job: Job, machine: Machine) -> list[Phase]:
@@ -30,10 +32,16 @@ def ways_to_decode(model: Model, job: Job, machine: Machine) -> list[Phase]:
         "image": 3 * job.pixels,
         "latents": latent_bytes(model, job) * job.round_images,
         "embeddings": embedding_bytes(model, job, dtype),
-        **picture_bytes(model, job),
+        **_open_pictures(model, job),
     }
     vectors = {"adaLN vectors": vector_bytes(model, job, dtype)}  # for the next round
     return list(_ways(_Task("decode", "decoder", decode_ways, job.images, kept, vectors), model, job, machine))
+
+
+def _open_pictures(model: Model, job: Job) -> dict[str, int]:
+    """With the one that is read, or put together, at the time."""
+    n_bytes = picture_bytes(model, job) + job.open_bytes
+    return {"pictures": n_bytes} if n_bytes else {}
 
 
 @dataclass(frozen=True)
