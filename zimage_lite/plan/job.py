@@ -21,7 +21,8 @@ class Job:
     """What is to be drawn: `images` of one size. prompt_tokens: of each text that is encoded, what to steer away from
     included; other_tokens: of prompts of other jobs, whose embeddings wait meanwhile. adapters: LoRAs and their kin.
     pictures: how many different ones of that size are encoded; over: drawn over one; held_bytes: of pictures that wait
-    in RAM; open_bytes: of the one that is read, or put together, at a time. evaluations: of the model for each image, if not one a step."""
+    in RAM; open_bytes: of the one that is read, or put together, at a time. evaluations: of the model for each image,
+    if not one a step."""
 
     width: int
     height: int
