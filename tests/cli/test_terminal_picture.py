@@ -6,35 +6,27 @@ import io
 import os
 import re
 import sys
+import time
 from base64 import b64decode
 
 import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
-from rich.progress import Progress
 
-from zimage_lite.cli.terminal_picture import (
-    Encode,
-    Screen,
-    TerminalPicture,
-    encoder,
-    iterm2,
-    kitty,
-    sixel,
-    terminal_picture,
-)
+from zimage_lite.cli import progress, terminal_picture
+from zimage_lite.cli.terminal_picture import Encode, Screen, TerminalPicture, encoder, iterm2, kitty, sixel, terminal
 
 
-def smooth(height: int, width: int) -> np.ndarray:
+def smooth(height: int, width: int) -> Image.Image:
     """Red grows to the right, green downwards."""
     across, down = np.linspace(0, 255, width), np.linspace(0, 255, height)
     planes = np.broadcast_arrays(across[None], down[:, None], 128.0)
-    return np.stack(planes, -1).round().astype(np.uint8)
+    return Image.fromarray(np.stack(planes, -1).round().astype(np.uint8))
 
 
-def noisy(height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
+def noisy(height: int, width: int, seed: int = 1) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 # --- Decoders
@@ -95,29 +87,29 @@ def from_sixel(text: str) -> np.ndarray:
 # --- Encoders
 
 
-@pytest.mark.parametrize("rgb", [smooth(8, 8), noisy(96, 128), noisy(1, 1)], ids=["small", "large", "one pixel"])
-def test_kitty(rgb: np.ndarray) -> None:
-    keys, picture = from_kitty(kitty(rgb, 12, Screen()))
-    assert np.array_equal(picture, rgb)
+@pytest.mark.parametrize("given", [smooth(8, 8), noisy(96, 128), noisy(1, 1)], ids=["small", "large", "one pixel"])
+def test_kitty(given: Image.Image) -> None:
+    keys, picture = from_kitty(kitty(given, 12, Screen()))
+    assert np.array_equal(picture, given)
     assert (keys["a"], keys["f"], keys["r"], keys["C"], keys["q"]) == ("T", "100", "12", "1", "2")
     assert 0 < int(keys["i"]) < 2**32
     assert from_kitty(kitty(noisy(4, 4), 12, Screen()))[0]["i"] == keys["i"]  # so the next one replaces it
 
 
 def test_iterm2() -> None:
-    rgb = noisy(64, 96)
-    keys, picture = from_iterm2(iterm2(rgb, 12, Screen()))
-    assert np.array_equal(picture, rgb)
+    given = noisy(64, 96)
+    keys, picture = from_iterm2(iterm2(given, 12, Screen()))
+    assert np.array_equal(picture, given)
     assert (keys["inline"], keys["height"], keys["preserveAspectRatio"]) == ("1", "12", "1")
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (64, 96), (50, 20)])
 def test_sixel(shape: tuple[int, int]) -> None:
     """256 colours of a picture with thousands, in hundredths: 2 % of white on average."""
-    rgb = smooth(*shape)
-    picture = from_sixel(sixel(rgb, 12, Screen(cell_height=15)))
+    given = smooth(*shape)
+    picture = from_sixel(sixel(given, 12, Screen(cell_height=15)))
     assert picture.shape == (180, round(180 * shape[1] / shape[0]), 3)
-    wanted = np.array(Image.fromarray(rgb).resize(picture.shape[1::-1], Image.Resampling.BILINEAR), float)
+    wanted = np.array(given.resize(picture.shape[1::-1], Image.Resampling.BILINEAR), float)
     assert np.abs(picture - wanted).mean() < 0.02 * 255
 
 
@@ -125,9 +117,9 @@ def test_few_colours_are_exact() -> None:
     """To the half hundredth that sixels have."""
     rgb = np.zeros((2, 2, 3), np.uint8)
     rgb[0, 0], rgb[1, 1] = (255, 30, 7), (0, 200, 90)
-    corners = from_sixel(sixel(rgb, 6, Screen()))[[0, 0, -1, -1], [0, -1, 0, -1]]
+    corners = from_sixel(sixel(Image.fromarray(rgb), 6, Screen()))[[0, 0, -1, -1], [0, -1, 0, -1]]
     assert np.abs(corners - rgb.reshape(4, 3)).max() <= 255 * 0.005
-    flat = sixel(np.full((4, 4, 3), 77, np.uint8), 6, Screen())
+    flat = sixel(Image.new("RGB", (4, 4), (77, 77, 77)), 6, Screen())
     assert len(flat) < 6000  # runs are counted
 
 
@@ -177,7 +169,7 @@ class Terminal:
 def test_each_takes_the_place_of_the_one_before(encode: Encode) -> None:
     picture, terminal = TerminalPicture(encode, Screen(80, 24)), Terminal()
     for seed in range(3):
-        terminal.write(picture.text(noisy(32, 32) // (seed + 1)))
+        terminal.write(picture.text(noisy(32, 32, seed)))
     assert terminal.pictures == [terminal.row - 16] * 3
     terminal.write(picture.text(noisy(32, 64)))  # of another shape
     *others, last = terminal.pictures
@@ -201,22 +193,31 @@ def test_it_fits(screen: Screen, shape: tuple[int, int], rows: int) -> None:
     assert f",r={rows}," in text
 
 
-def test_above_progress_bars() -> None:
-    """What rich writes between is its own business, as long as the bars stay below the picture."""
-    file = io.StringIO()
-    console = Console(file=file, force_terminal=True, width=60, height=24, legacy_windows=False)
-    picture, terminal = TerminalPicture(kitty, Screen(60, 24)), Terminal(40)
-    with Progress(console=console, auto_refresh=False) as bars:
-        tasks = [bars.add_task(name, total=3) for name in ("encode", "denoise")]
-        for _ in range(3):
-            picture.show(console, noisy(16, 16))
-            bars.advance(tasks[1])
-            bars.refresh()
-        terminal.write(re.sub(r"\x1b\[[\d;]*m|\x1b\[\?25[lh]", "", file.getvalue()))
-    assert len(set(terminal.pictures)) == 1 and len(terminal.pictures) == 3
-    shown = [row for row, line in enumerate(terminal.lines) if line.strip()]
-    assert shown == [terminal.pictures[0] + 16, terminal.pictures[0] + 17]
-    assert "encode" in terminal.lines[shown[0]] and "denoise" in terminal.lines[shown[1]]
+def test_above_progress_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What rich writes between is its own business, as long as the bars stay below the picture. After a line below a
+    picture, which is what a finished image leaves, the next has a place of its own."""
+    stderr = Console(file=io.StringIO(), force_terminal=True, width=60, height=24, legacy_windows=False)
+    stderr.push_render_hook(progress.TEXTS)
+    for module in (progress, terminal_picture):
+        monkeypatch.setattr(module, "console", lambda: stderr)
+    picture, screen = TerminalPicture(kitty, Screen(60, 24)), Terminal(60)
+    with progress.phase_progress() as tell:
+        tell("encode", 1, 1)
+        for step in range(3):
+            picture.show(noisy(16, 16, step))
+            tell("denoise", step + 1, 3)
+            time.sleep(0.15)  # the bars are drawn anew every 0.1 s
+        print("image-1.png", file=sys.stderr)
+        for step in range(2):
+            picture.show(noisy(16, 16, step))
+        time.sleep(0.15)
+        screen.write(re.sub(r"\x1b\[[\d;]*m|\x1b\[\?25[lh]", "", stderr.file.getvalue()))
+    first, second = screen.pictures[0], screen.pictures[3]
+    assert screen.pictures == [first] * 3 + [second] * 2
+    assert second == first + 17
+    assert screen.lines[first + 16] == "image-1.png"
+    assert [line.split()[0] for line in screen.lines[second + 16 :] if line] == ["encode", "denoise", "decode"]
+    assert not "".join(screen.lines[:first]) and not "".join(screen.lines[second : second + 16])
 
 
 # --- Which terminal
@@ -258,7 +259,8 @@ def test_which_terminal(environment: dict[str, str], wanted: Encode | None) -> N
 def test_not_into_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-kitty")
     monkeypatch.delenv("TMUX", raising=False)
-    assert terminal_picture(Console(file=io.StringIO(), force_terminal=True)) is None
+    monkeypatch.setattr(terminal_picture, "console", lambda: Console(file=io.StringIO(), force_terminal=True))
+    assert terminal() is None
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudoterminals")
@@ -268,13 +270,14 @@ def test_in_a_terminal(monkeypatch: pytest.MonkeyPatch, pixels: tuple[int, int],
     import struct
     import termios
 
-    for name in ("TMUX", "STY", "ZELLIJ", "TERM_PROGRAM", "COLUMNS", "LINES"):
+    for name in ("TMUX", "STY", "ZELLIJ", "TERM_PROGRAM"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "foot")
-    controller, terminal = os.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, *pixels))
-    with open(terminal, "w") as file:
-        found = terminal_picture(Console(file=file, width=80, height=24))
+    controller, side = os.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, *pixels))
+    with open(side, "w") as file:
+        monkeypatch.setattr(terminal_picture, "console", lambda: Console(file=file, width=80, height=24))
+        found = terminal()
     os.close(controller)
     assert found and found.encode is sixel
     assert found.screen == Screen(80, 24, cell)

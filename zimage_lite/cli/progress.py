@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
-from rich.console import Console
+from rich.console import Console, ConsoleRenderable, RenderHook
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -17,11 +18,32 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
+
+
+class Texts(RenderHook):
+    """Counts what is printed above bars: not the bars themselves, nor what only moves the cursor."""
+
+    count = 0
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        self.count += any(isinstance(renderable, Text) for renderable in renderables)
+        return renderables
+
+
+TEXTS = Texts()
+
+
+@cache
+def console() -> Console:
+    """stderr's. All that is drawn there while bars are shown goes through the one that knows of them."""
+    made = Console(stderr=True)
+    made.push_render_hook(TEXTS)
+    return made
 
 
 def _bars(*columns: ProgressColumn) -> Progress:
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    return Progress(*columns, console=console(), transient=True, disable=not console().is_terminal)
 
 
 @contextmanager

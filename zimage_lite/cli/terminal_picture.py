@@ -12,11 +12,13 @@ import re
 from base64 import b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
+
+from .progress import TEXTS, console
 
 if TYPE_CHECKING:
     import numpy as np
-    from rich.console import Console
+    from PIL.Image import Image
 
 MOST_ROWS = 16
 _BESIDES = 8  # lines that stay free for what else is written
@@ -32,13 +34,13 @@ class Screen:
     cell_height: int = _CELL_HEIGHT
 
 
-Encode = Callable[["np.ndarray", int, Screen], str]  # rgb [height, width, 3] uint8, rows, -> what shows it so high
+Encode = Callable[["Image", int, Screen], str]  # -> what shows the picture so many rows high
 
 
-def kitty(rgb: np.ndarray, rows: int, screen: Screen) -> str:
+def kitty(picture: Image, rows: int, screen: Screen) -> str:
     """As a PNG in pieces of 4096 characters, under an id of this process: a new picture takes the old one's place. The
     terminal scales it to the rows, leaves the cursor where it is (C=1) and does not answer (q=2)."""
-    data = b64encode(_png(rgb)).decode()
+    data = b64encode(_png(picture)).decode()
     pieces = [data[at : at + 4096] for at in range(0, len(data), 4096)]
     keys = f"a=T,f=100,i={os.getpid()},p=1,r={rows},C=1,q=2,"
     return "".join(
@@ -46,26 +48,26 @@ def kitty(rgb: np.ndarray, rows: int, screen: Screen) -> str:
     )
 
 
-def iterm2(rgb: np.ndarray, rows: int, screen: Screen) -> str:
+def iterm2(picture: Image, rows: int, screen: Screen) -> str:
     """As a PNG, which the terminal scales to the rows."""
-    png = _png(rgb)
+    png = _png(picture)
     keys = f"inline=1;size={len(png)};width=auto;height={rows};preserveAspectRatio=1"
     return f"\x1b]1337;File={keys}:{b64encode(png).decode()}\x07"
 
 
-def sixel(rgb: np.ndarray, rows: int, screen: Screen) -> str:
+def sixel(picture: Image, rows: int, screen: Screen) -> str:
     """In pixels, at most 256 colours, in bands of six rows: each colour's pixels of a band in one character a column,
     whose low six bits are the rows; runs as !COUNT; $ goes back to the band's start, - on to the next."""
     import numpy as np
-    from PIL import Image
+    from PIL.Image import Resampling
 
     height = max(rows * screen.cell_height // 6, 1) * 6
-    width = max(round(height * rgb.shape[1] / rgb.shape[0]), 1)
-    picture = Image.fromarray(rgb).resize((width, height), Image.Resampling.BILINEAR).quantize(256)
-    palette = np.asarray(picture.getpalette(), dtype=np.uint8).reshape(-1, 3)
+    width = max(round(height * picture.width / picture.height), 1)
+    few = picture.convert("RGB").resize((width, height), Resampling.BILINEAR).quantize(256)
+    palette = np.asarray(few.getpalette(), dtype=np.uint8).reshape(-1, 3)
     shares = [";".join(str(round(100 * int(part) / 255)) for part in colour) for colour in palette]
     colours = "".join(f"#{n};2;{share}" for n, share in enumerate(shares))
-    bands = [_band(band) for band in np.asarray(picture).reshape(-1, 6, width)]
+    bands = [_band(band) for band in np.asarray(few).reshape(-1, 6, width)]
     return f'\x1bP0;0q"1;1;{width};{height}{colours}{"-".join(bands)}\x1b\\'
 
 
@@ -82,11 +84,9 @@ def _band(colours: np.ndarray) -> str:
     return "$".join(lines)
 
 
-def _png(rgb: np.ndarray) -> bytes:
-    from PIL import Image
-
+def _png(picture: Image) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(rgb).save(file, "PNG")
+    picture.save(file, "PNG")
     return file.getvalue()
 
 
@@ -129,45 +129,42 @@ def encoder(environment: Mapping[str, str]) -> Encode | None:
 class TerminalPicture:
     encode: Encode
     screen: Screen = Screen()
-    _shown: tuple[int, ...] = field(default=(), init=False)  # shape of the picture whose place is there
+    _above: tuple[object, ...] = field(default=(), init=False)  # what is right above the cursor
 
-    def text(self, rgb: np.ndarray) -> str:
-        """What shows the picture, [height, width, 3] uint8: written where the cursor is at the start of a line. It
-        leaves the cursor below the picture, where the next one must be written to take its place; one of another shape
-        gets its own."""
-        height, width = rgb.shape[:2]
-        fitting = self.screen.columns * height // (2 * width)
+    def text(self, picture: Image) -> str:
+        """What shows the picture: written where the cursor is at the start of a line. It leaves the cursor below the
+        picture, where the next one must be written to take its place. One of another size gets its own, and so does
+        one before which something was printed."""
+        fitting = self.screen.columns * picture.height // (2 * picture.width)
         rows = max(min(MOST_ROWS, self.screen.lines - _BESIDES, fitting), 1)
-        room = "\n" * rows if rgb.shape != self._shown else ""
-        self._shown = rgb.shape
-        return f"\r{room}\x1b7\x1b[{rows}A{self.encode(rgb, rows, self.screen)}\x1b8"
+        above = picture.size, TEXTS.count
+        room = "\n" * rows if above != self._above else ""
+        self._above = above
+        return f"\r{room}\x1b7\x1b[{rows}A{self.encode(picture, rows, self.screen)}\x1b8"
 
-    def show(self, console: Console, rgb: np.ndarray) -> None:
-        """Above the progress bars of the console, if it has any."""
+    def show(self, picture: Image) -> None:
+        """Above the progress bars, if there are any."""
         from rich.segment import ControlType, Segment, Segments
 
         no_text: Any = [(ControlType.CURSOR_UP, 0)]  # so that rich neither measures nor wraps it
-        console.print(Segments([Segment(self.text(rgb), None, no_text)]), end="")
+        console().print(Segments([Segment(self.text(picture), None, no_text)]), end="")
 
 
-def terminal_picture(console: Console) -> TerminalPicture | None:
-    """None where the console is no terminal, or none that can show pictures."""
-    encode = encoder(os.environ) if console.file.isatty() else None  # rich takes FORCE_COLOR for a terminal, too
-    return TerminalPicture(encode, _screen(console)) if encode else None
+def terminal() -> TerminalPicture | None:
+    """stderr's. None where it is no terminal, or none that can show pictures."""
+    bars = console()
+    encode = encoder(os.environ) if bars.file.isatty() else None  # rich takes FORCE_COLOR for a terminal, too
+    return TerminalPicture(encode, Screen(bars.width, bars.height, _cell_height(bars.file))) if encode else None
 
 
-def _screen(console: Console) -> Screen:
-    return Screen(console.width, console.height, _cell_height(console))
-
-
-def _cell_height(console: Console) -> int:
+def _cell_height(file: IO[str]) -> int:
     """What the system knows of the terminal, where it does."""
     try:
         import fcntl
         import struct
         import termios
 
-        raw = fcntl.ioctl(console.file.fileno(), termios.TIOCGWINSZ, bytes(8))  # lines, columns, width, height
+        raw = fcntl.ioctl(file.fileno(), termios.TIOCGWINSZ, bytes(8))  # lines, columns, width, height
         lines, _, _, height = struct.unpack("HHHH", raw)
     except (ImportError, OSError, ValueError):
         return _CELL_HEIGHT
