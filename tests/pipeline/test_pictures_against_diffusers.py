@@ -55,10 +55,9 @@ def theirs(pipeline: Any, request: GenerateOptions, **more: Any) -> Tensor:
     return torch.from_numpy(np.asarray(result.images[0]).copy())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(
-    ("strength", "guided"), [*((s, False) for s in STRENGTHS), pytest.param(0.6, True, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("strength", "guided"), [*((s, False) for s in STRENGTHS), (0.6, True)])
 def test_image_to_image(parts, pipeline, size, strength, guided) -> None:
     from diffusers import ZImageImg2ImgPipeline
 
@@ -72,10 +71,9 @@ def test_image_to_image(parts, pipeline, size, strength, guided) -> None:
     assert psnr(ours, truth, 255) >= 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(
-    ("strength", "guided"), [*((s, False) for s in STRENGTHS), pytest.param(1.0, True, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("strength", "guided"), [*((s, False) for s in STRENGTHS), (1.0, True)])
 def test_inpainting(parts, pipeline, size, strength, guided) -> None:
     from diffusers import ZImageInpaintPipeline
 
