@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from zimage_lite.cli import progress, terminal_picture
+from zimage_lite.cli import progress, say, terminal_picture
 from zimage_lite.cli.terminal_picture import Encode, Screen, TerminalPicture, encoder, iterm2, kitty, sixel, terminal
 
 
@@ -207,7 +207,7 @@ def test_above_progress_bars(monkeypatch: pytest.MonkeyPatch) -> None:
             picture.show(noisy(16, 16, step))
             tell("denoise", step + 1, 3)
             time.sleep(0.15)  # the bars are drawn anew every 0.1 s
-        print("image-1.png", file=sys.stderr)
+        say("image-1.png")
         for step in range(2):
             picture.show(noisy(16, 16, step))
         time.sleep(0.15)

@@ -137,7 +137,8 @@ def table_printer(as_json: bool) -> Callable[[str], None]:
 
 
 def _print(text: str, err: bool) -> None:
-    click.echo("".join(char if char.isprintable() else " " for char in text), err=err)
+    # Named, or click looks for the file below what progress bars have put there, and they wipe the line out.
+    click.echo("".join(char if char.isprintable() else " " for char in text), file=sys.stderr if err else None)
 
 
 def print_json(result: dict[str, Any]) -> None:
