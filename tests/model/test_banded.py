@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -109,6 +110,21 @@ def test_bands_give_what_diffusers_gives(diffusers_pipeline, diffusers_folder) -
     for way in WAYS:
         assert relative_error(Banded(6, *way).decode(parts["decoder"], latent), decoded) <= 1e-5
         assert relative_error(Banded(6, *way).encode(parts["encoder"], image), encoded) <= 1e-5
+
+
+@torch.inference_mode()
+def test_encoding_in_bands_is_as_exact_as_float32_is(diffusers_pipeline, diffusers_folder) -> None:
+    """At ten sizes the bands are as near to what diffusers gives in float64 as its own float32 is: 0.78 to 1.02
+    times its error, measured, for sums in another order."""
+    parts: Any = torch.nn.ModuleDict({"encoder": Encoder(TINY)})
+    bound(parts, diffusers_folder / "vae")
+    double = deepcopy(diffusers_pipeline.vae).double()
+    for number, size in enumerate(LATENTS):
+        image = image_of(*size)
+        truth = double.encode(image.double().unsqueeze(0)).latent_dist.parameters[0]
+        single = diffusers_pipeline.vae.encode(image.unsqueeze(0)).latent_dist.parameters[0]
+        ours = Banded(7, *WAYS[number % len(WAYS)]).encode(parts["encoder"], image)
+        assert relative_error(ours, truth) <= 1.5 * relative_error(single, truth)
 
 
 @pytest.mark.parametrize("size", [0.0, 1.0, 100.0])

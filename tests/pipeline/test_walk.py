@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from zimage_lite.config import SAMPLERS, SCHEDULES, GenerateOptions
+from zimage_lite.errors import UserError
 from zimage_lite.model import samplers, schedules
 from zimage_lite.model.blending import mask_at
 from zimage_lite.model.scheduler import initial_noise
@@ -86,3 +89,24 @@ def test_levels() -> None:
     assert levels_of(request(sampler="er_sde"))[0] < 1
     assert levels_of(request(sigmas=(1, 0.5, 0))) == (1.0, 0.5, 0.0)
     assert len(levels_of(request(strength_mode="diffusers"), 0.5)) == 4
+    assert levels_of(request(sigmas=(1, 0.5, 0), sampler="er_sde"))[0] < 1
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("shift", [1e-6, 0.1, 1.0, 100.0, 1000.0])
+def test_every_schedule_suits_every_sampler(sampler: str, shift: float) -> None:
+    for schedule in SCHEDULES:
+        wanted = GenerateOptions("a", 64, 48, steps=6, shift=shift, sampler=sampler, schedule=schedule)
+        for strength in (1.0, 0.3):
+            result, _ = walked(Image(0, wanted, (64, 48)), levels_of(wanted, strength))
+            assert torch.allclose(result, DRAWN, atol=1e-4), (schedule, strength)
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [({"shift": 1e12}, "--shift"), ({"shift": 1e-60}, "--shift"), ({"sigmas": (0.9, 0.9 - 1e-9, 0)}, "--sigmas")],
+)
+def test_levels_that_are_the_same(change: dict, flag: str) -> None:
+    wanted = replace(request(), **change)
+    with pytest.raises(UserError, match=f"{flag}: got .*tells apart"):
+        levels_of(wanted)
