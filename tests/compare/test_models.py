@@ -75,15 +75,16 @@ def weight_bytes(model: Path) -> int:
 
 def test_they_are_the_pictures_of_generate(models: Path, tmp_path: Path) -> None:
     """The second model with the second prompt, in a process of its own would be the same."""
-    prompts = tmp_path / "p.jsonl"
-    lines = [{"prompt": RED}, {"prompt": BLUE, "seed": 9, "width": 96}]
+    prompts, picture = tmp_path / "p.jsonl", tmp_path / "red.png"
+    Image.new("RGB", (70, 50), "red").save(picture)
+    lines = [{"prompt": RED}, {"prompt": BLUE, "seed": 9, "image": str(picture)}]
     prompts.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     assert compare(DEMO, models / "q4_0", "--prompts", prompts, "-o", tmp_path / "out") == 0
     one = tmp_path / "one.png"
-    options = ["--seed", "9", "--width", "96", *map(str, SHORT)]
+    options = ["--seed", "9", "--image", str(picture), *map(str, SHORT)]
     assert run(["generate", BLUE, "--model", str(models / "q4_0"), "-o", str(one), *options]) == 0
     ours, theirs = Image.open(tmp_path / "out" / "pictures" / "q4_0" / "0002.png"), Image.open(one)
-    assert ours.size == (96, 64) and not ImageChops.difference(ours, theirs).getbbox()
+    assert ours.size == (70, 50) and not ImageChops.difference(ours, theirs).getbbox()
     assert ours.text == theirs.text
 
 

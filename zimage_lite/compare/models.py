@@ -116,12 +116,13 @@ def compare(
     for label, pipeline in pipelines.items():  # before an hour was spent on the first
         with _named(label):
             pipeline.require_fit(requests)
-    rows = list[dict[str, Any]]()
+    rows, sizes = list[dict[str, Any]](), dict[int, list[int]]()
     for label, pipeline in pipelines.items():
         (folder / label).mkdir(parents=True)
         with _named(label), watch() as progress:
             for index, image in pipeline.images(requests, progress):
                 save(picture_path(folder / label, index), image, requests[index], pipeline)
+                sizes[index] = [image.shape[1], image.shape[0]]
         row = {"label": label, **_facts(pipeline.model), **measured(pipeline, len(requests))}
         if rows:
             row["alike"] = _alike(folder / rows[0]["label"], folder / label, len(requests), distance)
@@ -134,7 +135,7 @@ def compare(
         "machine": machine_facts(),
         "steps": requests[0].steps,
         "lpips": lpips,
-        "images": [{"prompt": r.prompt, "seed": r.seed, "size": list(r.size)} for r in requests],
+        "images": [{"prompt": r.prompt, "seed": r.seed, "size": sizes[i]} for i, r in enumerate(requests)],
         "models": rows,
     }
 
