@@ -7,13 +7,12 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from ..config import DEFAULT_SIZE
+from ..config import DEFAULT_SIZE, VaeConfig
 from ..errors import FileFormatError
 from .json_file import read_json
 
 DEMO = "demo"  # as a MODEL; a folder of that name is reached as ./demo
 CARD = "card.json"
-LATENT_CHANNELS = 16
 
 
 def model_folder(model: str | PathLike[str]) -> Path:
@@ -41,7 +40,7 @@ def colour_layers(folder: Path | None) -> list[list[list[float]]] | None:
         found = [[[float(word) for word in row.split()] for row in rows] for rows in layers]
     except (TypeError, AttributeError, ValueError) as error:
         raise FileFormatError(f"{folder}/{CARD}: colours are not lists of rows of numbers") from error
-    width = LATENT_CHANNELS
+    width = VaeConfig.latent_channels
     for rows in found:
         if any(len(row) != width + 1 for row in rows):
             raise FileFormatError(f"{folder}/{CARD}: a row of colours", expected=f"{width} weights and a bias")

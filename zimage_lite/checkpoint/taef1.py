@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from ..config import VaeConfig
 from ..errors import WrongModelError
 from .checkpoint import Checkpoint
 from .opening import open_tensor_file
@@ -15,8 +16,6 @@ from .stored import StoredTensor
 # diffusers: decoder.layers.0.weight; the original: 1.weight, as its layer 0 has no weights; ComfyUI, when it joins the
 # original's two files: taesd_decoder.1.weight.
 _NAME = re.compile(r"(?P<prefix>(?:.*decoder\.(?:layers\.)?)?)(?P<layer>\d{1,3})\.(?P<rest>.+)")
-
-_LATENT_CHANNELS = 16
 
 
 def open_taef1(path: Path) -> Checkpoint:
@@ -33,8 +32,9 @@ def open_taef1(path: Path) -> Checkpoint:
     first = min(layer for layer, _, _ in layers)
     named = {f"layers.{layer - first}.{rest}": tensor for layer, rest, tensor in layers}
     tensors = {name: replace(tensor, name=name) for name, tensor in named.items()}
-    taken = tensors["layers.0.weight"].shape[1:2] if "layers.0.weight" in tensors else (_LATENT_CHANNELS,)
-    if taken != (_LATENT_CHANNELS,):
-        got = f"a network that takes {taken[0]} channels" if taken else "a vector"
-        raise WrongModelError(f"{path}: no decoder of Flux's latents", got=got, expected=f"{_LATENT_CHANNELS}")
+    shape = tensors["layers.0.weight"].shape if "layers.0.weight" in tensors else ()
+    if len(shape) == 4 and shape[1] != VaeConfig.latent_channels:
+        raise WrongModelError(
+            f"{path}: channels that the decoder takes", got=shape[1], expected=VaeConfig.latent_channels
+        )
     return Checkpoint("taef1", path, "TAEF1", tensors, None, file.metadata, {path: file.stamp})

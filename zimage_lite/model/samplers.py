@@ -106,7 +106,7 @@ def lcm(x: Tensor, sigmas: Tensor, noise: Noise) -> Steps:
 
 
 def dpmpp_2m_sde(x: Tensor, sigmas: Tensor, noise: Noise) -> Steps:
-    """SDE-DPM-Solver++(2M) by the midpoint rule (Lu et al., 2022, algorithm 4), in half the log-SNR. sigmas < 1."""
+    """SDE-DPM-Solver++(2M) by the midpoint rule (Lu et al., 2022), in half the log-SNR. sigmas < 1."""
     old, h_last = x, 0.0
     for i, (sigma, after) in enumerate(pairwise(sigmas.tolist())):
         x0 = yield x, i
@@ -122,7 +122,7 @@ def dpmpp_2m_sde(x: Tensor, sigmas: Tensor, noise: Noise) -> Steps:
 
 
 def er_sde(x: Tensor, sigmas: Tensor, noise: Noise) -> Steps:
-    """The extended reverse-time SDE with three stages (Cui et al., 2023, algorithm 3), in lambda = sigma / (1 - sigma).
+    """The extended reverse-time SDE with three stages (Cui et al., 2023), in lambda = sigma / (1 - sigma).
     Divided differences of the last three guesses take their derivatives' place. sigmas < 1."""
     lambdas, guesses = [sigma / (1 - sigma) for sigma in sigmas.tolist()], list[Tensor]()
     for i, (sigma, after) in enumerate(pairwise(sigmas.tolist())):
@@ -156,7 +156,7 @@ def _log_ratio(sigma: float, after: float) -> float:
 
 
 def _er_scale(noise: float) -> float:
-    """How much noise the SDE adds where lambda is so: its authors' choice, "ER-SDE 5"."""
+    """How much noise the SDE adds where lambda is so: its authors' choice."""
     return noise * (math.exp(noise**0.3) + 10)
 
 

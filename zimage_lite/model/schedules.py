@@ -1,9 +1,9 @@
 """Noise schedules: the sigmas that a sampler visits, from 1 (noise) to 0 (data).
 
-A row of SCHEDULES is a pure function (steps, shift) -> [steps + 1] float32, strictly falling (those of `beta` are fewer
-where steps are many). The names and the rules
-are those of ComfyUI and its extensions, so that a setting found there draws the same here; `simple` is diffusers' rule,
-which ComfyUI's approaches by picking from a table (0.0003 away at most). `shift` bends a schedule towards noise.
+A row of SCHEDULES is a pure function (steps, shift) -> [steps + 1] float32, strictly falling; where steps are many,
+those of `beta` are fewer. Names and rules are those of ComfyUI and its extensions, so that a setting found there draws
+the same here. `simple` is diffusers' rule; ComfyUI's picks from a table of 1000, which comes to the same where steps
+divide 1000, and within 0.003 elsewhere. `shift` bends a schedule towards noise.
 """
 
 from __future__ import annotations
@@ -53,10 +53,9 @@ def beta(steps: int, shift: float, a: float, b: float) -> Tensor:
 def bong_tangent(steps: int, shift: float) -> Tensor:
     """Two arcs of an arctangent, from 1 to a half and on to 0. Knows no shift."""
     points = steps + 2
-    pivot = int(0.6 * points)
-    slope = 0.2 * 40 / points
-    if pivot < 2:  # a single step
+    if steps == 1:
         return _ended([1.0])
+    pivot, slope = int(0.6 * points), 0.2 * 40 / points
     first = _arc(pivot, slope, pivot, 1.0, 0.5)
     return _ended([*first[:-1], *_arc(points - pivot, slope, 0, 0.5, 0.0)[:-1]])
 
@@ -64,12 +63,12 @@ def bong_tangent(steps: int, shift: float) -> Tensor:
 def linear_quadratic(steps: int, shift: float) -> Tensor:
     """The first half of the steps linear to 1 - 0.025, the others a parabola that goes on with that slope (Polyak et
     al., 2024, "Movie Gen"). Knows no shift."""
-    linear, end = steps // 2, 0.025
-    slope = end / linear if linear else 0.0
-    rest = steps - linear
-    curve = (1 - (end if linear else 0.0) - slope * rest) / rest**2
-    done = [slope * i + curve * max(i - linear, 0) ** 2 for i in range(steps)]
-    return _ended(1 - share for share in done)
+    if steps == 1:
+        return _ended([1.0])
+    linear, rest = steps // 2, steps - steps // 2
+    slope = 0.025 / linear
+    curve = (1 - 0.025 - slope * rest) / rest**2
+    return _ended(1 - slope * i - curve * max(i - linear, 0) ** 2 for i in range(steps))
 
 
 def kl_optimal(steps: int, shift: float) -> Tensor:
@@ -103,8 +102,8 @@ def tail(schedule: Schedule, steps: int, shift: float, strength: float) -> Tenso
 
 
 def diffusers_tail(schedule: Schedule, steps: int, shift: float, strength: float) -> Tensor:
-    """As diffusers has it: of the schedule, strength x steps, rounded up; less than a step is [0] alone. The product's
-    own rounding counts: 0.7 of 10 steps are 7, 0.55 of 100 are 56."""
+    """As diffusers has it: of the schedule, the last strength x steps, rounded up; of strength 0, [0] alone. The
+    product's own rounding counts: 0.7 of 10 steps are 7, 0.55 of 100 are 56."""
     skipped = int(max(steps - min(steps * strength, steps), 0))
     return schedule(steps, shift)[skipped:]
 

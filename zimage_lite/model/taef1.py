@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import VaeConfig
+
 WIDTH = 64  # channels of every layer
-LATENT_CHANNELS = 16
 _BLOCKS = (3, 3, 3, 1)  # at each size; between them the picture doubles
 
 
@@ -34,7 +35,7 @@ class Block(nn.Module):
 class TinyDecoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        layers: list[nn.Module] = [_conv(LATENT_CHANNELS, WIDTH), nn.ReLU(inplace=True)]
+        layers: list[nn.Module] = [_conv(VaeConfig.latent_channels, WIDTH), nn.ReLU(inplace=True)]
         for size, count in enumerate(_BLOCKS):
             if size:
                 layers += [nn.Upsample(scale_factor=2), _conv(WIDTH, WIDTH, bias=False)]
