@@ -92,6 +92,6 @@ def test_taef1_where_it_is_given(demo: ModelFiles, tmp_path: Path) -> None:
     with torch.inference_mode():
         wanted = to_pixels(theirs.decode(x0[None]).sample[0])
     assert (preview(x0).int() - wanted.int()).abs().max() <= 1
-    assert preview(torch.randn(16, 12, 160)).shape == (40, 512, 3)  # of 64 latent pixels
+    assert preview(torch.randn(16, 12, 160)).shape == (16, 256, 3)  # of 32 latent pixels
     with pytest.raises(UserError, match="no tiny decoder"):
         previewer(demo, next((model_folder(DEMO) / "vae").glob("*.safetensors")))

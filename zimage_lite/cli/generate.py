@@ -13,7 +13,7 @@ from ..checkpoint.architecture import other_encoder
 from ..checkpoint.detect import COMPONENTS, said_of_unused
 from ..checkpoint.model_card import DEMO
 from ..checkpoint.output import require_absent
-from ..config import BACKENDS, COMPUTES, DEVICES, DTYPES, GenerateOptions, RuntimeOptions
+from ..config import BACKENDS, COMPUTES, DEVICES, DTYPES, PREVIEW_BYTES, GenerateOptions, RuntimeOptions
 from ..errors import UserError
 from ..memory.meter import peak_rss_bytes
 from ..pictures.saving import require_kind, save
@@ -148,7 +148,7 @@ def command(
         dtype,
         backend,
         parse_bytes(vram) if vram else None,
-        parse_bytes(ram) if ram else None,
+        parse_bytes(ram) - (PREVIEW_BYTES if preview_decoder else 0) if ram else None,
         cache=not no_cache,
         compute=compute,
     )

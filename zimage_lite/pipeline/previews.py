@@ -21,7 +21,7 @@ from .weights import Component, read_into
 
 Previewer = Callable[[Tensor], Tensor]  # x0 [16, h, w] float32 on any device -> [., ., 3] uint8 on the CPU
 
-_LONGEST = 64  # latent pixels that TAEF1 gets: 512 of the picture
+_LONGEST = 32  # latent pixels that TAEF1 gets: 256 of the picture: see PREVIEW_BYTES
 
 
 def previewer(model: ModelFiles, taef1: Path | None = None) -> Previewer:
