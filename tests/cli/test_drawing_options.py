@@ -69,6 +69,7 @@ def test_what_is_transparent_is_drawn_anew(
     assert (pixels(out)[kept] != pixels(fox)[kept]).any()
 
 
+@pytest.mark.slow  # a picture each
 @pytest.mark.parametrize(
     ("options", "size"),
     [

@@ -26,6 +26,8 @@ from zimage_lite.compare.models import SHEET_ROWS, measured, picture_path, sheet
 from zimage_lite.errors import BudgetError
 from zimage_lite.memory.machine import CUDA_CONTEXT_BYTES
 
+pytestmark = pytest.mark.slow  # pictures of several models
+
 Refused = Callable[..., str]
 
 

@@ -33,6 +33,8 @@ from zimage_lite.convert.quantize import quantize
 from zimage_lite.convert.recipe import target, targets
 from zimage_lite.quant.formats import EFFORTS, FORMATS
 
+pytestmark = pytest.mark.slow  # whole models are converted
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:

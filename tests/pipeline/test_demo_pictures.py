@@ -50,7 +50,9 @@ def test_another_colour_in_the_same_place(demo: Pipeline, red: Tensor) -> None:
     assert middle(moved) < middle(low) < middle(medium) < middle(high) - 1
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    "sampler", [name if name in ("euler", "lcm") else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLERS]
+)
 def test_outside_a_hard_mask_every_byte_is_the_pictures(demo: Pipeline, red: Tensor, sampler: str) -> None:
     mask = np.zeros((64, 64), np.uint8)
     mask[5:, 33:] = 255

@@ -16,6 +16,8 @@ from zimage_lite.checkpoint.model_files import open_model
 from zimage_lite.config import GenerateOptions, RuntimeOptions
 from zimage_lite.pipeline.drawing import Pipeline
 
+pytestmark = pytest.mark.slow  # each picture twice
+
 SIZES = {"even": (96, 64), "odd": (101, 83)}
 STRENGTHS = (0.3, 0.6, 1.0)
 GUIDED = {"guidance": 4.0, "negative": "blurry"}
@@ -55,7 +57,6 @@ def theirs(pipeline: Any, request: GenerateOptions, **more: Any) -> Tensor:
     return torch.from_numpy(np.asarray(result.images[0]).copy())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("strength", "guided"), [*((s, False) for s in STRENGTHS), (0.6, True)])
 def test_image_to_image(parts, pipeline, size, strength, guided) -> None:
@@ -71,7 +72,6 @@ def test_image_to_image(parts, pipeline, size, strength, guided) -> None:
     assert psnr(ours, truth, 255) >= 50
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("strength", "guided"), [*((s, False) for s in STRENGTHS), (1.0, True)])
 def test_inpainting(parts, pipeline, size, strength, guided) -> None:

@@ -25,6 +25,8 @@ from zimage_lite.convert.synthetic import TRUE_CONFIGS, synthetic_checkpoint
 from zimage_lite.errors import UserError
 from zimage_lite.pipeline.prompt_cache import PromptCache, cache_folder, embedding_key
 
+pytestmark = pytest.mark.slow  # pictures, drawn again and again
+
 KEY, OTHER = "0" * 64, "1" * 64
 CAT = GenerateOptions("a cat", 64, 64, steps=2)
 DOG = GenerateOptions("a dog", 64, 64, steps=2)
