@@ -171,7 +171,7 @@ class Control(Beside):
 
 @dataclass(kw_only=True)
 class DiffusersControl(Control):
-    """The same as diffusers (0.39 to 0.42) has it, to compare with: hints of the refiner reach a copy of the stream
+    """The same as diffusers 0.42.1 has it, to compare with: hints of the refiner reach a copy of the stream
     alone, which the control layers then see instead of the stream. Costs the noise refiner once more.
 
     refiner: the transformer's `Modulation.noise_refiner`."""
