@@ -12,11 +12,11 @@ from stubs import TEXT_ENCODER, TINY, TRANSFORMER, VAE, Shape, foreign, write
 
 from zimage_lite.checkpoint import gguf
 from zimage_lite.checkpoint.checkpoint import CONFIG_KEY, open_checkpoint
-from zimage_lite.checkpoint.configs import text_encoder_config, transformer_config, vae_config
+from zimage_lite.checkpoint.configs import control_config, text_encoder_config, transformer_config, vae_config
 from zimage_lite.checkpoint.diffusers_config import config_json
 from zimage_lite.checkpoint.model_files import open_model
 from zimage_lite.checkpoint.tokenizer import tokenizer_from
-from zimage_lite.config import TextEncoderConfig, TransformerConfig, VaeConfig
+from zimage_lite.config import ControlConfig, TextEncoderConfig, TransformerConfig, VaeConfig
 from zimage_lite.errors import UserError, WrongModelError
 
 # --- Sizes
@@ -25,6 +25,7 @@ CONFIGS = {
     "transformer": (transformer_config, TRANSFORMER, TransformerConfig()),
     "text_encoder": (text_encoder_config, TEXT_ENCODER, TextEncoderConfig()),
     "vae": (vae_config, VAE, VaeConfig()),
+    "controlnet": (control_config, component_shapes(ControlConfig()), ControlConfig()),
 }
 
 
@@ -42,6 +43,7 @@ def test_sizes_from_shapes(component: str) -> None:
         ("transformer", {"n_refiner_layers": 1}), ("transformer", {"cap_feat_dim": 4096}),
         ("text_encoder", {"num_hidden_layers": 35}), ("text_encoder", {"num_key_value_heads": 32}),
         ("text_encoder", {"vocab_size": 151669}), ("text_encoder", {"intermediate_size": 9729}),
+        ("controlnet", {"control_in_dim": 16}), ("controlnet", {"n_refiner_layers": 1}),
         ("vae", {"latent_channels": 4}), ("vae", {"block_out_channels": [128, 256, 512]}),
     ],
 )  # fmt: skip
@@ -74,6 +76,7 @@ def test_misshapen_tensors_give_no_sizes(component: str, shape: Shape) -> None:
     measure, shapes, config = CONFIGS[component]
     measured = ["cap_embedder.1.weight", "layers.0.attention.norm_q.weight", "all_x_embedder.2-1.weight"]
     measured += ["embed_tokens.weight", "layers.0.self_attn.q_norm.weight", "layers.0.self_attn.q_proj.weight"]
+    measured += ["control_all_x_embedder.2-1.weight", "control_layers.0.attention.norm_q.weight"]
     measured += ["decoder.conv_in.weight", "decoder.conv_out.weight", "decoder.up_blocks.0.resnets.0.conv1.weight"]
     for name in measured:
         if name in shapes:

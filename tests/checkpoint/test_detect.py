@@ -156,7 +156,7 @@ OTHERS: dict[str, tuple[dict[str, Shape], str]] = {
     "Llama": (stubs("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"), "another language model"),
     "Llama GGUF names": (stubs("token_embd.weight", "blk.0.attn_q.weight"), "another language model"),
     "ControlNet": (
-        stubs("control_all_x_embedder.2-1.weight", "control_layers.0.attention.to_q.weight"), "Z-Image ControlNet"
+        stubs("control_layers.0.attention.to_q.weight"), "a part of a Z-Image ControlNet"
     ),
     "Omni": (TINY["transformer"] | {"siglip_embedder.0.weight": (1152,)}, "Z-Image Omni"),
     "pixel space": (TINY["transformer"] | {"dec_net.cond_embed.weight": (2, 2)}, "pixel-space variant"),

@@ -13,13 +13,14 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from ..config import TextEncoderConfig, TransformerConfig, VaeConfig
+from ..config import ControlConfig, TextEncoderConfig, TransformerConfig, VaeConfig
 from ..errors import FileFormatError, WrongModelError
 from ..quant.tensor import rows_columns
 from . import configs
 from .architecture import architecture, refuse_other_encoder, text_encoder_values
 from .container import TensorFile, file_stamp
-from .detect import contents, detect, is_adapter, refuse_relatives
+from .controlnets import without_untrained
+from .detect import CONTROLNET, contents, detect, is_adapter, refuse_relatives
 from .json_file import read_json
 from .names import LLAMA_CPP_QWEN3, NATIVE_TRANSFORMER, OLD_DIFFUSERS_VAE, NameMap, flux_vae
 from .opening import open_tensor_file
@@ -29,7 +30,7 @@ from .weight_files import require_whole, weight_set
 
 CONFIG_KEY = "zimage_lite.config"  # metadata of the files we write: what shapes cannot tell
 
-ModelConfig = TransformerConfig | TextEncoderConfig | VaeConfig
+ModelConfig = TransformerConfig | TextEncoderConfig | VaeConfig | ControlConfig
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Checkpoint:
     @property
     def main_format(self) -> str:
         """The format that holds the most bytes of the blocks, or of everything where there are none."""
-        blocks = [tensor for name, tensor in self.tensors.items() if name.startswith("layers.")]
+        blocks = [tensor for name, tensor in self.tensors.items() if name.startswith(("layers.", "control_layers."))]
         return next(iter(_bytes_by_format(blocks or self.tensors.values())))
 
     def bytes_by_format(self) -> dict[str, tuple[int, int]]:
@@ -176,7 +177,7 @@ def _whole(file: Path) -> Path:
 
 @cache
 def _name_maps(component: str) -> tuple[NameMap, ...]:
-    if component == "transformer":
+    if component in ("transformer", CONTROLNET):
         return (NATIVE_TRANSFORMER,)
     if component == "text_encoder":
         return (LLAMA_CPP_QWEN3,)
@@ -204,6 +205,9 @@ def _canonical(component: str, stored: StoredTensor, prefix: str) -> Iterator[St
 
 
 def _config(component: str, tensors: Mapping[str, StoredTensor], given: Mapping[str, Any], where: str) -> ModelConfig:
+    if component == CONTROLNET:
+        trained = without_untrained(tensors)
+        return configs.control_config({name: tensor.shape for name, tensor in trained.items()}, given, where)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if component == "transformer":
         refuse_relatives(shapes, where)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
-from ..config import PATCH_SIZE, TextEncoderConfig, TransformerConfig, VaeConfig, from_mapping
+from ..config import PATCH_SIZE, ControlConfig, TextEncoderConfig, TransformerConfig, VaeConfig, from_mapping
 from ..errors import WrongModelError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -78,6 +79,56 @@ def vae_config(shapes: Shapes, given: Mapping[str, Any], where: str) -> VaeConfi
         if given.get(f"use_{layer}") or f"{layer}.weight" in shapes:
             raise WrongModelError(f"{where}: it has a {layer}, so this is not the Flux VAE that Z-Image uses")
     return from_mapping(VaeConfig, {**given, **measured}, where)
+
+
+# Channels, whether its refiner gives hints -> how many blocks there are. Each has its place in the true 30 layers.
+_RELEASED = {(16, False): (6,), (33, True): (15, 3)}
+
+
+def control_config(shapes: Shapes, given: Mapping[str, Any], where: str) -> ControlConfig:
+    """shapes: without a refiner that was never trained. places, where no config names them, follow from the number of
+    blocks, by their authors' rule."""
+    dim, patch_dim = _shape(shapes, "control_all_x_embedder.2-1.weight", 2, where)
+    head_dim = _shape(shapes, "control_layers.0.attention.norm_q.weight", 1, where)[0]
+    n_blocks, n_refiners = _count(shapes, r"control_layers\.(\d+)\."), _count(shapes, r"control_noise_refiner\.(\d+)\.")
+    measured: dict[str, Any] = {
+        "dim": dim,
+        "control_in_dim": patch_dim // PATCH_SIZE**2,
+        "n_heads": dim // head_dim,
+        **({"n_refiner_layers": n_refiners} if n_refiners else {}),
+    }
+    _reject_contradiction(measured, given, where)
+    if measured["control_in_dim"] not in (16, 33):
+        raise WrongModelError(f"{where}: channels that it sees", got=measured["control_in_dim"], expected="16 or 33")
+    places = given.get("control_layers_places")
+    if places is None:
+        places = _control_places(n_blocks)
+    numbers = {**given, **measured, "control_layers_places": places, "add_control_noise_refiner": None}
+    found = from_mapping(ControlConfig, numbers, where)
+    hinting = "control_noise_refiner.0.after_proj.weight" in shapes
+    kind = "control_noise_refiner" if hinting else None if n_refiners else "control_layers"
+    found = replace(found, add_control_noise_refiner=kind)
+    _require_released(found, n_blocks, given, where)
+    return found
+
+
+def _control_places(n_blocks: int) -> tuple[int, ...]:
+    n_layers = TransformerConfig.n_layers
+    return tuple(range(0, n_layers, max(n_layers // max(n_blocks, 1), 1)))[:n_blocks]
+
+
+def _require_released(config: ControlConfig, n_blocks: int, given: Mapping[str, Any], where: str) -> None:
+    """Raise WrongModelError for a part of a ControlNet, or one that nobody has described."""
+    wanted: tuple[int, ...] = (len(config.control_layers_places),)
+    if config.dim == ControlConfig.dim and given.get("control_layers_places") is None:
+        wanted = _RELEASED.get((config.control_in_dim, config.add_control_noise_refiner is not None), ())
+    if n_blocks not in wanted:
+        raise WrongModelError(
+            f"{where}: blocks of a ControlNet {config.version} for {config.control_in_dim} channels",
+            got=n_blocks,
+            expected=" or ".join(map(str, wanted)) or "versions 1.0 for 16, 2.0 and 2.1 for 33",
+            fix="get the whole file",
+        )
 
 
 def _shape(shapes: Shapes, name: str, rank: int, where: str) -> tuple[int, ...]:

@@ -12,7 +12,9 @@ COMPONENTS = {
     "text_encoder": "Qwen3 text encoder",
     "vae": "Flux VAE",
 }
-_EXPECTED = "a Z-Image transformer, a Qwen3 text encoder or a Flux VAE"
+CONTROLNET = "controlnet"  # no part of a model, but opened, converted and streamed like one
+KINDS = {**COMPONENTS, CONTROLNET: "Z-Image ControlNet"}  # whatever a file may be
+_EXPECTED = "a Z-Image transformer or ControlNet, a Qwen3 text encoder or a Flux VAE"
 
 # A component is recognised when all names of one of its tuples are there.
 _SIGNATURES = {
@@ -28,6 +30,10 @@ _SIGNATURES = {
         ("decoder.conv_in.weight", "decoder.mid.block_1.conv1.weight"),
         ("decoder.conv_in.weight", "decoder.mid_block.resnets.0.conv1.weight"),
     ),
+    CONTROLNET: (
+        ("control_all_x_embedder.2-1.weight", "control_layers.0.attention.qkv.weight"),
+        ("control_all_x_embedder.2-1.weight", "control_layers.0.attention.to_q.weight"),
+    ),
 }
 
 # Parts of the names that a LoRA and its kin have. They make a file an adapter only if no whole model is beside them.
@@ -38,6 +44,10 @@ _ADAPTERS = (
 # Part of a name that no file of Z-Image has -> what has it. First hit wins, before any signature: a whole SDXL
 # checkpoint has a VAE with the names of Flux's, and Gemma 3 has all the names of Qwen3.
 _STRANGERS = {
+    "controlnet_cond_embedding.": "a ControlNet for Stable Diffusion or SDXL",
+    "input_hint_block.": "a ControlNet for Stable Diffusion or SDXL",
+    "controlnet_x_embedder.": "a ControlNet for Flux or Qwen-Image",
+    "controlnet_blocks.": "a ControlNet for another model",
     "double_blocks.": "a Flux transformer",
     "single_transformer_blocks.": "a Flux transformer",
     "joint_blocks.": "a Stable Diffusion 3 transformer",
@@ -54,7 +64,7 @@ _STRANGERS = {
 
 # The same for files in which no signature was found.
 _OTHERS = {
-    "control_layers.": "a Z-Image ControlNet",
+    "control_layers.": "a part of a Z-Image ControlNet",
     "SelfAttention": "a T5 text encoder",
     "text_model.encoder": "a CLIP text encoder",
     "v.blk.": "the part of a language model that reads images (mmproj)",
@@ -71,7 +81,7 @@ def detect(names: Collection[str], where: str, component: str | None = None, arc
     found = contents(names, where, architecture)
     if component is not None and component not in found:
         first = next(iter(found))
-        raise WrongModelError(where, got=f"a {COMPONENTS[first]}", expected=f"a {COMPONENTS[component]}")
+        raise WrongModelError(where, got=f"a {KINDS[first]}", expected=f"a {KINDS[component]}")
     chosen = component or next(iter(found))
     return chosen, found[chosen]
 

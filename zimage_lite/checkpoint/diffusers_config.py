@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from ..config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VaeConfig
+from ..config import ControlConfig, SchedulerConfig, TextEncoderConfig, TransformerConfig, VaeConfig
 
 _DIFFUSERS = {"_diffusers_version": "0.36.0"}
 
 
-def config_json(config: TransformerConfig | TextEncoderConfig | VaeConfig | SchedulerConfig) -> dict[str, Any]:
+def config_json(
+    config: TransformerConfig | TextEncoderConfig | VaeConfig | ControlConfig | SchedulerConfig,
+) -> dict[str, Any]:
     """The whole config.json of a component."""
     if isinstance(config, TransformerConfig):
         extra: dict[str, Any] = {
@@ -20,6 +22,15 @@ def config_json(config: TransformerConfig | TextEncoderConfig | VaeConfig | Sche
             "n_kv_heads": config.n_heads,
             "qk_norm": True,
             "axes_lens": [1536, 512, 512],
+            **_DIFFUSERS,
+        }
+    elif isinstance(config, ControlConfig):
+        extra = {
+            "_class_name": "ZImageControlNetModel",
+            "all_patch_size": [2],
+            "all_f_patch_size": [1],
+            "n_kv_heads": config.n_heads,
+            "qk_norm": True,
             **_DIFFUSERS,
         }
     elif isinstance(config, TextEncoderConfig):

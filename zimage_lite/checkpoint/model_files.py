@@ -14,7 +14,7 @@ from typing import Any
 from ..config import SchedulerConfig, TextEncoderConfig, from_mapping
 from ..errors import UserError, WrongModelError
 from .checkpoint import Checkpoint, components_in, open_checkpoint
-from .detect import COMPONENTS
+from .detect import COMPONENTS, KINDS
 from .impostors import no_such, refuse_cache_root
 from .json_file import read_json
 from .model_card import colour_layers, default_size
@@ -73,7 +73,7 @@ def require_all(model: Path | None, places: Mapping[str, Path | None]) -> None:
         return
     in_folder = model is not None and model.is_dir()
     lacks = " and no ".join(f"{part}/" if in_folder else COMPONENTS[part] for part in missing)
-    has = None if model is None or in_folder else " and ".join(f"a {COMPONENTS[part]}" for part in components_in(model))
+    has = None if model is None or in_folder else " and ".join(f"a {KINDS[part]}" for part in components_in(model))
     flags = " and ".join(f"{_FLAGS[part]} FILE" for part in missing)
     raise UserError(f"{model or 'the model'} has no {lacks}", got=has, fix=f"name what is missing with {flags}")
 

@@ -21,6 +21,7 @@ PREFIXES = {
         "language_model.model.", "model.", "text_encoder.", "",
     ),
     "vae": ("first_stage_model.", "vae.", ""),
+    "controlnet": ("model.diffusion_model.", "diffusion_model.", "controlnet.", ""),
 }  # fmt: skip
 
 
@@ -95,7 +96,7 @@ class NameMap:
         return None
 
 
-# Lumina2's names, used by ComfyUI, by GGUF files and by every single-file release.
+# Lumina2's names, used by ComfyUI, by GGUF files and by every single-file release; in a ControlNet's blocks, too.
 NATIVE_TRANSFORMER = NameMap(
     rules=(
         Rule("all_x_embedder.2-1.{rest}", "x_embedder.{rest}"),

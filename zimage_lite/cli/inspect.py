@@ -21,7 +21,8 @@ from . import print_json, table_printer
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 def command(path: str, as_json: bool) -> None:
     """Say what a file or folder is: model, layout, formats by tensor count and bytes, what would be refused and why; of
-    a LoRA, who wrote it, its kind and ranks, and how many modules it changes.
+    a LoRA, who wrote it, its kind and ranks, and how many modules it changes; of a ControlNet, its version and what its
+    authors run it with.
 
     Reads headers only.
     """
@@ -58,6 +59,8 @@ def _describe(part: Any, say: Callable[[str], None]) -> None:
         say(f"{part.name}: refused: {part.refusal}")
         return
     say(f"{part.name}: {part.model}, {part.layout}, {part.tensors} tensors, {format_gb(part.bytes)}")
+    if part.about:
+        say(f"    {part.about}")
     for name, (count, nbytes) in part.formats.items():
         say(f"    {name:<12} {count:>5} tensors {format_gb(nbytes):>12}")
     if len(part.formats) > 1 and part.groups:

@@ -95,8 +95,8 @@ def command(
     """Turn a checkpoint into a smaller one.
 
     SOURCE is a model folder, an all-in-one file, the id of a model on the Hugging Face Hub (or demo), or a single
-    transformer or text encoder file; a model comes out as a folder, a file as a file. The output appears whole or not
-    at all. `zimage-lite formats` explains FORMAT.
+    transformer, text encoder or ControlNet file; a model comes out as a folder, a file as a file. The output appears
+    whole or not at all. `zimage-lite formats` explains FORMAT.
     """
     from ..convert.quantize import quantize
     from ..memory.meter import peak_rss_bytes

@@ -24,6 +24,7 @@ from .. import __version__
 from ..api import open_named
 from ..bench.machine import commit, machine_facts
 from ..checkpoint.checkpoint import components_in
+from ..checkpoint.detect import COMPONENTS
 from ..checkpoint.model_card import model_folder
 from ..checkpoint.model_files import ModelFiles
 from ..config import GenerateOptions, RuntimeOptions
@@ -76,7 +77,7 @@ def _told_of(tell: Tell, label: str, line: str) -> None:
 def _open(name: str, reference: str) -> ModelFiles:
     path = Path(name)
     parts = components_in(path) if path.is_file() else ()
-    if len(parts) != 1:
+    if len(parts) != 1 or parts[0] not in COMPONENTS:
         return open_named(name, {})
     return replace(open_named(reference, {parts[0]: path}), name=path.name)
 

@@ -31,7 +31,15 @@ from .limits import (
     VAE_FACTOR,
     VAE_QUERIES,
 )
-from .models import SchedulerConfig, TextEncoderConfig, TransformerConfig, VaeConfig, from_mapping
+from .models import (
+    BlockSizes,
+    ControlConfig,
+    SchedulerConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+    VaeConfig,
+    from_mapping,
+)
 from .runtime import RuntimeOptions
 
 __all__ = [
@@ -60,6 +68,8 @@ __all__ = [
     "TOKENS_PER_PASS",
     "VAE_FACTOR",
     "VAE_QUERIES",
+    "BlockSizes",
+    "ControlConfig",
     "GenerateOptions",
     "Lora",
     "RuntimeOptions",

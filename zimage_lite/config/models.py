@@ -13,20 +13,12 @@ from .limits import INFINITE, PATCH_SIZE, VAE_FACTOR
 _Config = TypeVar("_Config")
 
 
-@dataclass(frozen=True)
-class TransformerConfig:
-    """The S3-DiT. Names are those of diffusers' transformer/config.json."""
+class BlockSizes:
+    """What the blocks of a transformer, and of what stands beside it, are made by."""
 
-    in_channels: int = 16
-    dim: int = 3840
-    n_layers: int = 30
-    n_refiner_layers: int = 2
-    n_heads: int = 30
-    norm_eps: float = 1e-5
-    cap_feat_dim: int = 2560
-    rope_theta: float = 256.0
-    t_scale: float = 1000.0
-    axes_dims: tuple[int, ...] = (32, 48, 48)
+    dim: int
+    n_heads: int
+    norm_eps: float
 
     @property
     def head_dim(self) -> int:
@@ -41,6 +33,22 @@ class TransformerConfig:
         """Width of the time embedding that drives adaLN."""
         return min(self.dim, 256)
 
+
+@dataclass(frozen=True)
+class TransformerConfig(BlockSizes):
+    """The S3-DiT. Names are those of diffusers' transformer/config.json."""
+
+    in_channels: int = 16
+    dim: int = 3840
+    n_layers: int = 30
+    n_refiner_layers: int = 2
+    n_heads: int = 30
+    norm_eps: float = 1e-5
+    cap_feat_dim: int = 2560
+    rope_theta: float = 256.0
+    t_scale: float = 1000.0
+    axes_dims: tuple[int, ...] = (32, 48, 48)
+
     @property
     def patch_dim(self) -> int:
         return self.in_channels * PATCH_SIZE**2
@@ -53,6 +61,57 @@ class TransformerConfig:
                 got=f"dim {self.dim}, n_heads {self.n_heads}, axes_dims {self.axes_dims}",
                 expected="even axes_dims that sum to dim / n_heads",
             )
+
+
+@dataclass(frozen=True)
+class ControlConfig(BlockSizes):
+    """A ControlNet of the Fun Union family, 2.1 by default. Names are those of diffusers' config.json.
+
+    control_layers_places: for each block of the ControlNet, the layer of the transformer that its hint follows; the
+    same for control_refiner_layers_places and the noise refiner. add_control_noise_refiner: which blocks see the image
+    tokens first, and whether they give hints: "control_noise_refiner", blocks of their own that do (2.1);
+    "control_layers", the same as later (2.0); None, plain blocks that do not (1.0).
+    """
+
+    control_in_dim: int = 33
+    control_layers_places: tuple[int, ...] = tuple(range(0, 30, 2))
+    control_refiner_layers_places: tuple[int, ...] = (0, 1)
+    add_control_noise_refiner: str | None = "control_noise_refiner"
+    dim: int = 3840
+    n_refiner_layers: int = 2
+    n_heads: int = 30
+    norm_eps: float = 1e-5
+
+    @property
+    def patch_dim(self) -> int:
+        return self.control_in_dim * PATCH_SIZE**2
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether it also takes a mask and the masked picture."""
+        return self.control_in_dim == 33
+
+    @property
+    def version(self) -> str:
+        """As its authors count."""
+        if self.add_control_noise_refiner is None:
+            return "1.0"
+        lite = " lite" if len(self.control_layers_places) < 5 else ""
+        return ("2.0" if self.add_control_noise_refiner == "control_layers" else "2.1") + lite
+
+    def __post_init__(self) -> None:
+        for places in (self.control_layers_places, self.control_refiner_layers_places):
+            if list(places) != sorted({*places, 0}) or places[0] < 0:
+                raise UserError("places of a ControlNet's hints", got=places, expected="0, then ever higher ones")
+        if self.control_in_dim not in (16, 33):
+            raise UserError("control_in_dim", got=self.control_in_dim, expected="16, or 33 with a mask and a picture")
+        if self.add_control_noise_refiner not in ("control_noise_refiner", "control_layers", None):
+            raise UserError("add_control_noise_refiner", got=self.add_control_noise_refiner, expected="a known kind")
+        if min(self.dim, self.n_heads, self.n_refiner_layers, self.norm_eps) <= 0 or self.dim % self.n_heads:
+            raise UserError(
+                "ControlNet config does not add up", got=f"dim {self.dim}, n_heads {self.n_heads}",
+                expected="dim a multiple of n_heads",
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,10 @@ from torch import nn
 from zimage_kernels import KINDS
 
 from ..checkpoint.checkpoint import Checkpoint, ModelConfig
+from ..checkpoint.detect import CONTROLNET
 from ..checkpoint.stored import StoredTensor
-from ..config import TextEncoderConfig, TransformerConfig, VaeConfig
+from ..config import ControlConfig, TextEncoderConfig, TransformerConfig, VaeConfig
+from ..model.controlnet import ControlNet
 from ..model.linear import shapes
 from ..model.text_encoder import TextEncoder
 from ..model.transformer import Transformer
@@ -22,7 +24,12 @@ from .output_file import OutTensor, output_tensors
 from .recipe import Target, target, targets
 
 _CONTAINERS = ("gguf", "comfy", "bnb", "quanto")
-_COMPONENTS = {TransformerConfig: "transformer", TextEncoderConfig: "text_encoder", VaeConfig: "vae"}
+_COMPONENTS = {
+    TransformerConfig: "transformer",
+    TextEncoderConfig: "text_encoder",
+    VaeConfig: "vae",
+    ControlConfig: CONTROLNET,
+}
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,8 @@ def component_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a component under its canonical name, in the order of the model."""
     if isinstance(config, TransformerConfig):
         return shapes(Transformer(config))
+    if isinstance(config, ControlConfig):
+        return shapes(ControlNet(config))
     if isinstance(config, VaeConfig):
         return shapes(nn.ModuleDict({"encoder": Encoder(config), "decoder": Decoder(config)}))
     # The runtime leaves out the last layer and norm, and gathers embedding rows from the file, which has them all.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint.detect import CONTROLNET
+from ..model.controlnet import ControlNet
 from ..model.linear import shapes
 from ..model.text_encoder import TextEncoder
 from ..model.transformer import Transformer
@@ -30,4 +33,9 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
     """The model that a checkpoint is for, without weights. Of a VAE only the decoder is ever needed to draw."""
     if checkpoint.component == "vae":
         return nn.ModuleDict({"decoder": Decoder(checkpoint.config)})
-    return (Transformer if checkpoint.component == "transformer" else TextEncoder)(checkpoint.config)
+    skeletons: dict[str, Callable[[Any], nn.Module]] = {
+        "transformer": Transformer,
+        "text_encoder": TextEncoder,
+        CONTROLNET: ControlNet,
+    }
+    return skeletons[checkpoint.component](checkpoint.config)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint, components_in
-from ..checkpoint.detect import COMPONENTS
+from ..checkpoint.controlnets import said_of
+from ..checkpoint.detect import COMPONENTS, CONTROLNET, KINDS
 from ..checkpoint.impostors import no_such, refuse_cache_root
 from ..checkpoint.model_files import find_component, open_model
 from ..checkpoint.stored import StoredTensor
@@ -23,7 +24,7 @@ class Part:
     """One component, or the reason why it is refused.
 
     formats: name -> (tensors, bytes); groups: of tensors -> (formats, bytes); recipe: what made the file; unused: names
-    of tensors that are no part of the model.
+    of tensors that are no part of the model; about: for people, what its authors say of using it.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Part:
     config: Mapping[str, Any] = field(default_factory=dict)
     refusal: str | None = None
     unused: tuple[str, ...] = ()
+    about: str | None = None
 
 
 def inspect(path: Path) -> list[Part]:
@@ -82,7 +84,7 @@ def _part(name: str, path: Path, component: str | None) -> Part:
         return Part(name, refusal=str(error))
     return Part(
         name,
-        COMPONENTS[checkpoint.component],
+        KINDS[checkpoint.component],
         checkpoint.layout,
         len(checkpoint.tensors),
         checkpoint.nbytes,
@@ -91,6 +93,7 @@ def _part(name: str, path: Path, component: str | None) -> Part:
         checkpoint.metadata.get(RECIPE_KEY),
         asdict(checkpoint.config),
         unused=checkpoint.unused,
+        about=said_of(checkpoint.config, path.name) if checkpoint.component == CONTROLNET else None,
     )
 
 

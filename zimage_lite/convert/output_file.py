@@ -15,6 +15,7 @@ from typing import Any
 
 from ..checkpoint import gguf, safetensors
 from ..checkpoint.checkpoint import CONFIG_KEY, Checkpoint
+from ..checkpoint.detect import CONTROLNET
 from ..checkpoint.names import LLAMA_CPP_QWEN3, NATIVE_TRANSFORMER, natural_order
 from ..checkpoint.stored import StoredTensor
 from ..errors import UserError
@@ -130,7 +131,7 @@ def _n_layers(names: Iterable[str]) -> int:
 
 def _names(source: Checkpoint, container: str) -> dict[str, tuple[str, ...]]:
     """Name in the output -> the canonical tensors that it holds."""
-    if source.component == "transformer":
+    if source.component in ("transformer", CONTROLNET):
         if container in ("gguf", "comfy"):
             return NATIVE_TRANSFORMER.to_foreign(source.tensors)
         return {name: (name,) for name in source.tensors}
@@ -143,7 +144,7 @@ def _names(source: Checkpoint, container: str) -> dict[str, tuple[str, ...]]:
 def _block_order(name: str) -> tuple[int, list[tuple[int, int, str]]]:
     """Everything outside the blocks first, then blocks in the order they run."""
     group, _, rest = name.removeprefix("model.").partition(".")
-    groups = ("context_refiner", "noise_refiner", "layers", "blk")
+    groups = ("context_refiner", "noise_refiner", "control_noise_refiner", "control_layers", "layers", "blk")
     return (groups.index(group) + 1, natural_order(rest.partition(".")[0])) if group in groups else (0, [])
 
 
@@ -199,6 +200,8 @@ def metadata(source: Checkpoint, target: Target) -> dict[str, Any]:
     file = {"general.quantization_version": 2, "general.file_type": target.file_type}
     if source.component == "transformer":
         return {"general.architecture": "lumina2", "general.name": "Z-Image", **file, **own}
+    if source.component == CONTROLNET:
+        return {"general.architecture": "z_image_control", "general.name": "Z-Image ControlNet", **file, **own}
     c = source.config
     qwen3 = {
         "block_count": c.num_hidden_layers,

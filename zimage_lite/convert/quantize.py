@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.checkpoint import components_in
-from ..checkpoint.detect import COMPONENTS
+from ..checkpoint.detect import COMPONENTS, KINDS
 from ..checkpoint.hub import LocalFiles, hub_files, is_hub_id
 from ..checkpoint.impostors import no_such
 from ..checkpoint.model_files import find_component
@@ -120,7 +120,7 @@ def _quantize_file(path: Path, out: Path | None, source: Path, component: str | 
     if checkpoint.component == "vae":
         raise UserError(f"{path}: a VAE stays as it is", fix="quantize the transformer and the text encoder")
     if job.loras and checkpoint.component != "transformer":
-        raise UserError("--merge-lora is for the transformer", got=f"a {COMPONENTS[checkpoint.component]}")
+        raise UserError("--merge-lora is for the transformer", got=f"a {KINDS[checkpoint.component]}")
     checkpoint = with_merged(checkpoint, job.loras, job.note, not job.files.file_bytes)
     suffix = job.target.suffix
     part = "" if component is None and path == source else f"-{checkpoint.component}"

@@ -25,9 +25,16 @@ KEEP = "keep"  # as a format: what the tensor has, or 16 bits
 
 # Group -> patterns of canonical names.
 GROUPS = {
-    "embedders": ("t_embedder.*", "all_x_embedder.*", "cap_embedder.*", "siglip_embedder.*"),
+    "embedders": (
+        "t_embedder.*",
+        "all_x_embedder.*",
+        "cap_embedder.*",
+        "siglip_embedder.*",
+        "control_all_x_embedder.*",
+    ),
     "final_layer": ("all_final_layer.*",),
     "refiners": ("context_refiner.*", "noise_refiner.*", "siglip_refiner.*"),
+    "hints": ("*.before_proj.*", "*.after_proj.*"),
     "adaln": ("*.adaLN_modulation.*",),
     "qkv": ("*.attention.to_q.*", "*.attention.to_k.*", "*.attention.to_v.*"),
     "out": ("*.attention.to_out.0.*",),
@@ -53,6 +60,7 @@ _LAYERS: dict[str, Callable[[int, int], bool]] = {
 
 # What a row that is no multiple of 256 long gets instead, as in llama.cpp. The true model has no such row.
 _SHORT_ROWS = {"q2_k": "iq4_nl", "q3_k": "iq4_nl", "iq4_xs": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+_HINTS_TO = {"gguf": "q8_0", "comfy": "int8"}  # container -> what makes hints gets where the rest gets less than 8 bits
 _GUESTS = ("bf16", "f16", "f32")  # what every container holds beside its own formats
 
 
@@ -163,7 +171,7 @@ def overridden(chosen: Target, keep: Iterable[str] = (), tensors: Iterable[str] 
 
 def as_it_is() -> Target:
     """Writes what is there under canonical names: for a component that leaves an all-in-one file unconverted."""
-    recipes = {component: Recipe(KEEP) for component in ("transformer", "text_encoder", "vae")}
+    recipes = {component: Recipe(KEEP) for component in ("transformer", "text_encoder", "vae", "controlnet")}
     return Target(KEEP, "comfy", "as it is", (), KEEP, 0, recipes)
 
 
@@ -194,6 +202,7 @@ def _load(name: str) -> Target:
         )
         for component in ("transformer", "text_encoder")
     }
+    recipes["controlnet"] = _for_controlnets(recipes["transformer"], values["container"])
     return Target(
         name,
         values["container"],
@@ -203,3 +212,14 @@ def _load(name: str) -> Target:
         values.get("file_type", 0),
         recipes,
     )
+
+
+def _for_controlnets(transformer: Recipe, container: str) -> Recipe:
+    """Its blocks as the transformer's, the refiner's like all; what makes hints in 8 bits at least, for they are added
+    to the residual stream as they are."""
+    rules, keep = tuple(rule for rule in transformer.rules if rule.tensors != "refiners"), ("embedders",)
+    if FORMATS[transformer.format].bits_per_weight() >= 8:
+        return replace(transformer, keep=keep, rules=rules)
+    if container in _HINTS_TO:
+        return replace(transformer, keep=keep, rules=(Rule("hints", _HINTS_TO[container]), *rules))
+    return replace(transformer, keep=(*keep, "hints"), rules=rules)

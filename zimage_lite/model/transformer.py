@@ -14,7 +14,7 @@ weights that it takes (`is_time_weight`), 2 % of all, are not needed afterwards.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from zimage_kernels import Branch, Int8Rows, Norm, add_norm, swiglu_int8
 
-from ..config import PATCH_SIZE, SEQUENCE_MULTIPLE, TransformerConfig
+from ..config import PATCH_SIZE, SEQUENCE_MULTIPLE, BlockSizes, TransformerConfig
 from .compute import REFERENCE, Compute
 from .float16 import ATTENTION_SCALE, FEED_FORWARD_SCALE, VALUE_SCALE, log2_in, stream_dtype, swiglu
 from .linear import Activation, Linear, RMSNorm, Stream
@@ -83,7 +83,7 @@ class Block(nn.Module):
     """Attention and feed-forward, each between two norms. With modulation, the time scales what goes in (1 + s) and
     gates what comes out (tanh g); the context refiner has none."""
 
-    def __init__(self, config: TransformerConfig, modulated: bool = True) -> None:
+    def __init__(self, config: BlockSizes, modulated: bool = True) -> None:
         super().__init__()
         dim, eps = config.dim, config.norm_eps
         self.attention = Attention(dim, config.n_heads, eps)
@@ -188,6 +188,21 @@ class Caption:
     rope: Rope
 
 
+class Beside:
+    """What goes along with an evaluation and adds to the residual stream: here, nothing (a ControlNet's is
+    `controlnet.Control`)."""
+
+    def along(self, group: str, x: Tensor, rope: Rope, lengths: list[int], stream: Stream) -> Stream:
+        """What brings the blocks of "noise_refiner", then of "layers". Those beside them come by the same `stream`, in
+        between, and compute when they come: so that all are visited in one order, and one is bound at a time.
+        x: [tokens, dim], the residual stream before the group."""
+        return stream
+
+    def added(self, x: Tensor) -> Tensor:
+        """x: the residual stream after the block that was brought last. It may be overwritten."""
+        return x
+
+
 class Transformer(nn.Module):
     """The skeleton, under diffusers' names, in which "2-1" is the patch size in space and time. compute: of its
     blocks."""
@@ -214,11 +229,11 @@ class Transformer(nn.Module):
 
         Computes in the dtype of the weights, whatever that of the features is."""
         norm, project = self.cap_embedder
-        captions = [_pad(project(norm(feature)), self.cap_pad_token) for feature in features]
+        captions = [pad(project(norm(feature)), self.cap_pad_token) for feature in features]
         lengths = [len(caption) for caption in captions]
         # A caption's tokens, pads included, count up along the first axis from 1.
         ropes = [self._rope(grid_positions((length, 1, 1), (1, 0, 0))) for length in lengths]
-        x, rope = _residual(captions), _join(ropes)
+        x, rope = residual(captions), _join(ropes)
         del captions
         for block in stream(self.context_refiner):
             x = block(x, rope, lengths, compute=self.compute)
@@ -231,12 +246,16 @@ class Transformer(nn.Module):
         Computed in float32 and with nothing but the time weights, which must be bound: those of a block when it is
         yielded by `stream`, which gets all blocks that know the time, the others at once.
         """
-        condition = self.t_embedder(times * self.config.t_scale)
+        condition = self.condition(times)
         blocks: Any = stream([*self.noise_refiner, *self.layers])
         vectors = torch.stack([block.modulation(condition).to(dtype) for block in blocks], dim=1)
         refiner, layers = vectors.split((len(self.noise_refiner), len(self.layers)), dim=1)
         final = _only(self.all_final_layer).modulation(condition).to(dtype)
         return [Modulation(*step) for step in zip(refiner, layers, final, strict=True)]
+
+    def condition(self, times: Tensor) -> Tensor:
+        """[T] -> [T, conditioning_dim] float32, from which all modulations are made."""
+        return self.t_embedder(times * self.config.t_scale)
 
     def forward(
         self,
@@ -246,31 +265,35 @@ class Transformer(nn.Module):
         stream: Stream = iter,
         watch: Watch | None = None,
         ropes: Ropes | None = None,
+        beside: Beside | None = None,
     ) -> list[Tensor]:
         """One evaluation for one or several images at the same time.
 
         latents: [channels, height, width] each, in the compute dtype, height and width even. modulation: of that time,
         in the same dtype. watch: called after each part with its name ("embedder", "noise_refiner.0", "layers.17",
-        "final layer") and its output. ropes: of these latents and captions, where they are at hand.
+        "final layer") and its output. ropes: of these latents and captions, where they are at hand. beside: a
+        ControlNet's part in it.
         Returns data - noise, the negated flow velocity, in the shapes of latents.
         """
-        watch = watch or _look_away
+        watch, beside = watch or _look_away, beside or Beside()
         embed, final = _only(self.all_x_embedder), _only(self.all_final_layer)
-        images = [_pad(embed(patchify(latent)), self.x_pad_token) for latent in latents]
+        images = [pad(embed(patchify(latent)), self.x_pad_token) for latent in latents]
         of_images, of_all = ropes or self.ropes(latents, captions)
         lengths = [len(image) for image in images]
-        x = _residual(images)
+        x = residual(images)
         del images
         watch("embedder", x)
-        for i, (block, vectors) in enumerate(zip(stream(self.noise_refiner), modulation.noise_refiner, strict=True)):
-            x = block(x, of_images, lengths, vectors, self.compute)
+        along = beside.along("noise_refiner", x, of_images, lengths, stream)
+        for i, (block, vectors) in enumerate(zip(along(self.noise_refiner), modulation.noise_refiner, strict=True)):
+            x = beside.added(block(x, of_images, lengths, vectors, self.compute))
             watch(f"noise_refiner.{i}", x)
 
         told = [caption.tokens for caption in captions]
-        x = torch.cat([part for pair in zip(x.split(lengths), told, strict=True) for part in pair])
+        x = interleaved(x.split(lengths), told)
         lengths = [image + len(tokens) for image, tokens in zip(lengths, told, strict=True)]
-        for i, (block, vectors) in enumerate(zip(stream(self.layers), modulation.layers, strict=True)):
-            x = block(x, of_all, lengths, vectors, self.compute)
+        along = beside.along("layers", x, of_all, lengths, stream)
+        for i, (block, vectors) in enumerate(zip(along(self.layers), modulation.layers, strict=True)):
+            x = beside.added(block(x, of_all, lengths, vectors, self.compute))
             watch(f"layers.{i}", x)
         tokens = final(x, modulation.final)
         watch("final layer", tokens)
@@ -309,16 +332,21 @@ def unpatchify(tokens: Tensor, shape: torch.Size) -> Tensor:
     return patches.permute(4, 0, 2, 1, 3).reshape(shape)
 
 
+def interleaved(images: Sequence[Tensor], captions: Sequence[Tensor]) -> Tensor:
+    """[tokens, dim] each -> one tensor, each image with its caption behind it."""
+    return torch.cat([part for pair in zip(images, captions, strict=True) for part in pair])
+
+
 def _missing(length: int) -> int:
     return -length % SEQUENCE_MULTIPLE
 
 
-def _pad(tokens: Tensor, pad_token: Tensor) -> Tensor:
+def pad(tokens: Tensor, pad_token: Tensor) -> Tensor:
     """Fill up with the learned pad token, which is attended like any other."""
     return torch.cat([tokens, pad_token.expand(_missing(len(tokens)), -1)])
 
 
-def _residual(parts: list[Tensor]) -> Tensor:
+def residual(parts: list[Tensor]) -> Tensor:
     """The stream that the blocks add to: what was embedded, one after another."""
     x = torch.cat(parts)
     return x.to(stream_dtype(x.dtype))
