@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
 
-from zimage_lite.config import SAMPLERS, SCHEDULES, GenerateOptions
+from zimage_lite.config import SAMPLERS, SCHEDULES, STRENGTH_MODES, GenerateOptions
+from zimage_lite.errors import UserError
 from zimage_lite.model import samplers, schedules
 from zimage_lite.model.blending import mask_at
 from zimage_lite.model.scheduler import initial_noise
@@ -86,3 +90,35 @@ def test_levels() -> None:
     assert levels_of(request(sampler="er_sde"))[0] < 1
     assert levels_of(request(sigmas=(1, 0.5, 0))) == (1.0, 0.5, 0.0)
     assert len(levels_of(request(strength_mode="diffusers"), 0.5)) == 4
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_given_levels_suit_every_sampler(sampler: str) -> None:
+    """Also those that need less than all noise to start from, and one step alone."""
+    for sigmas in ((1, 0.5, 0), (1, 0), (0.9999, 0.2, 0), (1e-6, 0)):
+        wanted = request(sampler=sampler, sigmas=sigmas)
+        result, seen = walked(Image(0, wanted, (64, 48)), levels_of(wanted))
+        assert result.isfinite().all() and abs(seen[0][0] - sigmas[0]) < 1e-4
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("mode", STRENGTH_MODES)
+def test_levels_fall_whatever_is_asked_for(schedule: str, mode: str) -> None:
+    for steps, shift, strength in product((1, 2, 8, 1000), (0.1, 3.0, 100.0), (0.01, 0.6, 1.0)):
+        wanted = request(schedule=schedule, strength_mode=mode)
+        levels = levels_of(replace(wanted, steps=steps, shift=shift), strength)
+        assert 1 < len(levels) <= steps + 1 and levels[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"sigmas": (1, 0.99999999, 0)}, "--sigmas: noise levels that float32"),
+        ({"sigmas": (1, 1e-50, 0)}, "--sigmas: noise levels that float32"),
+        ({"shift": 1e20}, r"--shift 1e\+20 in 6 steps: noise levels that float32"),
+        ({"shift": 1e-30}, "--shift 1e-30 in 6 steps"),
+    ],
+)
+def test_levels_that_float32_does_not_tell_apart(change: dict, line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        levels_of(replace(request(), **change))
