@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from zimage_lite.cli import run
@@ -85,3 +87,38 @@ def test_words_without_quotes(tiny: Path, tmp_path: Path, capsys: pytest.Capture
     assert notes == ['note: these are 3 prompts, a picture each; for one picture, quote it: "a red fox"']
     assert run(["generate", "a red fox", "a cat", *more]) == 0
     assert "note:" not in capsys.readouterr().err
+
+
+def test_requests_with_pictures_in_memory_are_told_apart() -> None:
+    """By which picture it is: arrays have no hash, and compare by element."""
+    picture, path = np.zeros((64, 64, 3), np.uint8), Path("fox.png")
+    one = GenerateOptions("a", image=picture, mask=picture[..., 0], seed=2**40)
+    assert one == replace(one, prompt="a") and hash(one) == hash(replace(one))
+    others = {
+        replace(one, image=picture.copy()),
+        replace(one, seed=1),
+        replace(one, image=path),
+        replace(one, fit="pad"),
+    }
+    assert len({one, *others}) == 5
+    assert GenerateOptions("a", image=path) == GenerateOptions("a", image=Path("fox.png"))
+
+
+def test_numbers_of_any_sequence() -> None:
+    given = GenerateOptions(
+        sigmas=torch.tensor([1, 0.5, 0]), guidance_range=[0, 1], outpaint=np.array([0, 0, 8, 0]), image="fox.png"
+    )
+    assert (given.sigmas, given.guidance_range, given.outpaint) == ((1, 0.5, 0), (0, 1), (0, 0, 8, 0))
+    hash(given)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"outpaint": ()}, {"outpaint": (1, 2)}, {"outpaint": 5}, {"outpaint": (8.0, 0, 0, 0)}, {"outpaint": "a"},
+        {"guidance_range": (0,)}, {"guidance_range": None}, {"sigmas": 5}, {"sigmas": "1,0"}, {"sigmas": [1, None]},
+    ],
+)  # fmt: skip
+def test_other_numbers_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"--{next(iter(wrong)).replace('_', '-')}: got"):
+        GenerateOptions(image="fox.png", **wrong)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 
-from zimage_lite.config import SAMPLERS, SCHEDULES, GenerateOptions
+from zimage_lite.config import SAMPLERS, SCHEDULES, STRENGTH_MODES, GenerateOptions
 from zimage_lite.errors import UserError
 from zimage_lite.model import samplers, schedules
 from zimage_lite.model.blending import mask_at
@@ -110,3 +111,21 @@ def test_levels_that_are_the_same(change: dict, flag: str) -> None:
     wanted = replace(request(), **change)
     with pytest.raises(UserError, match=f"{flag}: got .*tells apart"):
         levels_of(wanted)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_given_levels_suit_every_sampler(sampler: str) -> None:
+    """Also those that need less than all noise to start from, and one step alone."""
+    for sigmas in ((1, 0.5, 0), (1, 0), (0.9999, 0.2, 0), (1e-6, 0)):
+        wanted = request(sampler=sampler, sigmas=sigmas)
+        result, seen = walked(Image(0, wanted, (64, 48)), levels_of(wanted))
+        assert result.isfinite().all() and abs(seen[0][0] - sigmas[0]) < 1e-4
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("mode", STRENGTH_MODES)
+def test_levels_fall_whatever_is_asked_for(schedule: str, mode: str) -> None:
+    for steps, shift, strength in product((1, 2, 8, 1000), (0.1, 3.0, 100.0), (0.01, 0.6, 1.0)):
+        wanted = request(schedule=schedule, strength_mode=mode)
+        levels = levels_of(replace(wanted, steps=steps, shift=shift), strength)
+        assert 1 < len(levels) <= steps + 1 and levels[-1] == 0

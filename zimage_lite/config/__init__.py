@@ -3,7 +3,7 @@
 Pure data: importing this loads neither torch nor any other heavy library.
 """
 
-from .image import GenerateOptions, Lora
+from .image import GenerateOptions, Lora, known_by
 from .limits import (
     BACKENDS,
     COMPUTES,
@@ -78,4 +78,5 @@ __all__ = [
     "TransformerConfig",
     "VaeConfig",
     "from_mapping",
+    "known_by",
 ]

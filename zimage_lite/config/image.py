@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import InitVar, dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import InitVar, dataclass, fields
 from itertools import pairwise
+from operator import index
+from pathlib import PurePath
 from typing import Any
 
 from ..errors import UserError
@@ -20,6 +23,9 @@ from .limits import (
     SIZE_MULTIPLE,
     STRENGTH_MODES,
 )
+
+_SOURCES = ("image", "mask", "latents")
+_OUTPAINT = "pixels left,above,right,below: 0,0,256,0"
 
 
 @dataclass(frozen=True)
@@ -45,9 +51,16 @@ class Lora:
             return cls(text)
 
 
+def known_by(source: object) -> Hashable:
+    """What tells one picture, mask or latent from another: those in memory, which may change and have no hash, are
+    known by where they are."""
+    return source if isinstance(source, str | PurePath | None) else id(source)
+
+
 @dataclass(frozen=True)
 class GenerateOptions:
-    """One image, as asked for. None: what the model says of itself.
+    """One image, as asked for. None: what the model says of itself. Equal are those that ask for the same, of the same
+    picture.
 
     seed: -1 draws one. guidance: as diffusers counts, 0 is off; cfg: the same as ComfyUI counts, 1 is off;
     guidance_range: parts of the steps between which it is on. loras: of Lora, or texts "PATH:STRENGTH"; they add up.
@@ -84,6 +97,17 @@ class GenerateOptions:
     hires: float | None = None
     hires_strength: float = 0.35
     cfg: InitVar[float | None] = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GenerateOptions) and self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    @property
+    def _identity(self) -> tuple[Hashable, ...]:
+        settings = {field.name: getattr(self, field.name) for field in fields(self)}
+        return tuple(known_by(value) if name in _SOURCES else value for name, value in settings.items())
 
     @property
     def size(self) -> tuple[int, int]:
@@ -132,17 +156,17 @@ class GenerateOptions:
         }  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                got, flag = repr(getattr(self, name)), f"--{name.replace('_', '-')}"
-                raise UserError(flag, got=got, expected=f"one of {', '.join(known)}")
+                raise UserError(_flag(name), got=repr(getattr(self, name)), expected=f"one of {', '.join(known)}")
 
     def _check_levels(self) -> None:
         """Noise levels, and when the prompt and its opposite are followed."""
-        object.__setattr__(self, "sigmas", tuple(map(float, self.sigmas)))
+        self._set_numbers("sigmas", "numbers from at most 1, falling to 0: 1,0.9,0.6,0")
         falling = all(a > b for a, b in pairwise(self.sigmas))
         if self.sigmas and not (falling and self.sigmas[0] <= 1 and self.sigmas[-1] == 0 and len(self.sigmas) > 1):
             raise UserError("--sigmas", got=self.sigmas, expected="numbers from at most 1, falling to 0: 1,0.9,0.6,0")
         if not 0 <= self.variation < INFINITE:
             raise UserError("--variation", got=self.variation, expected="0 (off) or more, such as 20")
+        self._set_numbers("guidance_range", "two parts of the steps: 0,0.8", 2)
         start, end = self.guidance_range
         if not 0 <= start <= end <= 1:
             raise UserError("--guidance-range", got=f"{start:g},{end:g}", expected="two parts of the steps: 0,0.8")
@@ -156,13 +180,19 @@ class GenerateOptions:
                 raise UserError(flag, got=part, expected="a number from 0.01 (little changes) to 1 (all does)")
         if self.hires is not None and not 1 < self.hires <= 8:
             raise UserError("--hires", got=self.hires, expected="more than 1 and at most 8, such as 2x")
-        if self.outpaint is not None and (min(self.outpaint) < 0 or not any(self.outpaint)):
-            raise UserError("--outpaint", got=self.outpaint, expected="pixels left,above,right,below: 0,0,256,0")
+        if self.outpaint is not None:
+            self._set_numbers("outpaint", _OUTPAINT, 4, index)
+            if min(self.outpaint) < 0 or not any(self.outpaint):
+                raise UserError("--outpaint", got=self.outpaint, expected=_OUTPAINT)
         given = {"--image": self.image, "--latents": self.latents}
         if all(source is not None for source in given.values()):
             raise UserError("--image and --latents both say what to start from", fix="name one of them")
-        needs = {"--mask": self.mask, "--outpaint": self.outpaint}
-        if self.image is None and (lost := [flag for flag, value in needs.items() if value is not None]):
+        needs = {
+            "--mask": self.mask is not None,
+            "--outpaint": self.outpaint is not None,
+            "--inpaint-area mask": self.inpaint_area == "mask",
+        }
+        if self.image is None and (lost := [flag for flag, asked in needs.items() if asked]):
             raise UserError(f"{lost[0]} without a picture", fix="name one with --image")
         if self.strength is not None and all(source is None for source in given.values()):
             raise UserError("--strength without a picture to start from", fix="name one with --image")
@@ -171,9 +201,25 @@ class GenerateOptions:
         if self.hires and self.mask is not None:
             raise UserError("--hires does not go with --mask", fix="draw what the mask names first, then use --image")
 
+    def _set_numbers(self, name: str, expected: str, count: int = 0, kind: Callable[[Any], float] = float) -> None:
+        """A tuple in the place of any sequence of so many numbers; of any length if count is 0."""
+        given = getattr(self, name)
+        try:
+            numbers = tuple(map(kind, given))
+        except (TypeError, ValueError) as error:
+            raise UserError(_flag(name), got=repr(given)[:60], expected=expected) from error
+        if count not in (0, len(numbers)):
+            raise UserError(_flag(name), got=numbers, expected=expected)
+        object.__setattr__(self, name, numbers)
+
     def _guidance_of(self, cfg: float) -> float:
         if self.guidance is not None:
             raise UserError("--cfg and --guidance are one setting, counted in two ways", fix="name one of them")
         if not 1 <= cfg < INFINITE:
             raise UserError("--cfg", got=cfg, expected="1 (off) or more")
         return round(cfg - 1, 6)  # 4.1 is 3.1, and not a rounding error less
+
+
+def _flag(name: str) -> str:
+    """As the command line calls a setting."""
+    return f"--{name.replace('_', '-')}"

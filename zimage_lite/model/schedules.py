@@ -102,10 +102,12 @@ def tail(schedule: Schedule, steps: int, shift: float, strength: float) -> Tenso
 
 
 def diffusers_tail(schedule: Schedule, steps: int, shift: float, strength: float) -> Tensor:
-    """As diffusers has it: of the schedule, the last strength x steps, rounded up; of strength 0, [0] alone. The
+    """As diffusers has it: of the schedule, strength x its steps, rounded up; less than a step is [0] alone. The
     product's own rounding counts: 0.7 of 10 steps are 7, 0.55 of 100 are 56."""
-    skipped = int(max(steps - min(steps * strength, steps), 0))
-    return schedule(steps, shift)[skipped:]
+    whole = schedule(steps, shift)
+    there = len(whole) - 1
+    skipped = int(max(there - min(there * strength, there), 0))
+    return whole[skipped:]
 
 
 def _least(shift: float) -> float:
