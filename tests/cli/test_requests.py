@@ -43,8 +43,41 @@ def test_a_line_has_its_own_settings(tmp_path: Path) -> None:
         {"prompt": "b", "guidance": 0},
         {"prompt": "c", "negative": "d"},
     )
-    a, b, c = requests_of([], path, GenerateOptions(guidance=5.0, steps=9), 1)
+    a, b, c = requests_of([], path, {"guidance": 5.0, "steps": 9}, 1)
     assert (a.guidance, a.steps, b.guidance, b.steps, c.guidance, c.negative) == (2.0, 4, 0, 9, 5.0, "d")
+
+
+def test_the_command_lines_settings_are_for_pictures_of_the_file(tmp_path: Path) -> None:
+    path = lines(tmp_path, {"prompt": "a", "image": "fox.png"}, {"prompt": "b", "image": "cat.png", "strength": 0.2})
+    base = {"strength": 0.7, "mask": "hat.png", "cfg": 3.0}
+    a, b = requests_of([], path, base, 1)
+    assert (a.image, a.strength, a.mask, b.strength) == ("fox.png", 0.7, "hat.png", 0.2)
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1: --mask without a picture"):
+        requests_of([], lines(tmp_path, {"prompt": "a"}), base, 1)
+    with pytest.raises(UserError, match=r"^--mask without a picture"):
+        requests_of(["a"], path, base, 1)
+
+
+def test_a_random_seed_is_drawn_once_for_all_prompts(tmp_path: Path) -> None:
+    path = lines(tmp_path, {"prompt": "c"})
+    a, b, c = requests_of(["a", "b"], path, {"seed": -1}, 1)
+    assert a.seed == b.seed == c.seed
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ({"image": 5}, "image: got 5, expected a text"),
+        ({"hires": "2x"}, "hires: got '2x', expected a number"),
+        ({"strength": True}, "strength: got True, expected a number"),
+        ({"width": 1.5}, "width: got 1.5, expected a whole number"),
+        ({"outpaint": "8,0,0,0"}, "outpaint: got '8,0,0,0', expected a list"),
+        ({"sizes": 5}, "sizes: got 5, expected one of prompt, seed, width"),
+    ],
+)
+def test_a_value_of_another_kind(wrong: dict[str, Any], line: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"line 1: {line}"):
+        requests_of([], lines(tmp_path, {"prompt": "a", **wrong}), {}, 1)
 
 
 @pytest.mark.parametrize(
@@ -52,13 +85,13 @@ def test_a_line_has_its_own_settings(tmp_path: Path) -> None:
 )
 def test_a_wrong_line_is_named(wrong: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.jsonl, line 2: "):
-        requests_of([], lines(tmp_path, {"prompt": "a"}, {"prompt": "b", **wrong}), GenerateOptions(), 1)
+        requests_of([], lines(tmp_path, {"prompt": "a"}, {"prompt": "b", **wrong}), {}, 1)
 
 
 def test_random_seeds(tmp_path: Path) -> None:
     """One draw a line, from which its images count up; what is drawn stays, whatever else changes."""
     path = lines(tmp_path, {"prompt": "x", "seed": "random"}, {"prompt": "y", "seed": -1}, {"prompt": "z"})
-    seeds = [request.seed for request in requests_of([], path, GenerateOptions(seed=3), 2)]
+    seeds = [request.seed for request in requests_of([], path, {"seed": 3}, 2)]
     assert seeds[4:] == [3, 4]
     assert seeds[1] == seeds[0] + 1
     assert len({seeds[0], seeds[2], 3}) == 3

@@ -61,7 +61,7 @@ def command(
     memory. PSNR and SSIM of each picture, LPIPS if the package lpips is installed, seconds, peak memory and size of
     the files; `zimage-lite report` makes a table of the .json.
     """
-    requests = requests_of(prompts, prompt_file, GenerateOptions(**image), count)
+    requests = requests_of(prompts, prompt_file, image, count)
     limits = {"vram_bytes": parse_bytes(vram) if vram else None, "ram_bytes": parse_bytes(ram) if ram else None}
     options = RuntimeOptions(device, dtype, backend, cache=False, compute=compute, **limits)
     _require_place(out)

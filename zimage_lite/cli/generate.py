@@ -142,7 +142,7 @@ def command(
     """
     parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
     model = _model(model, parts)
-    requests = requests_of(prompts, prompt_file, GenerateOptions(**image), count, lora_dir)
+    requests = requests_of(prompts, prompt_file, image, count, lora_dir)
     options = RuntimeOptions(
         device,
         dtype,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "mask": str, "strength": _NUMBER, "strength_mode": str, "fit": str, "inpaint_area": str, "outpaint": list,
     "latents": str, "hires": _NUMBER, "hires_strength": _NUMBER,
 }  # fmt: skip
+_KINDS = {str: "a text", int: "a whole number", _NUMBER: "a number", list: "a list"}
 _LISTS = {"sigmas": 0, "guidance_range": 2, "outpaint": 4}  # of so many numbers, any number if 0
 
 
@@ -42,21 +43,23 @@ class Seed(click.ParamType):
 
 
 def requests_of(
-    prompts: Sequence[str], prompt_file: Path | None, base: GenerateOptions, count: int, lora_dir: Path | None = None
+    prompts: Sequence[str], prompt_file: Path | None, base: Mapping[str, Any], count: int, lora_dir: Path | None = None
 ) -> list[GenerateOptions]:
-    """All images in order: every prompt `count` times, seeds counting up. lora_dir: where prompts' <lora:...> lie."""
+    """All images in order: every prompt `count` times, seeds counting up. base: settings of all of them, for lines of
+    the file to complete: a --strength there may be meant for pictures here. lora_dir: where prompts' <lora:...> lie."""
     if not 1 <= count <= _MAX_IMAGES:
         raise UserError("--count", got=count, expected=f"a number from 1 to {_MAX_IMAGES}")
-    wanted = [replace(base, prompt=prompt) for prompt in prompts] + (
-        _read_prompts(prompt_file, base) if prompt_file else []
-    )
+    if "seed" in base:
+        base = {**base, "seed": GenerateOptions(seed=base["seed"]).seed}  # a random one is drawn once
+    wanted = [GenerateOptions(**{**base, "prompt": prompt}) for prompt in prompts]
+    wanted += _read_prompts(prompt_file, base) if prompt_file else []
     if not wanted:
         raise UserError("no prompt", fix='say what to draw, such as "a red circle"')
     wanted = [with_tags(request, lora_dir) for request in wanted]
     return [replace(request, seed=request.seed + i) for request in wanted for i in range(count)]
 
 
-def _read_prompts(path: Path, base: GenerateOptions) -> list[GenerateOptions]:
+def _read_prompts(path: Path, base: Mapping[str, Any]) -> list[GenerateOptions]:
     requests = []
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
@@ -81,25 +84,22 @@ def _lines(path: Path) -> list[str]:
         raise UserError(f"{path}: not a text in UTF-8") from error
 
 
-def _request(values: dict[str, Any], base: GenerateOptions, where: str) -> GenerateOptions:
+def _request(values: dict[str, Any], base: Mapping[str, Any], where: str) -> GenerateOptions:
     """base, but for what the line says itself."""
     if values.get("seed") == _RANDOM:
         values["seed"] = RANDOM_SEED
     for name, value in values.items():
-        if name not in _FIELDS or not isinstance(value, _FIELDS[name]) or isinstance(value, bool):
-            raise UserError(
-                f"{where}: {name}",
-                got=repr(value)[:60],
-                expected=f"one of {', '.join(_FIELDS)} with a fitting value",
-            )
+        if name not in _FIELDS:
+            raise UserError(f"{where}: {name}", got=repr(value)[:60], expected=f"one of {', '.join(_FIELDS)}")
+        if not isinstance(value, _FIELDS[name]) or isinstance(value, bool):
+            raise UserError(f"{where}: {name}", got=repr(value)[:60], expected=_KINDS[_FIELDS[name]])
     for name in _LISTS.keys() & values.keys():
         values[name] = _numbers(values[name], _LISTS[name], f"{where}: {name}")
-    if "cfg" in values:
-        values.setdefault("guidance", None)  # its own instead of the command line's
     if "loras" in values:
         values["loras"] = tuple(_lora(one, where) for one in values["loras"])
+    instead = {"cfg", "guidance"} if {"cfg", "guidance"} & values.keys() else set()  # two names of one setting
     try:
-        return replace(base, **values)
+        return GenerateOptions(**{**{name: base[name] for name in base.keys() - instead}, **values})
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 
