@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,6 +69,9 @@ for line in sys.stdin:
 """
 
 
+_LONGEST = 120  # seconds that a run may take: then it hangs
+
+
 class Starter:
     """Runs command lines in processes of their own."""
 
@@ -93,7 +97,12 @@ class Starter:
             time.sleep(after)
             os.kill(self.last_pid, send)
         print(file=self.process.stdin, flush=True)
-        return int(self.process.stdout.readline())
+        hung = threading.Timer(_LONGEST, os.kill, (self.last_pid, signal.SIGKILL))
+        hung.start()
+        try:
+            return int(self.process.stdout.readline())
+        finally:
+            hung.cancel()
 
     @property
     def said(self) -> list[str]:

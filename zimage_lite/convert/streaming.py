@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import torch
@@ -267,26 +268,47 @@ def _encode(tensor: OutTensor, wide: Tensor, source: StoredTensor, options: Opti
     return {suffix: part.cpu() for suffix, part in parts.items()}
 
 
+_Done = tuple[int, _Chunk, "Sums | None", "BaseException | None"]
+
+
 def _run(carrier: _Carrier, chunks: Iterable[_Chunk]) -> Iterator[tuple[_Chunk, Sums | None]]:
-    """Chunks as they are done, on as many threads as there are cores and one more, which reads while they compute."""
+    """Chunks as they are done, on as many threads as there are cores and one more, which reads while they compute.
+
+    They come by a queue, and no future is touched: an interrupt can leave a future's lock held, for which its worker
+    would then wait for ever."""
     workers = min((os.cpu_count() or 1) + 1, 8)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(workers)
-    pending: dict[Future[Sums | None], _Chunk] = {}
+    pool, done = ThreadPoolExecutor(workers), SimpleQueue[_Done]()
+    pending: dict[int, int] = {}  # weights of each chunk, by its number
     try:
-        for chunk in _read_ahead(chunks):
+        for number, chunk in enumerate(_read_ahead(chunks)):
             while pending and (
-                len(pending) >= 2 * workers
-                or sum(other.weights for other in pending.values()) + chunk.weights > IN_FLIGHT_WEIGHTS
+                len(pending) >= 2 * workers or sum(pending.values()) + chunk.weights > IN_FLIGHT_WEIGHTS
             ):
-                yield from _finished(pending)
-            pending[pool.submit(carrier, chunk)] = chunk
+                yield _next(done, pending)
+            pending[number] = chunk.weights
+            pool.submit(_carried, carrier, number, chunk, done)
         while pending:
-            yield from _finished(pending)
+            yield _next(done, pending)
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
+
+
+def _carried(carrier: _Carrier, number: int, chunk: _Chunk, done: SimpleQueue[_Done]) -> None:
+    try:
+        done.put((number, chunk, carrier(chunk), None))
+    except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+        done.put((number, chunk, None, error))
+
+
+def _next(done: SimpleQueue[_Done], pending: dict[int, int]) -> tuple[_Chunk, Sums | None]:
+    number, chunk, found, error = done.get()
+    del pending[number]
+    if error is not None:
+        raise error
+    return chunk, found
 
 
 def _read_ahead(chunks: Iterable[_Chunk]) -> Iterator[_Chunk]:
@@ -302,8 +324,3 @@ def _read_ahead(chunks: Iterable[_Chunk]) -> Iterator[_Chunk]:
             coming_bytes -= coming[0].source_bytes
             yield coming.popleft()
     yield from coming
-
-
-def _finished(pending: dict[Future[Sums | None], _Chunk]) -> list[tuple[_Chunk, Sums | None]]:
-    done, _ = wait(pending, return_when=FIRST_COMPLETED)
-    return [(pending.pop(future), future.result()) for future in done]
