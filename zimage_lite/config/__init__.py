@@ -3,7 +3,7 @@
 Pure data: importing this loads neither torch nor any other heavy library.
 """
 
-from .image import GenerateOptions, Lora
+from .image import GenerateOptions
 from .limits import (
     BACKENDS,
     COMPUTES,
@@ -30,6 +30,7 @@ from .limits import (
     VAE_FACTOR,
     VAE_QUERIES,
 )
+from .lora import Lora
 from .models import SchedulerConfig, TextEncoderConfig, TransformerConfig, VaeConfig, from_mapping
 from .runtime import RuntimeOptions
 
