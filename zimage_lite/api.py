@@ -96,7 +96,7 @@ def quantize(
         keep=keep,
         tensors=tensors,
         effort=effort,
-        merge_loras=[lora if isinstance(lora, Lora) else Lora.parsed(lora) for lora in merge_loras],
+        merge_loras=Lora.several(merge_loras),
         measure=measure,
         overwrite=overwrite,
     )

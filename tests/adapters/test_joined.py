@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapted import Wanted, Weights, assert_applied, joined_modules, side_of
+from adapted import Wanted, Weights, assert_applied, joined_modules, set_of, side_of
 from adapter_files import TINY, Described, size
 from torch import Tensor
 from trainers import ADAPTERS
 
-from zimage_lite.adapters.joined import AdapterSet, by_block, merged
+from zimage_lite.adapters.joined import by_block, merged
 from zimage_lite.adapters.reading import Adapter, open_adapter
 
 Q, W1 = "layers.0.attention.to_q", "layers.0.feed_forward.w1"
@@ -100,7 +100,7 @@ def test_changes_of_inputs_and_of_outputs_multiply(weights: Weights, tmp_path: P
 def test_parts_lie_where_they_were_counted(weights: Weights, tmp_path: Path) -> None:
     """Ranks side by side, up to a multiple of 16; in the dtype to compute in, but gains and biases in float32."""
     described = [of(kind, seed) for seed, kind in enumerate(("LoRA", "DoRA by row", "LoHa", "difference"))]
-    adapters = AdapterSet(tuple((adapter, 1.0) for adapter in opened(described, tmp_path)))
+    adapters = set_of(*((adapter, 1.0) for adapter in opened(described, tmp_path)))
     adapters.measure(weights.stored)
     for dtype in (torch.float32, torch.bfloat16):
         joined = adapters.modules(dtype)[Q]
@@ -119,7 +119,7 @@ def test_modules_by_block(tmp_path: Path) -> None:
     made = ADAPTERS["ai-toolkit with adaLN"]()
     for module in ("noise_refiner.0.attention.to_q", "cap_embedder.1", "t_embedder.mlp.0"):
         made.lora(module, module)
-    modules = AdapterSet(((open_adapter(made.write(tmp_path), TINY), 1.0),)).modules(torch.float32)
+    modules = set_of((open_adapter(made.write(tmp_path), TINY), 1.0)).modules(torch.float32)
     blocks, rest = by_block(modules.values())
     assert {name: len(own) for name, own in blocks.items()} == {"layers.0": 7, "layers.1": 7, "noise_refiner.0": 1}
     assert [joined.module for joined in rest] == ["cap_embedder.1"]

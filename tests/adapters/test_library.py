@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,8 +27,7 @@ def told() -> list[str]:
 
 @pytest.fixture
 def library(tmp_path: Path, told: list[str]) -> AdapterLibrary:
-    transformer: Any = SimpleNamespace(config=TINY, tensors=Weights(tmp_path).stored)
-    return AdapterLibrary(transformer, told.append)
+    return AdapterLibrary(TINY, told.append, Weights(tmp_path).stored)
 
 
 def test_opened_once_and_again_when_it_changes(library: AdapterLibrary, told: list[str], tmp_path: Path) -> None:
@@ -55,6 +54,40 @@ def test_strength_0_costs_nothing_but_has_to_be_an_adapter(library: AdapterLibra
         library.of([Lora(str(tmp_path / "nothing.safetensors"), 0.0)])
 
 
+def test_strength_of_blocks(library: AdapterLibrary, tmp_path: Path) -> None:
+    """Of what is not applied at all, nothing is planned; what is left out of one adapter is none of another's."""
+    path = str(ADAPTERS["peft in diffusers"]().write(tmp_path))
+    lora, other = Lora(path, 2.0, {"layers": 0, "layers.1": -0.5}), Lora(path, 0.3)
+    strengths = {
+        module: [m for _, m in joined.applied]
+        for module, joined in library.of([lora, other]).modules(torch.float32).items()
+    }
+    assert strengths["layers.0.attention.to_q"] == [0.3]
+    assert strengths["layers.1.attention.to_q"] == [-1.0, 0.3]
+    assert strengths["noise_refiner.0.attention.to_q"] == [2.0, 0.3]
+    assert "layers.0" not in load_of(library.of([lora]), "fp32").bytes
+    (told,) = library.told([lora])
+    assert told["blocks"] == {"layers": 0.0, "layers.1": -0.5} and told["strength"] == 2.0
+    with pytest.raises(UserError, match=r"got layers\.2, expected blocks of layers\.0-1"):
+        library.of([Lora(path, 1.0, {"layers.2": 1})])
+
+
+def test_recipes_name_what_was_drawn(library: AdapterLibrary, tmp_path: Path) -> None:
+    """Not what lies there by now."""
+    path = ADAPTERS["peft in diffusers"]().write(tmp_path)
+    loras, sha256 = [Lora(str(path), 1.0)], hashlib.sha256(path.read_bytes()).hexdigest()
+    library.of(loras)
+    mixed().write(tmp_path)
+    assert [one["sha256"] for one in library.told(loras)] == [sha256]
+
+
+@pytest.mark.parametrize("end", ["", "much", "0,8", "0.5:x"])
+def test_a_strength_that_is_none(library: AdapterLibrary, end: str, tmp_path: Path) -> None:
+    path = ADAPTERS["peft in diffusers"]().write(tmp_path)
+    with pytest.raises(UserError, match=rf"^{path}: strength: got '{end}', expected a number"):
+        library.of([Lora.of(f"{path}:{end}")])
+
+
 def test_an_unsound_one_is_refused_each_time(library: AdapterLibrary, told: list[str], tmp_path: Path) -> None:
     made = mixed()
     made.tensors["lora_unet_layers_0_attention_qkv.lora_up.weight"][5, 1] = torch.inf
@@ -75,7 +108,7 @@ def test_dora_is_measured_once(library: AdapterLibrary, tmp_path: Path, monkeypa
         measure(self, *given)
 
     monkeypatch.setattr(Dora, "measure", counted)
-    library.of([Lora(path, 1.0)], measured=False)
+    AdapterLibrary(TINY, [].append).of([Lora(path, 1.0)])
     assert count == 0
     for _ in range(2):
         library.of([Lora(path, 1.0)])

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapted import set_of
 from safetensors.torch import save_file
 
 from zimage_lite import quantize
 from zimage_lite.adapters import updates
-from zimage_lite.adapters.joined import AdapterSet
 from zimage_lite.adapters.reading import open_adapter
 from zimage_lite.adapters.updates import Dora
 from zimage_lite.checkpoint.model_files import open_model
@@ -37,7 +37,7 @@ def test_norms_of_any_format(
     )
     monkeypatch.setattr(updates, "PIECE_ROWS", len(weights[0]) * 3 // 4)
     adapter = open_adapter(tmp_path / "dora.safetensors", checkpoint.config)
-    AdapterSet(((adapter, 1.0),)).measure(checkpoint.tensors)
+    set_of((adapter, 1.0)).measure(checkpoint.tensors)
     norms = (whole + b.double() @ a.double()).norm(dim=0 if by_column else 1)
     assert len(adapter.applied) == 3
     for one in adapter.applied:

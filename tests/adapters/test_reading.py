@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
 import torch
-from adapted import STRENGTHS, Weights, assert_applied
+from adapted import STRENGTHS, Weights, assert_applied, joined_modules
 from adapter_files import TINY, Described, qkv
-from trainers import ADAPTERS, mixed, musubi, peft, peft_folder
+from trainers import ADAPTERS, mixed, peft, peft_folder, twice
 
 from zimage_lite.adapters.reading import kinds, open_adapter
 from zimage_lite.errors import UserError
@@ -28,7 +29,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
 def test_weights_change_as_the_formula_says(name: str, weights: Weights, tmp_path: Path) -> None:
     described = ADAPTERS[name]()
     adapter = open_adapter(described.write(tmp_path), TINY)
-    adapter.require_sound()
+    adapter.checked()
     wanted = weights.wanted(described)
     for m in STRENGTHS:
         scaled = {
@@ -44,7 +45,10 @@ def test_what_a_file_holds_is_counted(tmp_path: Path) -> None:
         name: torch.ones(4, 64) for name in ("bundle_emb.cat.t5xxl", "text_encoder.layers.0.mlp.lora_A.weight")
     }
     found = open_adapter(made.write(tmp_path, "pencil"), TINY)
-    assert found.name == "pencil" and len(found.sha256) == 64
+    assert (
+        found.name == "pencil"
+        and found.checked() == hashlib.sha256((tmp_path / "pencil.safetensors").read_bytes()).hexdigest()
+    )
     assert kinds(found) == {"LoRA": 3, "LoKr": 1}
     assert {one.update.shapes(one.target)["a"][0] for one in found.applied} == {
         6,
@@ -53,6 +57,31 @@ def test_what_a_file_holds_is_counted(tmp_path: Path) -> None:
     assert set(found.modules) == {*qkv("layers.0"), "layers.0.feed_forward.w1"}
     assert found.unknown == ("layers.7.attention.to_q",)
     assert len(found.unused) == 3
+
+
+def test_what_is_said_twice_is_told(tmp_path: Path) -> None:
+    """Copies under fused and native names."""
+    found = open_adapter(twice().write(tmp_path), TINY)
+    ends = ("lora_down.weight", "lora_up.weight")
+    copies = [f"lora_unet_layers_0_attention_{name}.{end}" for name in ("qkv", "out") for end in ends]
+    assert sorted(found.unused) == sorted(copies) and not found.unknown
+
+
+def test_what_belongs_to_no_changed_module_is_told(tmp_path: Path) -> None:
+    """PEFT's modules_to_save are whole weights of other modules."""
+    made = Described(tensors=dict(ONE))
+    made.add("base_model.model.cap_embedder.1.weight", 64, 32)
+    assert open_adapter(made.write(tmp_path), TINY).unused == ("base_model.model.cap_embedder.1.weight",)
+
+
+def test_a_part_of_a_file_is_refused(tmp_path: Path) -> None:
+    described = peft()
+    first = described.write(tmp_path, "adapter-00001-of-00002")
+    with pytest.raises(UserError, match="part 1 of 2 of a sharded file"):
+        open_adapter(first, TINY)
+    described.write(tmp_path, "adapter-00002-of-00002")
+    with pytest.raises(UserError, match="an adapter in 2 shards, expected one file"):
+        open_adapter(tmp_path, TINY)
 
 
 def test_a_peft_file_named_alone_is_as_strong_as_its_folder(weights: Weights, tmp_path: Path) -> None:
@@ -68,7 +97,11 @@ def test_a_peft_file_named_alone_is_as_strong_as_its_folder(weights: Weights, tm
         ({"lora_alpha": float("nan")}, "got nan and 4, expected numbers"),
         ({"lora_alpha": 8, "rank_pattern": {"(": 4}}, r"rank_pattern: got \{'\(': 4\}, expected patterns"),
         ({"lora_alpha": 8, "alpha_pattern": [4]}, "alpha_pattern: got .4., expected patterns"),
-        ({"use_cayley_neumann": False}, "OFT: got another series than PEFT's own"),
+        ({"use_cayley_neumann": False}, r"use_cayley_neumann: got False, expected one of \(True,\)"),
+        ({"peft_type": "ADALORA"}, "peft_type: got 'ADALORA', expected one of"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: got 'pissa_niter_4', expected one of"),
+        ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication: got"),
+        ({"coft": True}, "coft: got True"),
     ],
 )
 def test_a_config_that_cannot_be_meant(config: dict, message: str, tmp_path: Path) -> None:
@@ -93,11 +126,18 @@ def test_what_is_no_number_is_told(tmp_path: Path) -> None:
     made = Described(tensors={name: tensor.clone() for name, tensor in ONE.items()})
     made.tensors["transformer.layers.0.attention.to_q.lora_A.weight"][2, 3] = float("nan")
     with pytest.raises(UserError, match=r"lora_A.weight holds NaN or infinity"):
-        open_adapter(made.write(tmp_path), TINY).require_sound()
+        open_adapter(made.write(tmp_path), TINY).checked()
 
 
-def test_a_file_that_changes_while_it_is_open_is_told(tmp_path: Path) -> None:
+def test_a_file_that_changes_while_it_is_open_is_told(weights: Weights, tmp_path: Path) -> None:
+    """When it is checked, and when its parts are read for a block, which is later."""
     opened = open_adapter(peft().write(tmp_path), TINY)
-    musubi().write(tmp_path)
-    with pytest.raises(UserError, match="changed while it was read"):
-        opened.require_sound()
+    modules = joined_modules([(opened, 1.0)], weights)
+    opened.checked()
+    peft().write(tmp_path)  # as long as before
+    for read in (opened.checked, modules["layers.0.attention.to_q"].made):
+        with pytest.raises(UserError, match="changed while it was read"):
+            read()
+    (tmp_path / "adapter.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        opened.checked()

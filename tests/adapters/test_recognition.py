@@ -72,6 +72,14 @@ BAD: dict[str, tuple[dict[str, torch.Tensor], str]] = {
         "set_weight is of no kind of adapter known here",
     ),
     "IA3": ({f"{Q}.on_input": torch.ones(())}, "on_input is of no kind of adapter known here"),
+    "AdaLoRA": (
+        {**PAIR, f"{Q}.lora_E": torch.ones(4, 1)},
+        r"layers\.0\.attention\.to_q\.lora_E is of no kind of adapter known here",
+    ),
+    "a whole bias beside a LoRA": (
+        {**PAIR, f"{Q}.base_layer.bias": torch.ones(64)},
+        r"to_q\.base_layer\.bias is of no kind of adapter known here",
+    ),
     "alpha alone": ({f"{Q}.alpha": torch.ones(())}, "alpha alone is of no kind of adapter known here"),
     "a magnitude alone": ({f"{Q}.dora_scale": torch.ones(64, 1)}, "a DoRA magnitude, without the one LoRA"),
     "a magnitude of another length": (

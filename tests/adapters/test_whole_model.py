@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapted import MOST, STRENGTHS, changes_of
+from adapted import MOST, STRENGTHS, changes_of, set_of
 from adapter_files import TINY
 from oracles import randomize
 from torch import Tensor, nn
@@ -108,7 +108,7 @@ def test_a_lora_as_diffusers_applies_it(name: str, theirs: Any, folder: Path, tm
         for m in STRENGTHS:
             theirs.set_adapters(["a"], [m])
             change = of_diffusers(theirs).double() - before
-            got = ours(folder, AdapterSet(((adapter, m),)), SPELLINGS[name]).double() - plain
+            got = ours(folder, set_of((adapter, m)), SPELLINGS[name]).double() - plain
             assert (got - change).norm() <= MOST * change.norm()
             assert m == 0 or change.norm() > 0.1 * before.norm()
     finally:
@@ -138,7 +138,7 @@ def test_as_diffusers_with_merged_weights(name: str, theirs: Any, folder: Path, 
     adapter = open_adapter(described.write(tmp_path), TINY)
     before = of_diffusers(theirs)
     change = of_diffusers(model).double() - before
-    got = ours(folder, AdapterSet(((adapter, m),))).double() - ours(folder, AdapterSet())
+    got = ours(folder, set_of((adapter, m))).double() - ours(folder, AdapterSet())
     # What a change makes of the output is the difference of two float32 outputs, each off by some 3e-7.
     assert (got - change).norm() <= MOST * change.norm() + 1e-6 * before.norm()
     assert change.norm() > 0.03 * before.norm()

@@ -72,3 +72,13 @@ def test_one_that_is_not_there(offers) -> None:
     offers("a.safetensors")
     with pytest.raises(UserError, match=REPO):
         adapter_file(REPO, "b.safetensors")
+
+
+@pytest.mark.parametrize("names", [("pencil.safetensors", "README.md"), PEFT])
+def test_what_is_in_the_cache_needs_no_hub(offers, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    offers(*names)
+    found = adapter_file(REPO)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody is there
+    assert adapter_file(REPO) == found
+    with pytest.raises(UserError, match=r"someone/other: no connection to http://127\.0\.0\.1:9"):
+        adapter_file("someone/other")

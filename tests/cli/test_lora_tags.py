@@ -33,6 +33,12 @@ def folder(tmp_path: Path) -> Path:
         ("a <lora:people/anna:-1>cat", "acat", [("people/anna.sft", -1.0)]),
         ("a cat <LORA:anna:0.5:0.7>", "a cat", [("people/anna.sft", 0.7)]),  # text encoder, transformer
         ("cat <lora:anna:te=0.5:unet=0.2>", "cat", [("people/anna.sft", 0.2)]),
+        ("cat <lora:anna:te=0.5>", "cat", [("people/anna.sft", 0.5)]),  # of both, as of one number
+        ("cat <lora:anna:0.7:te=0.5>", "cat", [("people/anna.sft", 0.5)]),
+        ("cat <lora:anna:0.7:0.6:unet=0.2>", "cat", [("people/anna.sft", 0.2)]),
+        ("cat <lora:anna::>", "cat", [("people/anna.sft", 1.0)]),
+        ("cat <lyco:anna: 0.5 >", "cat", [("people/anna.sft", 0.5)]),
+        (r"cat <lora:People\Anna.SFT:0.5>", "cat", [("people/anna.sft", 0.5)]),
         (
             "cat <lora:style.v2:1><lora:style:0>",
             "cat",
@@ -72,6 +78,18 @@ def test_trouble(folder: Path, prompt: str, words: str) -> None:
     assert words in str(error.value)
 
 
-def test_no_such_folder(folder: Path) -> None:
+@pytest.mark.parametrize("prompt", ["<lora:style>", "a cat"])
+@pytest.mark.parametrize("name", ["absent", "notes.txt"])
+def test_no_such_folder(folder: Path, name: str, prompt: str) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        with_tags(GenerateOptions("<lora:style>"), folder / "absent")
+        with_tags(GenerateOptions(prompt), folder / name)
+
+
+def test_as_it_is_spelled_comes_first(folder: Path) -> None:
+    if (folder / "STYLE.safetensors").exists():
+        pytest.skip("a file system that takes them for one")
+    (folder / "STYLE.safetensors").touch()
+    names = {
+        tag: Path(with_tags(GenerateOptions(f"<lora:{tag}>"), folder).loras[0].path).stem for tag in ("style", "STYLE")
+    }
+    assert names == {"style": "style", "STYLE": "STYLE"}

@@ -8,9 +8,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from plans import GB, GIB, LAPTOP, named
+from safetensors.torch import save_file
 
 from zimage_lite import load
 from zimage_lite.cli import run
@@ -46,6 +49,22 @@ def test_the_verb_says_how(capsys: pytest.CaptureFixture[str]) -> None:
     result = json.loads(captured.out)
     assert result["count"] == 8 and result["phases"][2]["passes"] == 8
     assert result["phases"][1]["way"] > 1 and result["phases"][2]["way"]["rows_per_band"] == 0
+
+
+def test_a_lora_takes_what_its_numbers_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of strength 0: nothing, as in `generate`."""
+    a, b = torch.ones(512, 3840, dtype=torch.bfloat16), torch.ones(3840, 512, dtype=torch.bfloat16)
+    to_q = "diffusion_model.layers.7.attention.to_q"
+    save_file({f"{to_q}.lora_A.weight": a, f"{to_q}.lora_B.weight": b}, tmp_path / "style.safetensors")
+
+    def planned(*more: str) -> dict[str, Any]:
+        assert run(["plan", "--gpu", "3060 laptop", "--json", *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    lora = str(tmp_path / "style.safetensors")
+    without, beside, at_zero = planned(), planned("--lora", lora), planned("--lora", f"{lora}:0")
+    assert at_zero == without
+    assert beside["phases"][1]["peak_vram_bytes"] > without["phases"][1]["peak_vram_bytes"]
 
 
 def test_the_verb_refuses(refused, tiny: Path) -> None:

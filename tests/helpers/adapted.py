@@ -15,6 +15,7 @@ from zimage_lite.adapters.joined import AdapterSet, JoinedModule, merged
 from zimage_lite.adapters.reading import Adapter
 from zimage_lite.checkpoint.opening import open_tensor_file
 from zimage_lite.checkpoint.stored import StoredTensor
+from zimage_lite.config import Lora
 from zimage_lite.model.linear import Linear, bind, shapes
 from zimage_lite.model.side_path import SidePath
 from zimage_lite.model.transformer import Transformer
@@ -65,9 +66,14 @@ def changes_of(described: Described, weight_of: Callable[[str], Tensor]) -> Want
 
 
 def joined_modules(adapters: Sequence[tuple[Adapter, float]], weights: Weights) -> Mapping[str, JoinedModule]:
-    joined = AdapterSet(tuple(adapters))
+    joined = set_of(*adapters)
     joined.measure(weights.stored)
     return joined.modules(torch.float32)
+
+
+def set_of(*adapters: tuple[Adapter, float]) -> AdapterSet:
+    """Each with its strength."""
+    return AdapterSet(tuple((adapter, Lora(str(adapter.path), m)) for adapter, m in adapters))
 
 
 def side_of(joined: JoinedModule) -> SidePath:
@@ -82,9 +88,9 @@ def filled(joined: JoinedModule) -> Tensor:
 
 
 def assert_applied(adapters: Sequence[tuple[Adapter, float]], wanted: Wanted, weights: Weights) -> None:
-    """The adapters, at these strengths, change the modules as wanted, and no others."""
+    """The adapters, at these strengths, change the modules as wanted, and no others; at 0, none."""
     modules = joined_modules(adapters, weights)
-    assert set(modules) == set(wanted)
+    assert set(modules) == (set(wanted) if any(m for _, m in adapters) else set())
     for module, joined in modules.items():
         weight, (change, bias) = weights.of(module), wanted[module]
         if joined.is_linear:

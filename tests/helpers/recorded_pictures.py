@@ -2,8 +2,9 @@
 
 Arguments: compute capability, format. On the meta device the text encoder reads a prompt and the transformer takes one
 step, at full size, for a picture and then for one of another size; before that the self-test runs as it would there.
-Prints as JSON: how many kernels the self-test compiles, how many of them the first picture uses, what it compiles
-beside them, what the second picture adds, and what of the first is no variant of the compile tool.
+Then a third picture, with a LoRA on every linear of the blocks. Prints as JSON: how many kernels the self-test
+compiles, how many of them the first picture uses, what it compiles beside them, and the third does, what the second
+adds, and what of them all is no variant of the compile tool.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from zimage_lite.convert.synthetic import open_synthetic
 from zimage_lite.doctor.selftest import checks
 from zimage_lite.doctor.selftest.agreement import prepared
 from zimage_lite.model.compute import Compute
-from zimage_lite.model.linear import bind
+from zimage_lite.model.linear import Linear, bind
+from zimage_lite.model.side_path import SidePath
 from zimage_lite.model.text_encoder import TextEncoder
 from zimage_lite.model.transformer import Modulation, Transformer
 from zimage_lite.pipeline.reencoding import Scratch
@@ -67,6 +69,15 @@ def draw(transformer: Component, encoder: Component, size: tuple[int, int], dtyp
     model([latent], captions, modulation, stream)
 
 
+def adapt(model: nn.Module, dtype: torch.dtype) -> None:
+    """A LoRA of the usual rank, for the next picture."""
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and name.startswith(("layers", "noise_refiner", "context_refiner")):
+            rows, columns = module.weight.shape
+            a, b = (torch.empty(shape, dtype=dtype, device=META) for shape in ((32, columns), (rows, 32)))
+            module.side = SidePath(a, b)
+
+
 def taken(recorded: set[Compilation]) -> set[Compilation]:
     found = set(recorded)
     recorded.clear()
@@ -89,9 +100,17 @@ with torch.inference_mode():
     for size in SIZES:
         draw(bound(parts[0], dtype), bound(parts[1], dtype), size, dtype)
         pictures.append(taken(recorded))
+    adapt(skeleton, dtype)
+    draw(*parts, SIZES[0], dtype)
+    adapted = taken(recorded)
 counts = {"checked": len(checked), "used": len(pictures[0] & checked)}
 known = {
     identity(v.kernel.__name__, v.signature, v.constexprs, v.aligned, v.num_warps, v.num_stages) for v in variants(arch)
 }
-lists = {"unchecked": pictures[0] - checked, "added": pictures[1] - pictures[0], "unknown": pictures[0] - known}
+lists = {
+    "unchecked": pictures[0] - checked,
+    "added": pictures[1] - pictures[0],
+    "of_a_lora": adapted - checked,
+    "unknown": (pictures[0] | adapted) - known,
+}
 print(json.dumps(counts | {key: sorted(map(str, found)) for key, found in lists.items()}))

@@ -349,7 +349,16 @@ def alpha_of_nothing() -> Described:
     return made
 
 
-# Numbered as the list in lora.md...
+def whole_alphas() -> Described:
+    """Numbers of people's own scripts."""
+    made = Described()
+    kinds = ((torch.int64, ()), (torch.int32, (1,)), (torch.int16, (1, 1)), (torch.uint8, ()))
+    for module, (dtype, shape) in zip(ATTENTION, kinds, strict=False):
+        made.lora(f"transformer.{module}", module, scale=0.75)
+        made.say(f"transformer.{module}.alpha", 3, dtype, shape)
+    return made
+
+
 ADAPTERS: dict[str, Callable[[], Described]] = {
     "peft in diffusers": peft,
     "ai-toolkit with adaLN": ai_toolkit,
@@ -391,4 +400,5 @@ ADAPTERS: dict[str, Callable[[], Described]] = {
     "OFT of inputs, shared": rotated_inputs(True, False),
     ".scale": scale_beside_alpha,
     "alpha 0": alpha_of_nothing,
+    "whole alphas": whole_alphas,
 }

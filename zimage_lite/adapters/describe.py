@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.detect import is_adapter
 from ..checkpoint.opening import open_tensor_file
 from ..config import TransformerConfig
 from ..errors import UserError, WrongModelError
 from ..units import counted, format_gb
-from .reading import ADAPTER_CONFIG, Adapter, kinds, open_adapter
+from .reading import ADAPTER_CONFIG, Adapter, file_of, kinds, open_adapter
+from .spelling import split
 from .updates import Dora, LowRank
 
 # What tells who wrote a file: a key of its metadata, or a part of its tensors' names. First hit wins.
@@ -51,14 +51,14 @@ class Description:
 
 
 def is_adapter_path(path: Path) -> bool:
-    """A PEFT folder, or a file of nothing but an adapter's tensors."""
-    if path.is_dir():
-        return (path / ADAPTER_CONFIG).exists()
+    """A PEFT folder, or a file of nothing but an adapter's tensors, or a folder with one such file."""
+    if (path / ADAPTER_CONFIG).exists():
+        return True
     try:
-        names = open_tensor_file(path).entries
+        names = open_tensor_file(file_of(path)).entries
     except UserError:
         return False  # told where it is read as a model
-    return bool(names) and sum(map(is_adapter, names)) > len(names) / 2
+    return bool(names) and sum(split(name) is not None for name in names) > len(names) / 2
 
 
 def describe(path: Path, configs: tuple[TransformerConfig, ...]) -> Description:

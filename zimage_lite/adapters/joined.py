@@ -17,6 +17,7 @@ from torch import Tensor
 from zimage_kernels import Backend
 
 from ..checkpoint.stored import StoredTensor, aligned
+from ..config import Lora
 from ..model.side_path import SidePath
 from ..model.transformer import is_time_weight
 from ..units import round_up
@@ -142,9 +143,9 @@ class JoinedModule:
 
 @dataclass(frozen=True)
 class AdapterSet:
-    """Adapters with their strengths, in the order in which they were named; those of strength 0 are left out."""
+    """Adapters and how strong each is, in the order in which they were named; those of strength 0 are left out."""
 
-    adapters: tuple[tuple[Adapter, float], ...] = ()
+    adapters: tuple[tuple[Adapter, Lora], ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.adapters)
@@ -152,9 +153,10 @@ class AdapterSet:
     def modules(self, dtype: torch.dtype) -> dict[str, JoinedModule]:
         """Module -> what changes it."""
         found: dict[str, list[tuple[Applied, float]]] = {}
-        for adapter, strength in self.adapters:
+        for adapter, lora in self.adapters:
             for one in adapter.applied:
-                found.setdefault(one.target.module, []).append((one, strength))
+                if strength := lora.on(one.target.module):
+                    found.setdefault(one.target.module, []).append((one, strength))
         return {module: JoinedModule(module, tuple(applied), dtype) for module, applied in found.items()}
 
     def measure(self, weights: Mapping[str, StoredTensor]) -> None:

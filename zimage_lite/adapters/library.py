@@ -2,54 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.container import file_stamp
 from ..checkpoint.hub import adapter_file, is_hub_id
+from ..checkpoint.stored import StoredTensor
 from ..config import Lora, TransformerConfig
+from ..errors import UserError
 from ..units import counted
 from .joined import AdapterSet
 from .reading import Adapter, kinds, open_adapter
 
 
 class AdapterLibrary:
-    """transformer: that they are for. tell: takes a line for each adapter: what of it is applied."""
+    """config: of the transformer that they are for. weights: its own, which DoRA reads once before it is applied; None
+    for plans alone, which apply nothing. tell: takes a line for each adapter: what of it is applied."""
 
-    def __init__(self, transformer: Checkpoint, tell: Callable[[str], None]) -> None:
-        self.transformer, self.tell = transformer, tell
-        self._open: dict[str, Adapter] = {}
+    def __init__(
+        self, config: TransformerConfig, tell: Callable[[str], None], weights: Mapping[str, StoredTensor] | None = None
+    ) -> None:
+        self.config, self.tell, self.weights = config, tell, weights
+        self._open: dict[str, tuple[Adapter, str]] = {}  # with their hashes
 
-    def of(self, loras: Sequence[Lora], measured: bool = True) -> AdapterSet:
-        """Raises UserError for what cannot be applied. One of strength 0 costs nothing, but has to be one.
-
-        measured: ready to be applied, for which DoRA reads the weights once."""
-        opened = [(self._opened(lora.path), lora.strength) for lora in loras]
-        found = AdapterSet(tuple((adapter, strength) for adapter, strength in opened if strength))
-        if measured:
-            found.measure(self.transformer.tensors)
+    def of(self, loras: Sequence[Lora]) -> AdapterSet:
+        """Raises UserError for what cannot be applied. One of strength 0 costs nothing, but has to be one."""
+        opened = [(self._opened(lora), lora) for lora in loras]
+        found = AdapterSet(tuple((adapter, lora) for adapter, lora in opened if lora.strength))
+        if self.weights is not None:
+            found.measure(self.weights)
         return found
 
     def told(self, loras: Sequence[Lora]) -> list[dict[str, Any]]:
-        """As plain data, for recipes: of each that is in force."""
-        found = [(self._opened(lora.path), lora.strength) for lora in loras if lora.strength]
-        return [{"name": adapter.name, "strength": strength, "sha256": adapter.sha256} for adapter, strength in found]
+        """As plain data, for recipes: of each that is in force, as `of` opened it."""
+        return [_told(*self._open[lora.path], lora) for lora in loras if lora.strength]
 
-    def _opened(self, path: str) -> Adapter:
-        known = self._open.get(path)
+    def _opened(self, lora: Lora) -> Adapter:
+        config, (known, _) = self.config, self._open.get(lora.path, (None, ""))
+        refiners = dict.fromkeys(("noise_refiner", "context_refiner"), config.n_refiner_layers)
+        lora.require_blocks({"layers": config.n_layers, **refiners})
         if known is None or file_stamp(known.file) != known.stamp:
-            known = open_adapter(place_of(path), self.transformer.config)
-            known.require_sound()
-            self._open[path] = known
+            known = open_adapter(place_of(lora.path), config)
+            self._open[lora.path] = known, known.checked()
             self.tell(said_of(known))
         return known
 
 
-def adapters_for(config: TransformerConfig, loras: Sequence[Lora]) -> AdapterSet:
-    """For plans alone: opened, but not ready to be applied. Raises UserError."""
-    return AdapterSet(tuple((open_adapter(place_of(lora.path), config), lora.strength) for lora in loras))
+def _told(adapter: Adapter, sha256: str, lora: Lora) -> dict[str, Any]:
+    found = {"name": adapter.name, "strength": lora.strength, "sha256": sha256}
+    return {**found, "blocks": dict(lora.blocks)} if lora.blocks else found
 
 
 def place_of(path: str) -> Path:
@@ -60,6 +62,11 @@ def place_of(path: str) -> Path:
     name, _, file = rest.partition("/")
     if is_hub_id(f"{owner}/{name}") and (not file or file.endswith(".safetensors")):
         return adapter_file(f"{owner}/{name}", file or None)
+    there = path
+    while (there := there.rpartition(":")[0]) and not Path(there).exists():
+        pass
+    if there:
+        raise UserError(f"{there}: strength", got=repr(path[len(there) + 1 :])[:40], expected="a number such as 0.8")
     return Path(path)
 
 

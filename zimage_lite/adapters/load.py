@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..memory.hardware import DTYPES
 from ..model.transformer import is_time_weight
 from .joined import AdapterSet, by_block
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ def load_of(adapters: AdapterSet, dtype: str) -> Load:
     """dtype: to compute in."""
     if not adapters:
         return Load()
-    modules = adapters.modules(_DTYPES[dtype]).values()
+    modules = adapters.modules(DTYPES[dtype]).values()
     blocks, rest = by_block(modules)
     time = [joined for joined in adapters.modules(torch.float32).values() if is_time_weight(joined.module)]
     return Load(

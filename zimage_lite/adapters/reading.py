@@ -12,20 +12,29 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.container import file_stamp
+from ..checkpoint.container import Entry
 from ..checkpoint.json_file import read_json
 from ..checkpoint.opening import open_tensor_file
-from ..checkpoint.weight_files import weight_set
+from ..checkpoint.weight_files import require_whole, weight_set
 from ..config import TransformerConfig
 from ..errors import FileFormatError, UserError, WrongModelError
 from ..quant.tensor import TORCH_DTYPES, all_finite
-from .recognition import Params, ScaleOf, updates_of
-from .spelling import Target, is_text_encoder, split, squashed, stranger, table
+from .recognition import NO_KIND, SCALES, Params, ScaleOf, updates_of
+from .spelling import Target, is_text_encoder, owner_of, split, squashed, stranger, table
 from .updates import Raw, Update
 
 ADAPTER_CONFIG = "adapter_config.json"
 _PEFT_FILE = "adapter_model.safetensors"
 _METADATA = "lora_adapter_metadata"  # diffusers' own, JSON
+# What of PEFT's config changes what tensors of the same names mean -> what is known here.
+_KNOWN: dict[str, tuple[object, ...]] = {
+    "peft_type": ("LORA", "LOHA", "LOKR", "OFT"),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others change the weights they start from
+    "layer_replication": (None,),
+    "use_cayley_neumann": (True,),
+    "num_cayley_neumann_terms": (5,),
+    "coft": (False,),
+}
 _DROPPED = re.compile(r"(?:.*\.)?(?:_aux|bundle_emb)[._]")  # a trainer's state, textual inversions
 
 
@@ -61,49 +70,73 @@ class Adapter:
     def modules(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(one.target.module for one in self.applied))
 
-    @cached_property
-    def sha256(self) -> str:
-        """Of the whole file, by which model sites know it."""
-        digest = hashlib.sha256()
-        with open(self.file, "rb") as file:
-            while piece := file.read(2**22):
-                digest.update(piece)
+    def checked(self) -> str:
+        """The SHA-256 of the whole file, by which model sites know it. All of it is read for this, once, and looked at:
+        raises UserError if it changed since it was opened, or holds what is no number."""
+        digest, at = hashlib.sha256(), 0
+        for raw in sorted(self.raws.values(), key=lambda raw: raw.entry.offset):
+            digest.update(self._between(at, raw.entry.offset))
+            stored, at = raw.stored(), raw.entry.offset + raw.entry.nbytes
+            digest.update(stored.numpy().data)
+            name = raw.entry.name
+            if not name.endswith("alpha") and not all_finite(raw.wide(stored)):  # alpha is looked at where it counts
+                raise FileFormatError(f"{self.file}: {name} holds NaN or infinity", fix="get the file again")
+        digest.update(self._between(at, self.stamp[0]))
         return digest.hexdigest()
 
-    def require_sound(self) -> None:
-        """Raise UserError if the file changed since it was opened, or holds what is no number. Reads all of it."""
-        if file_stamp(self.file) != self.stamp:
-            raise FileFormatError(f"{self.file} changed while it was read", fix="wait until it is complete")
-        for name, raw in self.raws.items():
-            if not name.endswith("alpha") and not all_finite(raw.read()):  # alpha is looked at where it counts
-                raise FileFormatError(f"{self.file}: {name} holds NaN or infinity", fix="get the file again")
+    def _between(self, start: int, stop: int) -> memoryview:
+        """Bytes of the file that belong to no tensor."""
+        n_bytes = stop - start
+        return Raw(Entry(self.file, "(none)", "U8", (n_bytes,), start, n_bytes), self.stamp).stored().numpy().data
+
+
+def file_of(path: Path) -> Path:
+    """The one that holds an adapter: itself, or of a folder. Raises UserError."""
+    files = weight_set(path).files if path.is_dir() else (path,)
+    if len(files) > 1:
+        raise UserError(f"{path}", got=f"an adapter in {len(files)} shards", expected="one file")
+    require_whole(files[0])
+    return files[0]
 
 
 def open_adapter(path: Path, config: TransformerConfig) -> Adapter:
     """config: of the transformer that it is for. Raises UserError for what cannot be applied, and says why."""
-    file = weight_set(path).files[0] if path.is_dir() else path
+    file = file_of(path)
     opened = open_tensor_file(file)
     if opened.container != "safetensors":
         raise UserError(f"{path}: a GGUF file, not an adapter", fix="get the safetensors version")
-    raws = {name: Raw(entry) for name, entry in opened.entries.items()}
+    raws = {name: Raw(entry, opened.stamp) for name, entry in opened.entries.items()}
     modules, unused = _by_module(raws, path)
     scales = _scales(_config_of(file, path, opened.metadata), path)
     applied, unknown = list[Applied](), list[str]()  # of modules
     known, taken = table(config), set[tuple[str, str]]()
     for name, params in sorted(modules.items(), key=lambda named: _standing(named[0], known)):
-        targets = known.get(squashed(name))
-        if targets is None:
-            unknown.append(name)
+        targets = known.get(squashed(name), ())
+        updates = updates_of(params, f"{path}: {name}", targets[0], scales(name)) if targets else {}
+        unknown += [] if targets else [name]
+        own = [
+            Applied(target, kind, update, targets)
+            for kind, update in updates.items()
+            for target in targets
+            if (target.module, kind) not in taken
+        ]
+        taken |= {(one.target.module, one.kind) for one in own}
+        applied += own
+        if not own:  # or all of it was said under another name
             unused += [raw.entry.name for raw in params.values()]
-            continue
-        for kind, update in updates_of(params, f"{path}: {name}", targets[0], scales(name)).items():
-            own = [target for target in targets if (target.module, kind) not in taken]
-            taken |= {(target.module, kind) for target in own}
-            applied += [Applied(target, kind, update, targets) for target in own]
     found = Adapter(path, file, tuple(applied), tuple(unused), tuple(unknown), opened.metadata, raws, opened.stamp)
     if not applied:
         _refuse(found)
+    _require_explained(found, known)
     return found
+
+
+def _require_explained(adapter: Adapter, known: Mapping[str, tuple[Target, ...]]) -> None:
+    """Raise WrongModelError for a tensor of no known kind of a module that changes: it may scale what is known."""
+    for name in adapter.unused:
+        owner = known.get(owner_of(name, known), ()) if split(name) is None else ()
+        if any(target.module in adapter.modules for target in owner):
+            raise WrongModelError(f"{adapter.path}: {name[:200]} {NO_KIND}")
 
 
 def _standing(name: str, known: Mapping[str, tuple[Target, ...]]) -> int:
@@ -120,7 +153,8 @@ def _by_module(raws: Mapping[str, Raw], path: Path) -> tuple[dict[str, Params], 
         if key is None:
             unused.append(name)
             continue
-        if raw.entry.kind not in TORCH_DTYPES or not TORCH_DTYPES[raw.entry.kind].is_floating_point:
+        is_float = raw.entry.kind in TORCH_DTYPES and TORCH_DTYPES[raw.entry.kind].is_floating_point
+        if not is_float and key.parameter not in SCALES:
             raise FileFormatError(f"{path}: {name}", got=raw.entry.kind, expected="floats")
         module = spelled.setdefault(squashed(key.module), key.module)
         params = found.setdefault(module, {})
@@ -141,8 +175,9 @@ def _config_of(file: Path, path: Path, metadata: Mapping[str, Any]) -> Mapping[s
         except (ValueError, RecursionError) as error:
             raise FileFormatError(f"{path}: metadata {_METADATA} is not JSON") from error
         config = {key.removeprefix("transformer."): said[key] for key in said} if isinstance(said, dict) else {}
-    if config.get("use_cayley_neumann") is False or config.get("num_cayley_neumann_terms", 5) != 5:
-        raise WrongModelError(f"{path}: OFT", got="another series than PEFT's own", expected="5 Cayley-Neumann terms")
+    for name, known in _KNOWN.items():
+        if config.get(name) is not None and config[name] not in known:
+            raise WrongModelError(f"{path}: {name}", got=repr(config[name])[:60], expected=f"one of {known}"[:100])
     return config
 
 

@@ -15,8 +15,8 @@ ScaleOf = Callable[[int], float]  # rank -> scale; rank 0: the tensors do not sh
 
 _CONVOLUTIONS = {"lora_mid", "hada_t1", "hada_t2", "lokr_t1", "lokr_t2"}
 _MAGNITUDES = {"dora_scale", "magnitude", "lora_magnitude_vector"}
-_SCALES = {"alpha", "scale"}
-_NO_KIND = "is of no kind of adapter known here"
+SCALES = {"alpha", "scale"}
+NO_KIND = "is of no kind of adapter known here"
 
 
 def updates_of(params: Params, where: str, target: Target, scale_of: ScaleOf | None) -> dict[str, Update]:
@@ -24,8 +24,8 @@ def updates_of(params: Params, where: str, target: Target, scale_of: ScaleOf | N
     a config beside the file says; else the file's own alpha counts. Raises WrongModelError."""
     own, names = _Tensors(params, where, target, scale_of), set(params)
     known = (parts for parts, _ in (*_CHANGES.values(), *_OTHERS.values()))
-    if strange := sorted(names.difference(_MAGNITUDES, _SCALES, *known)):
-        why = "belongs to a convolution, and Z-Image has none" if strange[0] in _CONVOLUTIONS else _NO_KIND
+    if strange := sorted(names.difference(_MAGNITUDES, SCALES, *known)):
+        why = "belongs to a convolution, and Z-Image has none" if strange[0] in _CONVOLUTIONS else NO_KIND
         raise own.wrong(f"{strange[0]} {why}")
     changes = {kind: make(own) for kind, (parts, make) in _CHANGES.items() if names & parts}
     found: dict[str, Update] = {**changes}
@@ -36,7 +36,7 @@ def updates_of(params: Params, where: str, target: Target, scale_of: ScaleOf | N
         found = {"DoRA" if kind == "LoRA" else f"DoRA of {kind}": _dora(own, magnitudes[0], change)}
     found |= {kind: make(own) for kind, (parts, make) in _OTHERS.items() if names & parts}
     if not found:
-        raise own.wrong(f"alpha alone {_NO_KIND}")
+        raise own.wrong(f"alpha alone {NO_KIND}")
     if not target.is_linear and found.keys() != {"difference"}:
         raise own.wrong("a vector", got=", ".join(found), expected="its difference")
     return found

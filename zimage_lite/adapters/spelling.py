@@ -88,13 +88,27 @@ def split(name: str) -> Key | None:
     found = _PARAMETER.fullmatch(name)
     if not found:
         return None
-    module = found["module"].removesuffix(".lora").removesuffix("_lora")
-    while prefix := _PREFIXES.match(module):
-        module = module[prefix.end() :]
+    module = _bare(found["module"].removesuffix(".lora").removesuffix("_lora"))
     if found["factor"] is None:
         return Key(module, _plain(found["name"]))
     parameter = next(known for known, endings in _ENDINGS.items() if found["factor"] in endings)
     return Key(module, f"{parameter}_bias" if found["leaf"] == "bias" else parameter)
+
+
+def owner_of(name: str, known: Mapping[str, object]) -> str:
+    """The module that a tensor belongs to which is of no known kind, squashed; empty if there is none of that name."""
+    while name:
+        name = name.rpartition(".")[0]
+        if (module := squashed(_bare(name))) in known:
+            return module
+    return ""
+
+
+def _bare(module: str) -> str:
+    """Without prefixes."""
+    while prefix := _PREFIXES.match(module):
+        module = module[prefix.end() :]
+    return module
 
 
 def _plain(name: str) -> str:

@@ -16,7 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..checkpoint.container import Entry
+from ..checkpoint.container import Entry, file_stamp
+from ..errors import FileFormatError
 from ..quant.tensor import TORCH_DTYPES
 from .spelling import Target
 
@@ -29,9 +30,10 @@ PIECE_ROWS = 512
 
 @dataclass(frozen=True)
 class Raw:
-    """A tensor in its file."""
+    """A tensor in its file. stamp: of the file when it was opened."""
 
     entry: Entry
+    stamp: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -39,8 +41,18 @@ class Raw:
 
     def read(self) -> Tensor:
         """float32, on the CPU."""
-        stored = self.entry.read().view(TORCH_DTYPES[self.entry.kind]).view(self.shape)
-        return stored.to(torch.float32)
+        return self.wide(self.stored())
+
+    def stored(self) -> Tensor:
+        """Its bytes. Raises UserError if the file changed since it was opened."""
+        found = self.entry.read()
+        if file_stamp(self.entry.path) != self.stamp:
+            raise FileFormatError(f"{self.entry.path} changed while it was read", fix="wait until it is complete")
+        return found
+
+    def wide(self, stored: Tensor) -> Tensor:
+        """Those bytes in float32."""
+        return stored.view(TORCH_DTYPES[self.entry.kind]).view(self.shape).to(torch.float32)
 
     def matrix(self) -> Tensor:
         """Of a 1x1 convolution, too."""

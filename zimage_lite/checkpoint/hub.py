@@ -22,7 +22,7 @@ from typing import Any
 
 from ..errors import FileFormatError, UserError
 from .detect import COMPONENTS
-from .hub_client import OnBytes, endpoint, quiet, reporting_bar, telling
+from .hub_client import OnBytes, endpoint, failures, quiet, reporting_bar, telling
 from .model_card import CARD
 from .output import require_space
 
@@ -53,11 +53,11 @@ def snapshot(repo_id: str, revision: str | None = None) -> Path:
 def adapter_file(repo_id: str, name: str | None = None) -> Path:
     """An adapter's file in the Hub's cache, downloaded if it is not there: the one that is named, else the only one,
     or its folder. PEFT's config, which says how strong it is, comes along. Raises UserError."""
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     with quiet(), telling(repo_id, None):
-        there = HfApi(endpoint=endpoint()).list_repo_files(repo_id) if name is None else []
+        there = _listed(repo_id) if name is None else []
         file = PurePosixPath(name or _only_weights(there, repo_id))
         config = str(file.with_name("adapter_config.json"))
         if config in there or file.name == "adapter_model.safetensors":
@@ -68,6 +68,21 @@ def adapter_file(repo_id: str, name: str | None = None) -> Path:
                     raise
         found = Path(hf_hub_download(repo_id, str(file), endpoint=endpoint()))
         return found.parent if config in there else found
+
+
+def _listed(repo_id: str) -> list[str]:
+    """What the repository holds; of one that cannot be reached, what the cache does."""
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    try:
+        return list(HfApi(endpoint=endpoint()).list_repo_files(repo_id))
+    except errors.HfHubHTTPError:
+        raise
+    except failures():
+        with suppress(*failures()):
+            folder = Path(snapshot_download(repo_id, endpoint=endpoint(), local_files_only=True))
+            return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        raise
 
 
 def _only_weights(names: Iterable[str], repo_id: str) -> str:

@@ -65,14 +65,18 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def telling(repo_id: str, revision: str | None, name: str = "") -> Iterator[None]:
     """Whatever fails becomes a UserError."""
-    from huggingface_hub import errors
-
-    # requests, httpx or its successor, as the version has it
-    of_the_client: Any = (*errors.HfHubHTTPError.__bases__, errors.XetDownloadError)
     try:
         yield
-    except (OSError, RuntimeError, ValueError, *of_the_client) as error:
+    except failures() as error:
         raise _told(error, repo_id, revision, name) from error
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What is raised where something fails: by requests, httpx or its successor, as the version has it."""
+    from huggingface_hub import errors
+
+    of_the_client: Any = (*errors.HfHubHTTPError.__bases__, errors.XetDownloadError)
+    return (OSError, RuntimeError, ValueError, *of_the_client)
 
 
 def _told(error: BaseException, repo_id: str, revision: str | None, name: str) -> UserError:

@@ -252,8 +252,11 @@ def recipe(request: GenerateOptions, pipeline: Pipeline, pixels: Tensor) -> dict
 
 def _loras(told: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """With the first digits of their hashes, by which model sites find them."""
-    said = ", ".join(f"{lora['name']}:{lora['strength']:g} ({lora['sha256'][:10]})" for lora in told)
-    return {"loras": said} if said else {}
+    found = []
+    for lora in told:
+        blocks = "".join(f", {name} x {factor:g}" for name, factor in lora.get("blocks", {}).items())
+        found.append(f"{lora['name']}:{lora['strength']:g} ({lora['sha256'][:10]}{blocks})")
+    return {"loras": ", ".join(found)} if found else {}
 
 
 def _measured(pipeline: Pipeline, requests: Sequence[GenerateOptions]) -> dict[str, Any]:

@@ -11,50 +11,53 @@ from pathlib import Path
 from ..config import GenerateOptions, Lora
 from ..errors import UserError
 
-_TAG = re.compile(r"\s*<lora:(?P<name>[^:<>]+)(?P<numbers>(?::[^:<>]*)*)>", re.IGNORECASE)
+_TAG = re.compile(r"\s*<(?:lora|lyco):(?P<name>[^:<>]+)(?P<numbers>(?::[^:<>]*)*)>", re.IGNORECASE)
 _SUFFIXES = (".safetensors", ".sft")
 
 
 def with_tags(request: GenerateOptions, folder: Path | None) -> GenerateOptions:
     """What the prompt names joins the request's LoRAs. Without a folder the prompt stays as it is."""
-    if folder is None or not (tags := list(_TAG.finditer(request.prompt))):
+    if folder is None:
         return request
-    found = [Lora(str(_file(folder, tag["name"].strip())), _strength(tag)) for tag in tags]
+    if not folder.is_dir():
+        raise UserError(f"--lora-dir {folder}: no such folder")
+    if not (tags := list(_TAG.finditer(request.prompt))):
+        return request
+    found = [Lora.of({"path": _file(folder, tag["name"].strip()), "strength": _strength(tag)}) for tag in tags]
     return replace(request, prompt=_TAG.sub("", request.prompt).strip(), loras=(*request.loras, *found))
 
 
-def _strength(tag: re.Match[str]) -> float:
-    """NAME:TEXT-ENCODER:TRANSFORMER, where one number stands for both, or te=0.5:unet=0.8. LoRAs of this model leave
-    the text encoder alone."""
+def _strength(tag: re.Match[str]) -> str:
+    """NAME:TEXT-ENCODER:TRANSFORMER, or te=0.5:unet=0.8; what is said of the text encoder holds for the transformer
+    where that is not named. LoRAs of this model leave the text encoder alone."""
     numbers = [number.strip() for number in tag["numbers"].split(":") if number.strip()]
-    named = [number.partition("=")[2] for number in numbers if number.startswith("unet=")]
     plain = [number for number in numbers if "=" not in number]
-    chosen = (named or plain[1:2] or plain or ["1"])[0]
-    try:
-        return float(chosen)
-    except ValueError:
-        raise UserError(f"{tag[0].strip()}: strength", got=repr(chosen)[:40], expected="a number such as 0.8") from None
+    named = dict(number.split("=", 1) for number in numbers if "=" in number)
+    encoder = named.get("te", plain[0] if plain else "1")
+    return named.get("unet", plain[1] if len(plain) > 1 else encoder)
 
 
 def _file(folder: Path, name: str) -> Path:
-    known = dict(_adapters(folder))
-    if name in known:
-        return known[name]
-    leaves = {path.stem: path for path in known.values()}  # of folders below, without their names
-    if name in leaves:
-        return leaves[name]
-    near = get_close_matches(name, [*known, *leaves], n=1, cutoff=0.4)
+    """By its path in the folder or by its name alone; as it is spelled, else in any case, with its ending."""
+    files = dict(_adapters(folder))
+    known = {**{path.stem: path for path in files.values()}, **files}
+    found = known.get(name) or {_loosely(own): path for own, path in known.items()}.get(_loosely(name))
+    if found:
+        return found
+    near = get_close_matches(name, known, n=1, cutoff=0.4)
     raise UserError(
         f"<lora:{name}>: no such file in {folder}",
-        expected=f"one of its {len(known)} adapters" if known else "a folder with .safetensors files",
+        expected=f"one of its {len(files)} adapters" if files else "a folder with .safetensors files",
         fix=f"did you mean {near[0]}?" if near else None,
     )
 
 
+def _loosely(name: str) -> str:
+    return re.sub(rf"({'|'.join(map(re.escape, _SUFFIXES))})$", "", name.replace("\\", "/").casefold())
+
+
 def _adapters(folder: Path) -> Iterator[tuple[str, Path]]:
     """By their paths in the folder, without the ending, with slashes."""
-    if not folder.is_dir():
-        raise UserError(f"--lora-dir {folder}: no such folder")
     for path in sorted(folder.rglob("*")):
         if path.suffix in _SUFFIXES and not path.name.startswith("."):
             yield path.relative_to(folder).with_suffix("").as_posix(), path

@@ -81,7 +81,7 @@ def command(
         raise UserError("--plot", got=str(plot), expected="a name that ends in .svg")
     if count < 1:
         raise UserError("--count", got=count, expected="at least 1")
-    wanted = GenerateOptions(loras=tuple(map(Lora.parsed, loras)), **image)
+    wanted = GenerateOptions(loras=Lora.several(loras), **image)
     limits = parse_bytes(vram) if vram else None, parse_bytes(ram) if ram else None
     sizes, schedule = _sizes(model, format_name or "int8")
     prediction = _predict(sizes, gpu_name, limits, schedule.completed(wanted, (DEFAULT_SIZE, DEFAULT_SIZE)), count)
@@ -113,7 +113,7 @@ def _sizes(model: str | None, format_name: str) -> tuple[Model, SchedulerConfig]
 def _predict(
     model: Model, gpu_name: str | None, limits: tuple[int | None, int | None], wanted: GenerateOptions, count: int
 ) -> _Prediction:
-    from ..adapters.library import adapters_for
+    from ..adapters.library import AdapterLibrary
     from ..memory.planner import budgets_in_force, plan_phases
     from ..pipeline.grouping import grouped
     from ..pipeline.tasks import tasks_of
@@ -122,7 +122,8 @@ def _predict(
 
     gpu, machines = _machines(gpu_name, *limits)
     tasks = tasks_of([wanted] * count, model.transformer_config.in_channels, (DEFAULT_SIZE, DEFAULT_SIZE))
-    adapters = {wanted.loras: adapters_for(model.transformer_config, wanted.loras)}
+    library = AdapterLibrary(model.transformer_config, lambda line: say(f"note: {line}"))
+    adapters = {wanted.loras: library.of(wanted.loras)}
     tokens = dict.fromkeys((wanted.prompt, wanted.negative), LONG_PROMPT_TOKENS)
     first, *others = (phases(model, group.job, machines[0]) for group in grouped(tasks, tokens, adapters))
     todo = first + [ways for some in others for ways in some if ways[0].name != "encode"]

@@ -111,7 +111,7 @@ def command(
             device="cpu" if device == "auto" else device,  # reading and writing bound it, not the arithmetic
             measure=report_file is not None,
             verify=verify,
-            merge_loras=[Lora.parsed(text) for text in merge_loras],
+            merge_loras=Lora.several(merge_loras),
             progress=progress,
             downloaded=downloaded,
             note=lambda line: say(f"note: {line}"),

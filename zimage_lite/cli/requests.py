@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ..config import RANDOM_SEED, GenerateOptions, Lora
+from ..config import RANDOM_SEED, GenerateOptions
 from ..errors import UserError
 from .lora_tags import with_tags
 
@@ -95,8 +95,6 @@ def _request(values: dict[str, Any], base: Mapping[str, Any], where: str) -> Gen
             raise UserError(f"{where}: {name}", got=repr(value)[:60], expected=_KINDS[_FIELDS[name]])
     for name in _LISTS.keys() & values.keys():
         values[name] = _numbers(values[name], _LISTS[name], f"{where}: {name}")
-    if "loras" in values:
-        values["loras"] = tuple(_lora(one, where) for one in values["loras"])
     instead = {"cfg", "guidance"} if {"cfg", "guidance"} & values.keys() else set()  # two names of one setting
     try:
         return GenerateOptions(**{**{name: base[name] for name in base.keys() - instead}, **values})
@@ -109,13 +107,3 @@ def _numbers(values: list[Any], count: int, where: str) -> tuple[float, ...]:
     if not numbers or count not in (0, len(values)):
         raise UserError(where, got=repr(values)[:60], expected=f"a list of {count or 'some'} numbers")
     return tuple(values)
-
-
-def _lora(value: Any, where: str) -> Lora:
-    """ "PATH:STRENGTH", or an object of both."""
-    if isinstance(value, str):
-        return Lora.parsed(value)
-    known = isinstance(value, dict) and set(value) <= {"path", "strength"} and isinstance(value.get("path"), str)
-    if not known or not isinstance(value.get("strength", 1), _NUMBER):
-        raise UserError(f"{where}: loras", got=repr(value)[:60], expected='a text such as "PATH:0.8"')
-    return Lora(value["path"], float(value.get("strength", 1)))

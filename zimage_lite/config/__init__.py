@@ -3,7 +3,7 @@
 Pure data: importing this loads neither torch nor any other heavy library.
 """
 
-from .image import GenerateOptions, Lora, known_by
+from .image import GenerateOptions, known_by
 from .limits import (
     BACKENDS,
     COMPUTES,
@@ -31,6 +31,7 @@ from .limits import (
     VAE_FACTOR,
     VAE_QUERIES,
 )
+from .lora import Lora
 from .models import (
     BlockSizes,
     ControlConfig,

@@ -15,7 +15,6 @@ from .limits import (
     FITS,
     INFINITE,
     INPAINT_AREAS,
-    MAX_LORA_STRENGTH,
     MAX_STEPS,
     RANDOM_SEED,
     SAMPLERS,
@@ -23,32 +22,10 @@ from .limits import (
     SIZE_MULTIPLE,
     STRENGTH_MODES,
 )
+from .lora import Lora
 
 _SOURCES = ("image", "mask", "latents")
 _OUTPAINT = "pixels left,above,right,below: 0,0,256,0"
-
-
-@dataclass(frozen=True)
-class Lora:
-    """An adapter by its path (a file, a PEFT folder, OWNER/NAME[/FILE] of the Hub), and how strong it is: 1 as it was
-    trained, 0 not at all, negative turned round."""
-
-    path: str
-    strength: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not abs(self.strength) <= MAX_LORA_STRENGTH:
-            expected = f"a number from -{MAX_LORA_STRENGTH} to {MAX_LORA_STRENGTH}"
-            raise UserError(f"{self.path}: strength", got=self.strength, expected=expected)
-
-    @classmethod
-    def parsed(cls, text: str) -> Lora:
-        """PATH or PATH:STRENGTH. A drive's letter is no strength."""
-        path, colon, number = text.rpartition(":")
-        try:
-            return cls(path, float(number)) if colon and path else cls(text)
-        except ValueError:
-            return cls(text)
 
 
 def known_by(source: object) -> Hashable:
@@ -63,7 +40,8 @@ class GenerateOptions:
     picture.
 
     seed: -1 draws one. guidance: as diffusers counts, 0 is off; cfg: the same as ComfyUI counts, 1 is off;
-    guidance_range: parts of the steps between which it is on. loras: of Lora, or texts "PATH:STRENGTH"; they add up.
+    guidance_range: parts of the steps between which it is on. loras: of Lora, or what
+    `Lora.of` takes, such as "PATH:STRENGTH"; they add up.
     sigmas: noise levels in the place of schedule, shift and steps. variation: how far the prompt is moved, by the seed,
     in the first fifth of the steps. image, mask: a path, bytes, a PIL image or an array [height, width, 3]; white of
     the mask is drawn anew. outpaint: pixels to add left, above, right and below. hires: the result, so many times as
@@ -127,8 +105,7 @@ class GenerateOptions:
         if cfg is not None:
             object.__setattr__(self, "guidance", self._guidance_of(cfg))
         self._check_choices()
-        loras = tuple(lora if isinstance(lora, Lora) else Lora.parsed(lora) for lora in self.loras)
-        object.__setattr__(self, "loras", loras)
+        object.__setattr__(self, "loras", Lora.several(self.loras))
         if self.seed == RANDOM_SEED:
             object.__setattr__(self, "seed", secrets.randbelow(2**32))  # as many as other programs have
         if self.steps is not None and not 1 <= self.steps <= MAX_STEPS:

@@ -52,7 +52,7 @@ def with_merged(checkpoint: Checkpoint, loras: Sequence[Lora], note: Note, compl
     Raises UserError for adapters that cannot be merged."""
     if not loras or checkpoint.component != "transformer":
         return checkpoint
-    found = AdapterLibrary(checkpoint, note).of(loras, measured=complete)
+    found = AdapterLibrary(checkpoint.config, note, checkpoint.tensors if complete else None).of(loras)
     modules = found.modules(torch.float32)
     dora = [one for joined in modules.values() for one, _ in joined.applied if isinstance(one.update, Dora)]
     if dora and not complete:

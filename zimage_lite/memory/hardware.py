@@ -21,7 +21,7 @@ from .gpus import Gpu, find_gpu, gpu_of
 from .machine import CPU_MEMORY_GBPS, CUDA_CONTEXT_BYTES, Machine, Processor, processor, vram_margin_bytes
 from .meter import rss_bytes
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 RAM_MARGIN_BYTES = 500_000_000  # left to the rest of the system when no --ram is given
 ALLOCATOR_SLACK_BYTES = 30_000_000  # what was freed but not returned, and libraries that come with the first use
@@ -39,7 +39,7 @@ class Hardware:
 
     @property
     def dtype_name(self) -> str:
-        return next(name for name, dtype in _DTYPES.items() if dtype == self.dtype)
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
     def on_cpu(self) -> Hardware:
         """The processor beside the GPU, in float32."""
@@ -49,7 +49,7 @@ class Hardware:
 def probe(device: str = "auto", dtype: str = "auto") -> Hardware:
     """device, dtype: as in config.DEVICES and DTYPES. An explicit device that is not there raises UserError."""
     chosen = _choose_device(device)
-    return Hardware(chosen, _DTYPES[dtype] if dtype != "auto" else _best_dtype(chosen))
+    return Hardware(chosen, DTYPES[dtype] if dtype != "auto" else _best_dtype(chosen))
 
 
 def machine_here(hardware: Hardware, int8: bool = False) -> Machine:

@@ -14,7 +14,10 @@ _ENDING = 40  # characters of the prompt's last words that are used
 
 # What other programs read in a prompt. Here, as in diffusers, all of it is text to the encoder.
 _MARKUP: tuple[tuple[str, str], ...] = (
-    (r"<(?:lora|lyco|hypernet):[^<>]*>", "is read as text: name the folder with --lora-dir, or the file with --lora"),
+    (
+        r"<(?:lora|lyco|hypernet):[^<>]*>",
+        "is read as text: LoRAs are named by --lora, or in prompts beside --lora-dir",
+    ),
     # A time, a ratio, a verse have digits before the colon, or two after it.
     (
         r"\([^()]*[^():\d\s]\s*:\s*-?(?:\d?\.\d+|\d)\s*\)",

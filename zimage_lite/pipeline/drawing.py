@@ -87,7 +87,7 @@ class Pipeline:
         self.denoising = Denoise(self.model, self.sizes, self.choice.compute, self.work, self.choice.projecting)
         self.decoding = Decode(self.model, self.sizes, self.work)
         self.encoding_pictures = EncodePictures(self.model, self.sizes, self.work)
-        self.adapters = AdapterLibrary(self.model.transformer, self.tell)
+        self.adapters = AdapterLibrary(self.model.transformer.config, self.tell, self.model.transformer.tensors)
 
     def generate(
         self, requests: Sequence[GenerateOptions], progress: Progress = silent, on_step: OnStep | None = None

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import zimage_kernels as ops
 from torch import Tensor
 from zimage_kernels import Branch, Int8Rows, Norm
@@ -27,6 +28,7 @@ from .agreement import UNIT, first, rounded, same_rows, worst
 GROUP = 256  # of the rotation, for all linears
 EPS = 1e-5
 KINDS = ("q8_0", "q4_k", "q5_k", "q6_k", "int4", "nf4", "qint4", "qint8")  # the usual; each layout that is not ggml's
+RANKS = (0, 16)  # without and with a LoRA
 USUAL = KINDS[:5]  # what most files are made of: also in the long rows of w2
 Check = Callable[[torch.dtype], "str | None"]
 
@@ -67,21 +69,32 @@ TORCH_PRODUCTS = ((32, 3840, 3840), (768, 10240, 3840), (4224, 3840, 3840), (422
 
 
 def _linear_int8(dtype: torch.dtype) -> str | None:
-    """K of the model is a multiple of every step; the ragged loop and a bias belong to small models. Where torch
-    multiplies, low-rank terms are rounded before they are added."""
-    fused = ops.has_matrix_units(torch.empty(0).device)
+    """In every tile without and with what a LoRA adds. K of the model is a multiple of every step; the ragged loop and
+    a bias belong to small models."""
 
-    def one(rows: int, columns: int, full: bool, out: torch.dtype = dtype) -> str | None:
+    def one(rows: int, columns: int, rank: int, out: torch.dtype = dtype, bias: bool = False) -> str | None:
         x, w = _codes(rows, columns), _codes(144, columns)
-        low_rank = (torch.randn(rows, 16).to(dtype), torch.randn(144, 16).to(dtype)) if full else None
-        given = (*x, *w, torch.randn(144).to(dtype) if full else None, low_rank, -1 if full else 0)
+        low_rank = _low_rank(rows, rank, dtype)
+        given = (*x, *w, torch.randn(144).to(dtype) if bias else None, low_rank, -1 if bias else 0)
         truth = ops.linear_int8_reference(*given, out_dtype=torch.float32)
-        part = None if fused or low_rank is None else low_rank[0].float() @ low_rank[1].float().T
-        return rounded(f"{rows} rows", ops.linear_int8(*given, out_dtype=out, backend="triton"), truth, part=part)
+        part = _rounded_before(low_rank)
+        got = ops.linear_int8(*given, out_dtype=out, backend="triton")
+        return rounded(f"{rows} rows, rank {rank}", got, truth, part=part)
 
     outputs = {dtype, torch.float16} if _attends_in_float16() else {dtype}
-    plain = (one(rows, 512, False, out) for rows in _bucket_rows("linear_int8") for out in outputs)
-    return first(plain) or one(9, 336, True) or _torch_products()
+    cases = ((rows, 512, rank, out) for rows in _bucket_rows("linear_int8") for rank in RANKS for out in outputs)
+    return first(one(*case) for case in cases) or one(9, 336, 16, bias=True) or _torch_products()
+
+
+def _low_rank(rows: int, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    return (torch.randn(rows, rank).to(dtype), torch.randn(144, rank).to(dtype)) if rank else None
+
+
+def _rounded_before(low_rank: tuple[Tensor, Tensor] | None) -> Tensor | None:
+    """Low-rank terms, where torch multiplies: it rounds them before they are added."""
+    if low_rank is None or ops.has_matrix_units(torch.empty(0).device):
+        return None
+    return low_rank[0].float() @ low_rank[1].float().T
 
 
 def _attends_in_float16() -> bool:
@@ -111,12 +124,23 @@ def _project_rows(dtype: torch.dtype) -> str | None:
 
 
 def _swiglu_int8(dtype: torch.dtype) -> str | None:
-    def one(rows: int) -> str | None:
+    def one(rows: int, rank: int) -> str | None:
         x, w1, w3 = _codes(rows, 512), _codes(144, 512), _codes(144, 512)
-        truth = ops.swiglu_int8_reference(*x, *w1, *w3, out_dtype=torch.float32)
-        return rounded(f"{rows} rows", ops.swiglu_int8(*x, *w1, *w3, out_dtype=dtype, backend="triton"), truth)
+        low1, low3 = (_low_rank(rows, rank, dtype) for _ in range(2))
+        given = (*x, *w1, *w3, low1, low3)
+        truth = ops.swiglu_int8_reference(*given, out_dtype=torch.float32)
+        gate, value = (
+            ops.linear_int8_reference(*x, *w, low_rank=low, out_dtype=torch.float32)
+            for w, low in ((w1, low1), (w3, low3))
+        )
+        part1, part3 = _rounded_before(low1), _rounded_before(low3)
+        part = None
+        if part1 is not None and part3 is not None:  # SiLU is at most 1.1 steep
+            part = 1.1 * part1.abs() * value.abs() + F.silu(gate).abs() * part3.abs()
+        got = ops.swiglu_int8(*given, out_dtype=dtype, backend="triton")
+        return rounded(f"{rows} rows, rank {rank}", got, truth, part=part)
 
-    return first(one(rows) for rows in _bucket_rows("swiglu_int8"))
+    return first(one(rows, rank) for rows in _bucket_rows("swiglu_int8") for rank in RANKS)
 
 
 # --- Attention

@@ -35,7 +35,7 @@ from ..toolchain import compiled_folder, compiler, has_headers, triton_version
 from .checks import CHECKS
 from .process import STATES, Verdict, one_line
 
-COMPILATIONS = 59  # at most, in all checks
+COMPILATIONS = 68  # at most, in all checks
 TIMEOUT_S = 300  # of a process with all checks: so many compilations, of half a second to two
 _log = logging.getLogger(__name__)
 _known: dict[str, dict[str, Verdict]] = {}  # of this process, by situation: the folder may be switched off
