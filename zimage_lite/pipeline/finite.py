@@ -52,6 +52,6 @@ def overflow(what: str, dtype: torch.dtype) -> UserError:
     advice = {
         torch.float16: "try --dtype bf16 or --dtype fp32",
         torch.bfloat16: "try --dtype fp32",
-        torch.float32: "they overflow even in fp32: use weaker LoRAs, or another checkpoint",
+        torch.float32: "they overflow even in fp32: use another checkpoint, or weaker LoRAs",
     }
     return UserError(f"{what} NaN or infinite values, though all weights are finite", fix=advice[dtype])
