@@ -257,6 +257,7 @@ def test_help_is_light(arguments: list[str]) -> None:
     assert not loaded & HEAVY
 
 
+@pytest.mark.slow
 def test_public_names_are_there() -> None:
     """Looking one up is what loads torch."""
     loaded = loaded_by("import zimage_lite\nfor name in zimage_lite.__all__:\n    getattr(zimage_lite, name)")

@@ -18,6 +18,7 @@ from zimage_lite.checkpoint.model_files import open_model
 QKV = [f"layers.1.attention.to_{x}" for x in "qkv"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_column", [False, True])
 @pytest.mark.parametrize("weight_format", ["bf16", "q8_0", "int8", "nf4"])
 def test_norms_of_any_format(

@@ -123,6 +123,7 @@ OTHERS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_as_diffusers_with_merged_weights(name: str, theirs: Any, folder: Path, tmp_path: Path) -> None:
     m = -0.7

@@ -12,11 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes.functional as bnb_functional
 import pytest
 import torch
 from diffusers import BitsAndBytesConfig, QuantoConfig, ZImageTransformer2DModel
-from diffusers.quantizers.bitsandbytes import bnb_quantizer
 from foreign import assert_reads, forward, inputs, is_block_matrix, write_model
 from oracles import relative_error
 from safetensors.torch import load_file, save_file
@@ -42,6 +40,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.quantizers.bitsandbytes import bnb_quantizer  # seconds, which collecting the tests need not take
+
     for name in ("BnB4BitDiffusersQuantizer", "BnB8BitDiffusersQuantizer"):
         monkeypatch.setattr(getattr(bnb_quantizer, name), "validate_environment", lambda self, *args, **more: None)
 
@@ -72,11 +72,13 @@ def unpacked(folder: Path) -> Any:
 
 def bnb_weights(module: Any) -> Iterator[tuple[str, Tensor]]:
     """Each weight of a model that bitsandbytes quantized, by its own functions."""
+    from bitsandbytes import functional
+
     for name, part in module.named_modules():
         if type(part).__name__ == "Linear4bit":
             state = part.weight.quant_state
             state.dtype = torch.float32
-            yield f"{name}.weight", bnb_functional.dequantize_4bit(part.weight.data, state)
+            yield f"{name}.weight", functional.dequantize_4bit(part.weight.data, state)
         elif type(part).__name__ == "Linear8bitLt":
             yield f"{name}.weight", part.weight.data * part.weight.SCB.float().view(-1, 1) / 127
 
@@ -245,6 +247,8 @@ def test_transformers_loads_our_bitsandbytes(model: Path, outputs: Callable[[str
 
 
 def test_nf4_bytes_in_the_file_are_bitsandbytes_own(model: Path, outputs: Callable[[str], Path]) -> None:
+    from bitsandbytes import functional
+
     stored = load_file(outputs("nf4") / "transformer" / FILE)
     tensors = open_checkpoint(outputs("nf4") / "transformer").tensors
     layers = [
@@ -253,10 +257,10 @@ def test_nf4_bytes_in_the_file_are_bitsandbytes_own(model: Path, outputs: Callab
     assert layers and not any("refiner" in name for name in layers)
     for name in layers:
         parts = {key.removeprefix(f"{name}."): part for key, part in stored.items() if key.startswith(f"{name}.")}
-        state = bnb_functional.QuantState.from_dict(parts, device=torch.device("cpu"))
+        state = functional.QuantState.from_dict(parts, device=torch.device("cpu"))
         assert (state.shape, state.dtype, state.nested) == (tensors[name].shape, torch.bfloat16, True)
         state.dtype = torch.float32
-        assert torch.equal(bnb_functional.dequantize_4bit(stored[name], state), tensors[name].read_float())
+        assert torch.equal(functional.dequantize_4bit(stored[name], state), tensors[name].read_float())
 
 
 @pytest.mark.parametrize("target", ["qint8", "qfloat8", "qint4"])

@@ -108,6 +108,7 @@ values = st.one_of(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @repeatable
 @given(
     arrays=st.dictionaries(names, st.tuples(st.sampled_from(list(GGML_TYPES)), shapes), max_size=8),

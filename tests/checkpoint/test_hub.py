@@ -81,6 +81,7 @@ def test_only_the_wanted_components(server: HubServer, tmp_path: Path) -> None:
         assert (files.path / "tokenizer" / "tokenizer.json").exists()
 
 
+@pytest.mark.slow
 def test_one_shard_at_a_time_with_discard(server: HubServer, tmp_path: Path) -> None:
     """Looked at whenever the server is about to send something, and whenever a shard is there."""
     sizes: list[int] = []

@@ -45,6 +45,7 @@ def pixels(path: Path) -> np.ndarray:
     return np.array(Image.open(path).convert("RGB"))
 
 
+@pytest.mark.slow
 def test_a_picture_keeps_its_size_and_what_the_mask_leaves(tiny: Path, fox: Path, hole: Path, out: Path) -> None:
     assert generate(tiny, out, "--image", fox, "--mask", hole, "--inpaint-area", "mask") == 0
     kept = pixels(hole)[..., 0] == 0
@@ -55,6 +56,7 @@ def test_a_picture_keeps_its_size_and_what_the_mask_leaves(tiny: Path, fox: Path
     assert "strength" not in recipe and "sampler" not in recipe  # nothing that is as it is by default
 
 
+@pytest.mark.slow
 def test_what_is_transparent_is_drawn_anew(
     tiny: Path, fox: Path, hole: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

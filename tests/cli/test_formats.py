@@ -25,6 +25,7 @@ def formats_json(*args: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_list_of_formats(capsys: pytest.CaptureFixture[str]) -> None:
     rows = {row["name"]: row for row in formats_json()["formats"]}
     assert set(rows) == set(targets())

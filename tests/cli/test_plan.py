@@ -86,6 +86,7 @@ def test_a_model_folder_has_its_own_sizes(tiny: Path, capsys: pytest.CaptureFixt
     ]
 
 
+@pytest.mark.slow
 def test_the_verb_says_what_generate_plans(
     tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

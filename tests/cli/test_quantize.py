@@ -67,6 +67,7 @@ def test_unknown_formats_are_answered_with_the_known_ones(model: Path, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_text_encoder_to(model: Path, outputs: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "kept"
     assert run(["quantize", str(model), "--to", "q8_0", "--text-encoder-to", "keep", "-o", str(out)]) == 0

@@ -57,6 +57,7 @@ def test_bytes_do_not_depend_on_the_order_of_the_source(
     assert (tmp_path / "sorted").read_bytes() == (tmp_path / file.stem).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["q8_0", "int8", "f16", "q4_k_m", "int4", "fp8", "nf4", "qint4"])
 def test_requantizing(outputs: dict[str, Path], source: str, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
@@ -67,6 +68,7 @@ def test_requantizing(outputs: dict[str, Path], source: str, tmp_path: Path) -> 
     assert_gguf_holds(out, wide, lambda name, tensor: gguf_type(name, tensor, "q4_0").replace("BF16", kept))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", sorted(set(TARGETS) - {"nf4", "qint4"}))
 def test_requantizing_to_the_same_format_copies_the_bytes(
     outputs: dict[str, Path], target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -100,6 +102,7 @@ def damaged_copy(model: Path, out: Path, name: str, value: float) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 @pytest.mark.parametrize("target", TARGETS)
 def test_weights_that_are_not_numbers(model: Path, tmp_path: Path, refused, target: str, value: float) -> None:
@@ -153,6 +156,7 @@ def test_a_head_is_left_out_and_not_counted(model: Path, tmp_path: Path) -> None
     assert len(gguf.GGUFReader(out).tensors) == len(tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_tensors_of_odd_sizes_are_no_obstacle(model: Path, tmp_path: Path, target: str) -> None:
     """Nor are tensors without a single element, or without an axis."""

@@ -62,6 +62,7 @@ def described(checkpoint: Checkpoint) -> dict[str, tuple]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ONE_OF_EACH)
 def test_headers_are_those_of_a_quantized_model(to: str, tiny: Path, tmp_path: Path) -> None:
     quantize(tiny, tmp_path / "out", to)

@@ -73,6 +73,7 @@ def test_nothing_can_run(report: Report) -> None:
     assert told["can_run"] is False and told["torch"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", ["torch", "triton"])
 def test_on_this_machine(hidden: str, tmp_path: Path) -> None:
     """Without torch it says so instead of failing to import it; without Triton nothing changes on a CPU."""

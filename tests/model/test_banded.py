@@ -263,7 +263,7 @@ def test_what_the_whole_image_takes(config: VaeConfig, height: int, width: int, 
     assert used <= promised <= 1.02 * used + 2**15
 
 
-@pytest.mark.parametrize("size", range(len(LATENTS)))
+@pytest.mark.parametrize("size", [0, *(pytest.param(size, marks=pytest.mark.slow) for size in range(1, len(LATENTS)))])
 def test_small_pictures_take_what_is_predicted(size: int) -> None:
     """Where vectors count, and what lies beyond the edges of maps; in bands as narrow as there are."""
     height, width = (8 * side for side in LATENTS[size])
@@ -342,6 +342,7 @@ def pipeline(diffusers_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Pipelin
     return Pipeline(open_model(diffusers_folder), RuntimeOptions(device="cpu", dtype="fp32"))
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_the_image_does_not_depend_on_the_budget(pipeline: Pipeline) -> None:
     """From the whole image at once to the smallest bands; less than that is refused, and names what would do."""

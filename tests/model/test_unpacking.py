@@ -45,6 +45,7 @@ def unpacked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITABLE)
 def test_products_are_those_of_the_codec(name: str, unpacked: list[str]) -> None:
     """Weights are the same to the bit, but for rotated ones: in another order, 8 additions deep, which each may move

@@ -57,6 +57,7 @@ def _assert_unpacked(ours: Tensor, truth: Tensor) -> None:
         torch.testing.assert_close(ours, truth, rtol=0, atol=truth.abs().max().item() * 2.0**-22)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", GGML_BLOCKS)
 def test_ggml_blocks_are_gguf_pys(kind: str) -> None:
     """Rows of whole super-blocks, and for blocks of 32 a row that ends inside the last 256."""

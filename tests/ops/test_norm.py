@@ -25,6 +25,7 @@ def _inputs(rows: int, dim: int, stream: torch.dtype, dtype: torch.dtype) -> tup
     return with_outliers(rows, dim, stream), branch, Norm(vectors[2], vectors[3], EPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [torch.float16, torch.float32])
 def test_int8_is_the_reference(stream: torch.dtype) -> None:
     """The sums that come out beside the codes may be a rounding apart."""

@@ -25,6 +25,7 @@ def _inputs(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Te
     return q, k, (1 + 0.3 * torch.randn(DIM)).to(dtype), angles.cos(), angles.sin()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_int8_is_the_reference(dtype: torch.dtype) -> None:
     ours, expected = [], []

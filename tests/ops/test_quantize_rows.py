@@ -14,6 +14,7 @@ from zimage_lite.quant.formats import FORMATS
 pytest.importorskip("triton")
 
 
+@pytest.mark.slow
 def test_kernel_is_the_reference() -> None:
     """Rows of this model's widths, of the demo's, and one that no power of four divides."""
     shapes = [(1, 256, 256), (17, 3840, 256), (129, 256, 256), (3, 10240, 256), (9, 384, 64), (9, 48, 16), (5, 40, 0)]

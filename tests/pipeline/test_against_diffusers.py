@@ -105,7 +105,7 @@ def diffusers_image(diffusers_pipeline: Any, case: GenerateOptions) -> torch.Ten
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in ("square", "guided") else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+    "name", [name if name == "square" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
 def test_whole_pipeline(diffusers_pipeline, pipeline, name) -> None:
     case = CASES[name]

@@ -40,6 +40,7 @@ def middle(pixels: Tensor) -> float:
     return float((columns * torch.arange(len(columns))).sum() / columns.sum())
 
 
+@pytest.mark.slow
 def test_another_colour_in_the_same_place(demo: Pipeline, red: Tensor) -> None:
     """Moved to the left, where the demo would not draw it by itself."""
     moved = torch.roll(red, -5, dims=1)
@@ -95,6 +96,7 @@ def test_many_steps_of_any_sampler_end_alike(demo: Pipeline, steps: int) -> None
         assert (found[name].float() - found["euler"].float()).abs().mean() < 100 / steps  # of 255
 
 
+@pytest.mark.slow
 def test_a_larger_one_is_the_smaller_one_drawn_over(demo: Pipeline) -> None:
     (small,) = demo.generate([GenerateOptions(RED, seed=2)])
     (found,) = demo.generate([GenerateOptions(RED, seed=2, hires=1.25, hires_strength=0.4)])

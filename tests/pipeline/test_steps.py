@@ -29,6 +29,7 @@ def picture() -> Image.Image:
     return Image.fromarray(noise).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [free, tight])
 def test_each_tile_is_a_pass(tiny: Path, exact, small_tiles, budget, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
