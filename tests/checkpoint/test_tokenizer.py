@@ -93,6 +93,7 @@ def theirs(folder: Path) -> Callable[[str], list[int]]:
     return encode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["built-in", "tokenizer.json", "vocab.json", "GGUF"])
 def test_known_ids(tokenizers: dict[str, PromptTokenizer], source: str) -> None:
     prompt = "a red circle on a blue background, 你好"

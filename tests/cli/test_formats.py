@@ -50,6 +50,7 @@ def test_groups_of_a_format_add_up(name: str) -> None:
         assert total["weights"] == sum(math.prod(t.shape) for t in planned(name, component).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["q4_k_m", "q2_k", "q4_0", "int8", "int4", "fp8", "nf4", "qint4", "bnb-int8"])
 def test_sizes_are_those_of_written_files(name: str, tiny: Path, tmp_path: Path, monkeypatch) -> None:
     source = open_checkpoint(tiny / "transformer")

@@ -52,6 +52,7 @@ def test_no_space(command, untouched, refused, monkeypatch: pytest.MonkeyPatch) 
     assert untouched()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "words"), [(errno.ENOSPC, "the disk is full"), (errno.EIO, "cannot be written")])
 def test_failing_disk(command, untouched, refused, monkeypatch: pytest.MonkeyPatch, code: int, words: str) -> None:
     fail_after(monkeypatch, 9, OSError(code, os.strerror(code)))

@@ -42,6 +42,7 @@ def test_bytes_depend_neither_on_the_run_nor_on_the_chunks(
     assert files_below(tmp_path / "chunks") == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["q8_0", "int8", "nf4"])
 @pytest.mark.parametrize("component", ["transformer", "text_encoder"])
 def test_bytes_do_not_depend_on_the_order_of_the_source(

@@ -95,6 +95,7 @@ def test_draws_a_picture(to: str) -> None:
     assert image.float().std() > 20  # uniform noise has 74; not a number is refused by the pipeline itself
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", targets())
 def test_weights_keep_the_variance(to: str) -> None:
     model = open_synthetic(f"synthetic:{to}", configs=TINY)

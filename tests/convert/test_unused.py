@@ -50,6 +50,7 @@ def converted(source: Path, out: Path) -> tuple[bytes, list[str]]:
     return out.read_bytes(), notes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*BESIDE, "EMA"])
 def test_output_is_that_of_the_model_alone(tmp_path: Path, bare: Path, case: str) -> None:
     weights = load_file(bare / FILES["transformer"])

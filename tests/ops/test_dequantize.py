@@ -132,6 +132,7 @@ def test_other_formats_are_their_codecs(kind: str) -> None:
         assert_same_codes(*results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["q4_k", "int4", "nf4", "qint4", "qint8"])
 def test_a_weight_may_start_inside_its_parts(kind: str) -> None:
     """As k does in a fused qkv."""

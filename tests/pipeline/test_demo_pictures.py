@@ -105,6 +105,7 @@ def test_a_larger_one_is_the_smaller_one_drawn_over(demo: Pipeline) -> None:
     assert tuple(found.shape) == (80, 80, 3) and torch.equal(found, over)
 
 
+@pytest.mark.slow
 def test_a_moved_prompt_draws_another_picture(demo: Pipeline) -> None:
     """Of the same: the demo's embeddings are some 80 wide."""
     plain, moved, again = demo.generate([GenerateOptions(RED, seed=1, variation=v) for v in (0.0, 300.0, 300.0)])

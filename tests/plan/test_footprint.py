@@ -107,6 +107,7 @@ def test_unpacking(name: str, dtype: str) -> None:
     assert promised / 3 <= live.peak_bytes <= promised + 2 * 4 * rows + 10 * x.nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in WRITABLE if is_reencoded(FORMATS[name])])
 @torch.inference_mode()
 def test_reencoding_on_the_cpu(name: str) -> None:
