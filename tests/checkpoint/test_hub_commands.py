@@ -29,7 +29,10 @@ def zimage(work: Path, server: HubServer, *args: object) -> subprocess.Completed
 
 @pytest.mark.parametrize(
     ("to", "runs"),
-    [("q8_0", ([], [], ["--discard-source", "--revision", COMMIT])), ("int8", (["--discard-source"],))],
+    [
+        ("q8_0", ([], [], ["--discard-source", "--revision", COMMIT])),
+        pytest.param("int8", (["--discard-source"],), marks=pytest.mark.full_size),
+    ],
 )
 def test_quantize_from_the_hub_is_quantize(
     server: HubServer, tmp_path: Path, to: str, runs: tuple[list[str], ...]

@@ -87,7 +87,7 @@ def test_kept_parts_are_as_released(tiny: Path) -> None:
 
 
 @pytest.mark.slow  # a picture from every format
-@pytest.mark.parametrize("to", targets())
+@pytest.mark.parametrize("to", ONE_OF_EACH)
 def test_draws_a_picture(to: str) -> None:
     model = open_synthetic(f"synthetic:{to}", configs=TINY)
     image = Pipeline(model, RuntimeOptions(device="cpu")).generate([GenerateOptions("a cat", 64, 64, steps=2)])[0]

@@ -229,12 +229,13 @@ def encoding(encoder: Encoder, run: Callable[[torch.Tensor], torch.Tensor], heig
     return lambda: run(from_pixels(pixels, encoder.conv_in.weight.dtype))
 
 
-COUNTED = [(TINY, 128, 272, 9), (TINY, 208, 112, 16), (TRUE, 256, 512, 32), (TRUE, 1024, 1024, 64)]
+COUNTED = [(TINY, 128, 272, 9), (TINY, 208, 112, 16), (TRUE, 256, 512, 32)]
+COUNTED_TOO = [pytest.param(TRUE, 1024, 1024, 64, marks=pytest.mark.full_size)]
 
 
 @pytest.mark.slow  # large images
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("config", "height", "width", "rows"), COUNTED)
+@pytest.mark.parametrize(("config", "height", "width", "rows"), [*COUNTED, *COUNTED_TOO])
 def test_what_is_predicted_is_used(config: VaeConfig, height: int, width: int, rows: int, dtype: torch.dtype) -> None:
     """On the meta device, which counts tensors of any size; what a convolution takes inside is left out."""
     encoder, decoder = model(Encoder, config, dtype, "meta"), model(Decoder, config, dtype, "meta")
@@ -263,7 +264,9 @@ def test_what_the_whole_image_takes(config: VaeConfig, height: int, width: int, 
     assert used <= promised <= 1.02 * used + 2**15
 
 
-@pytest.mark.parametrize("size", [0, *(pytest.param(size, marks=pytest.mark.slow) for size in range(1, len(LATENTS)))])
+@pytest.mark.parametrize(
+    "size", [0, 3, *(pytest.param(size, marks=pytest.mark.full_size) for size in range(1, len(LATENTS)) if size != 3)]
+)
 def test_small_pictures_take_what_is_predicted(size: int) -> None:
     """Where vectors count, and what lies beyond the edges of maps; in bands as narrow as there are."""
     height, width = (8 * side for side in LATENTS[size])

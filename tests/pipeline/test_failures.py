@@ -51,7 +51,7 @@ def test_a_file_that_is_cut_while_it_is_read(tiny: Path, exact, refused, monkeyp
 
 @pytest.mark.parametrize(
     ("call", "budget", "many"),
-    [("images", "streaming", 60), ("generate", "resident", 60)]
+    [("images", "streaming", 60)]
     + [
         pytest.param(call, budget, 1000, marks=pytest.mark.full_size)
         for call in ("images", "generate")

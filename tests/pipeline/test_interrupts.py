@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow  # pictures, drawn again and again
 
 OPENING = (
     "drawing.py", "encode.py", "denoise.py", "decode.py", "workspace.py", "weights.py", "retry.py", "workers.py",
-    "streamer.py", "meter.py", "linear.py",
+    "streamer.py", "meter.py", "linear.py", "picture.py", "sketch.py", "vae_phase.py", "tasks.py",
 )  # fmt: skip
 HERE = str(Path(zimage_lite.__file__).parent)
 
@@ -92,7 +92,8 @@ def interrupted_often(tiny: Path, interrupt: Callable[[Callable[[], object], flo
     """interrupt(draw, share of the run). Each time the error is kept until the next one, as an interactive session
     does, and the garbage collector is off: nothing may wait for either."""
     own, rng = tight(tiny), random.Random(5)
-    requests = [CAT, GenerateOptions("a dog", 64, 48, steps=2, seed=1)]
+    picture = Image.effect_noise((64, 48), 80).convert("RGB")
+    requests = [CAT, GenerateOptions("a dog", 64, 48, steps=2, seed=1, image=picture)]
 
     def draw() -> list[Tensor]:
         return own.generate(requests)

@@ -63,8 +63,11 @@ def large_pictures(tiny: Path) -> list[Tensor]:
         return free(tiny).generate(THREE)
 
 
-@pytest.mark.parametrize("later", [False, True], ids=["first", "later"])
-@pytest.mark.parametrize("place", PLACES)
+FIRST = [pytest.param(place, False, id=f"{place}, first") for place in PLACES]
+LATER = [pytest.param(place, True, id=f"{place}, later", marks=pytest.mark.full_size) for place in PLACES]
+
+
+@pytest.mark.parametrize(("place", "later"), [*FIRST, *LATER])
 def test_memory_that_runs_out_once(
     place: str, later: bool, tiny: Path, exact, large_pictures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
