@@ -44,7 +44,7 @@ def hourglasses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Scene]]:
 
 
 @pytest.mark.slow  # many pictures
-@pytest.mark.parametrize("to", ["bf16", "q4_0"])
+@pytest.mark.parametrize("to", [pytest.param("bf16", marks=pytest.mark.full_size), "q4_0"])
 def test_the_new_appears_and_the_old_stays(hourglasses: list[tuple[str, Scene]], tmp_path: Path, to: str) -> None:
     """Also on weights into which it could not be merged: their steps are larger than its changes."""
     model: str | Path = "demo"

@@ -150,7 +150,10 @@ def test_passes_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bench_elementwise.difference((got, None), (wrong, None)) is not None
 
 
-@pytest.mark.parametrize("name", [pytest.param("q4_k_s", marks=pytest.mark.full_size), "int4", "nf4"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("q4_k_s", marks=pytest.mark.full_size), "int4", pytest.param("nf4", marks=pytest.mark.full_size)],
+)
 def test_weights_are_compared(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_elementwise, "DEVICE", "cpu")
     bench_elementwise.dtype.cache_clear()

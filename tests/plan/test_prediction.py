@@ -108,7 +108,10 @@ def plan_or_learn(todo: Ways, there: Machine, budgets: Budgets) -> list[Plan]:
 
 
 @pytest.mark.slow  # thousands of plans
-@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize(
+    "format_name",
+    [name if name in ("int8", "q4_k_m") else pytest.param(name, marks=pytest.mark.full_size) for name in FORMATS],
+)
 def test_every_plan_adds_up(format_name: str) -> None:
     """All GPUs, sizes and RAM: sums, slots, order, peaks; more RAM is never slower; refusals are true."""
     for size, gpu in itertools.product(SIZES, GPUS):
