@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zimage_lite.config import ControlConfig
 from zimage_lite.model.compute import REFERENCE, Compute
-from zimage_lite.model.controlnet import Control, ControlNet, DiffusersControl
+from zimage_lite.model.controlnet import Control, ControlNet, DiffusersControl, unrolled, unrolled_weights
 from zimage_lite.model.linear import bind
 from zimage_lite.model.transformer import Transformer
 
@@ -52,13 +52,18 @@ def their_weights(theirs: Any) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in theirs.state_dict().items() if name.startswith("control_")}
 
 
+def config_of(version: str) -> ControlConfig:
+    kind = {key: tuple(value) if isinstance(value, list) else value for key, value in KINDS[version].items()}
+    return ControlConfig(dim=256, n_heads=2, **kind)
+
+
 def ours(
     version: str, weights: dict[str, Tensor], dtype: torch.dtype = torch.float32, form: str = "f32",
     compute: Compute = REFERENCE,
 ) -> ControlNet:  # fmt: skip
-    """form: what matrices are packed in, where their rows fit."""
-    kind = {key: tuple(value) if isinstance(value, list) else value for key, value in KINDS[version].items()}
-    net = ControlNet(ControlConfig(dim=256, n_heads=2, **kind), compute)
+    """As it is drawn with. form: what matrices are packed in, where their rows fit."""
+    config = config_of(version)
+    net, weights = ControlNet(unrolled(config), compute), unrolled_weights(config, weights)
     bind(net, {name: packed_as(form if weight.ndim == 2 else "f32", weight) for name, weight in weights.items()}, dtype)
     return net
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from controls import KINDS, as_authors, diffusers_answer, make_control, our_answer, ours, their_weights
+from controls import KINDS, as_authors, config_of, diffusers_answer, make_control, our_answer, ours, their_weights
 from oracles import bound, relative_error, transformer_inputs
 from torch import Tensor
 
 from zimage_lite.checkpoint.checkpoint import open_checkpoint
 from zimage_lite.model import linear
 from zimage_lite.model.compute import Compute
-from zimage_lite.model.controlnet import ControlBlock
+from zimage_lite.model.controlnet import ControlBlock, ControlNet, merged
 from zimage_lite.model.linear import shapes
 from zimage_lite.model.transformer import Transformer
 
@@ -45,7 +45,7 @@ def inputs(version: str, case: str) -> tuple[list[Tensor], list[Tensor], list[Te
 def test_its_names_and_shapes_are_diffusers(diffusers_pipeline: Any, version: str) -> None:
     weights = their_weights(make_control(diffusers_pipeline.transformer, version))
     wanted = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    assert shapes(ours(version, weights)) == wanted
+    assert shapes(ControlNet(config_of(version))) == wanted
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,8 @@ VISITS = {
         "control_layers.0", "layers.0", "layers.1", "control_layers.1", "layers.2",
     ],
     "2.0": [
-        "control_layers.0", "noise_refiner.0", "control_layers.1", "noise_refiner.1", "control_layers.2",
+        "control_noise_refiner.0", "noise_refiner.0", "control_noise_refiner.1", "noise_refiner.1",
+        "control_noise_refiner.2",
         "control_layers.0", "layers.0", "control_layers.1", "layers.1", "control_layers.2", "layers.2",
     ],
     "2.1": [
@@ -130,6 +131,11 @@ def test_one_block_computes_and_one_hint_waits_at_a_time(
         hook.remove()
     assert visits == VISITS[version] and not here
     assert len(hints) == len(KINDS[version]["control_layers_places"]) + 2 * (version != "1.0")
+
+
+def test_several_are_merged_by_places() -> None:
+    beside = [(["a0", "a1", "a2"], (0, 2)), (["b0", "b1"], (0, 1))]
+    assert "".join(merged("012", beside)) == "".join(["a0", "b0", "0", "b1", "1", "a1", "2", "a2"])
 
 
 def test_a_state_beyond_float16_is_no_harm(
