@@ -15,7 +15,7 @@ It knows names, places and modules, not what they hold or compute.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -51,12 +51,20 @@ class Workers(Protocol[_Place, Event]):
 
 @dataclass(frozen=True)
 class Route:
-    """homes: block -> where it waits to be computed (`plan.DEVICE` ...), in the order they run, `passes` times."""
+    """homes: block -> where it waits to be computed (`plan.DEVICE` ...), in the order they run, `passes` times.
+    idle: for each pass the blocks that do not run in it; empty: all run in all."""
 
     homes: Mapping[str, str]
     slots: int
     staging: int = 0
     passes: int = 1
+    idle: Sequence[Container[str]] = ()
+
+    def visits(self) -> Iterator[str]:
+        """The blocks as they run, in all passes."""
+        for number in range(self.passes):
+            idle = self.idle[number] if self.idle else ()
+            yield from (name for name in self.homes if name not in idle)
 
 
 @dataclass(frozen=True)
@@ -137,14 +145,14 @@ class Streamer(Generic[Module, Place, Event]):
             queue.clear()
 
     def _passages(self) -> Iterator[_Passage[Place, Event]]:
-        streamed = 0
-        for number in range(self.route.passes):
-            for name, home in self.route.homes.items():
-                if home != DEVICE:
-                    yield _Passage(name, streamed % self.route.slots)
-                    streamed += 1
-                elif number == 0:
-                    yield _Passage(name, None)
+        streamed, staying = 0, set[str]()
+        for name in self.route.visits():
+            if self.route.homes[name] != DEVICE:
+                yield _Passage(name, streamed % self.route.slots)
+                streamed += 1
+            elif name not in staying:
+                yield _Passage(name, None)
+                staying.add(name)
 
     def _ask_ahead(self) -> None:
         while self._ask_read() or self._ask_copy():

@@ -196,6 +196,19 @@ def evaluations(name: str, steps: int) -> int:
     return SAMPLERS[name].evaluations_per_step * (steps - 1) + 1
 
 
+def asked_at(name: str, sigmas: Tensor) -> list[int]:
+    """The places in `sigmas` at which it asks, in order."""
+    nothing = torch.zeros(())
+    steps = SAMPLERS[name].steps(nothing, sigmas, lambda: nothing)
+    found, place = list[int](), next(steps)[1]
+    while True:
+        found.append(place)
+        try:
+            place = steps.send(nothing)[1]
+        except StopIteration:
+            return found
+
+
 def first_sigma(name: str, sigmas: Tensor, shift: float) -> Tensor:
     """The schedule as the sampler can take it: where it needs a finite log-SNR, a first sigma of 1 becomes a little
     less, as far as `shift` bends 1 - 0.0001, whether or not the schedule itself knows a shift. Never less than halfway

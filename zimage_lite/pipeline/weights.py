@@ -5,7 +5,7 @@ A component owns its whole budget while it is open and gives everything back whe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -119,11 +119,10 @@ class Weights:
             yield stream
 
     @contextmanager
-    def passes(self, count: int) -> Iterator[Stream]:
-        """So many passes over the blocks, as planned."""
-        with self._streaming(
-            Route(self.plan.homes, self.plan.slots, self._staging, count), self.plan.slot_bytes
-        ) as stream:
+    def passes(self, count: int, idle: Sequence[Container[str]] = ()) -> Iterator[Stream]:
+        """So many passes over the blocks, as planned. idle: for each pass the blocks that do not run in it."""
+        route = Route(self.plan.homes, self.plan.slots, self._staging, count, idle)
+        with self._streaming(route, self.plan.slot_bytes) as stream:
             yield stream
 
     @contextmanager

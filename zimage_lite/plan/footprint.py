@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
@@ -15,7 +16,8 @@ from ..quant.tensor import CPU_PIECE_WEIGHTS, GPU_PIECE_WEIGHTS, piece_rows
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 STREAM_BYTES = {"bf16": 2, "fp16": 4, "fp32": 4}  # of the residual stream: float16 is too narrow for it
 
-_BLOCKS = ("context_refiner", "noise_refiner", "layers")
+# "layers.17." or "controls.0.control_layers.3.": where a block's name in a tensor's ends.
+_BLOCK = re.compile(r"(?:(?:controls\.\d+\.control_)?(?:noise_refiner|layers)|context_refiner)\.\d+(?=\.)")
 # Bytes per weight while one is unpacked, its result included: the most of a family's formats, as counted on tensors.
 _UNPACKING = {"int8": 5, "quanto": 8, "comfy_float": 8}
 _MOST_UNPACKING, _GGUF_PY_UNPACKING = 10, 16
@@ -79,9 +81,8 @@ def by_block(parts: Iterable[Part]) -> tuple[dict[str, list[Part]], list[Part]]:
     blocks: dict[str, list[Part]] = {}
     rest = []
     for part in parts:
-        group, _, inner = part.name.partition(".")
-        if group in _BLOCKS:
-            blocks.setdefault(f"{group}.{inner.partition('.')[0]}", []).append(part)
+        if found := _BLOCK.match(part.name):
+            blocks.setdefault(found[0], []).append(part)
         else:
             rest.append(part)
     return blocks, rest

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ..adapters.joined import NOTHING, AdapterSet
-from ..config import MOST_PER_ROUND, PATCH_SIZE, SEQUENCE_MULTIPLE, TOKENS_PER_PASS, VAE_FACTOR
+from ..config import MOST_PER_ROUND, PATCH_SIZE, SEQUENCE_MULTIPLE, TOKENS_PER_PASS, VAE_FACTOR, ControlConfig
+from ..convert.catalog import Part
 from ..units import round_up
 from .tiles import Tile, tiles_of
 
@@ -17,12 +18,28 @@ _Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
+class ControlSizes:
+    """A ControlNet beside the transformer. config: as it is drawn with, see `controlnet.unrolled`; parts: its tensors,
+    by their names in it. copies: diffusers' mathematics, which keeps a copy of the residual stream; that it runs the
+    noise refiner once more is left out of times."""
+
+    config: ControlConfig
+    parts: tuple[Part, ...]
+    copies: bool = False
+
+    @property
+    def blocks(self) -> int:
+        return self.config.n_refiner_layers + len(self.config.control_layers_places)
+
+
+@dataclass(frozen=True)
 class Job:
     """What is to be drawn: `images` of one size. prompt_tokens: of each text that is encoded, what to steer away from
     included; other_tokens: of prompts of other jobs, whose embeddings wait meanwhile. adapters: LoRAs and their kin.
     pictures: how many different ones of that size are encoded; over: drawn over one; held_bytes: of pictures that wait
     in RAM; open_bytes: of the one that is read, or put together, at a time. evaluations: of the model for each image,
-    if not one a step."""
+    if not one a step. controls: ControlNets, planned as if they ran in every step; contexts: channels of all latents
+    that they see in a round."""
 
     width: int
     height: int
@@ -37,6 +54,8 @@ class Job:
     over: bool = False
     held_bytes: int = 0
     open_bytes: int = 0
+    controls: tuple[ControlSizes, ...] = field(default=(), compare=False)
+    contexts: int = 0
 
     @property
     def passes(self) -> int:

@@ -15,7 +15,8 @@ def embedding_bytes(model: Model, job: Job, dtype: str) -> int:
 def vector_bytes(model: Model, job: Job, dtype: str) -> int:
     """adaLN vectors of all steps, from before the first until the last image is done."""
     c = model.transformer_config
-    return ITEM_BYTES[dtype] * job.steps * (4 * (c.n_refiner_layers + c.n_layers) + 1) * c.dim
+    blocks = c.n_refiner_layers + c.n_layers + sum(control.blocks for control in job.controls)
+    return ITEM_BYTES[dtype] * job.steps * (4 * blocks + 1) * c.dim
 
 
 def latent_bytes(model: Model, job: Job) -> int:
@@ -24,6 +25,6 @@ def latent_bytes(model: Model, job: Job) -> int:
 
 
 def picture_bytes(model: Model, job: Job) -> int:
-    """Of the pictures to start from, their latents and masks, and those that wait."""
+    """Of the pictures to start from and to follow, their latents and masks, and those that wait."""
     each = 3 * job.pixels + latent_bytes(model, job) + 4 * job.latents
-    return job.pictures * each + job.held_bytes
+    return job.pictures * each + job.held_bytes + 4 * job.contexts * job.latents

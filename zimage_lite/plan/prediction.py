@@ -23,7 +23,9 @@ from ..convert.catalog import Part
 from ..memory.machine import Machine, Work
 from ..memory.plan import Block, Phase, activation_bytes
 from ..memory.workers import READERS
+from ..model.controlnet import visits
 from ..model.transformer import is_time_weight
+from .control_terms import beside, control_bytes
 from .cpu_terms import ELEMENTWISE_FLOPS, cpu_unpacking_flops, holes
 from .footprint import (
     ITEM_BYTES,
@@ -80,8 +82,9 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     dtype = machine.dtype(device)
     item, stream = ITEM_BYTES[dtype], STREAM_BYTES[dtype]
     image, sequences = job.image_tokens, batch * (2 if job.guided else 1)
-    time_weights = [part for part in model.transformer if is_time_weight(part.name)]
-    of_blocks, rest = by_block([part for part in model.transformer if not is_time_weight(part.name)])
+    parts = [*model.transformer, *beside(job.controls)]
+    time_weights = [part for part in parts if is_time_weight(part.name)]
+    of_blocks, rest = by_block([part for part in parts if not is_time_weight(part.name)])
     charge, load = _BATCH_CHARGE ** math.log2(batch), load_of(job.adapters, dtype)
 
     def block(name: str, tokens: int, attention: float) -> Block:
@@ -90,7 +93,8 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
         return Block(name, arena_bytes(of_blocks[name]) + load.bytes.get(name, 0), work)
 
     def blocks(group: str, count: int, tokens: int, attention: float) -> list[Block]:
-        return [block(f"{group}.{i}", tokens, attention) for i in range(count)]
+        names, controls = [f"{group}.{i}" for i in range(count)], [control.config for control in job.controls]
+        return [block(name, tokens, attention) for name in visits(group, names, controls)]
 
     def attention(tokens: int) -> float:
         return 4.0 * c.dim * tokens**2
@@ -99,7 +103,8 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     pads = sum(map(sum, refined))
     together = min(pads, max(TOKENS_PER_PASS, caption))  # in another order more may go into one pass
     n_refiners, whole = c.n_refiner_layers, image + caption
-    prelude = blocks("context_refiner", n_refiners, together, max(sum(map(attention, batch)) for batch in refined))
+    most = max(sum(map(attention, batch)) for batch in refined)
+    prelude = [block(f"context_refiner.{i}", together, most) for i in range(n_refiners)]
     main = blocks("noise_refiner", n_refiners, sequences * image, sequences * attention(image)) + blocks(
         "layers", c.n_layers, sequences * whole, sequences * attention(whole)
     )
@@ -121,6 +126,7 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
             "adaLN vectors": vector_bytes(model, job, dtype),
             "latents": latent * _LATENT_COPIES * sequences,
             "captions": stream * pads * (c.dim + c.cap_feat_dim),
+            **control_bytes(job, batch, sequences * whole * c.dim * stream, item),
             "activations": activations + (tokens + pads) * c.head_dim * 4,  # the angles of the parts stay, too
             "unpacking": unpacking,
             **({**host, **holes(activations, unpacking), **_scratch(of_blocks, machine)} if device == "cpu" else {}),
