@@ -31,11 +31,13 @@ def _starts_with_zeros(tensor: StoredTensor) -> bool:
 
 @dataclass(frozen=True)
 class Settings:
-    """What its authors draw with. base: it is for Z-Image Base, not for Turbo; scales: of hints, from and to."""
+    """What its authors draw with. base: it is for Z-Image Base, not for Turbo; scales: of hints, from and to; scale: of
+    their examples."""
 
     base: bool
     steps: int
     scales: tuple[float, float]
+    scale: float
 
 
 def settings(config: ControlConfig, file_name: str) -> Settings:
@@ -43,10 +45,11 @@ def settings(config: ControlConfig, file_name: str) -> Settings:
     name = file_name.lower()
     base, tile, few = "z-image-fun" in name, "tile" in name, "8steps" in name
     if config.version == "1.0":
-        return Settings(base, 9, (0.65, 0.8))
+        return Settings(base, 9, (0.65, 0.8), 0.75)
+    scale = 0.85 if tile else 0.75 if config.version.startswith("2.0") else 0.9
     if base:
-        return Settings(base, 20 if tile else 25, (0.65, 1.0))
-    return Settings(base, 8 if few else 25, (0.65, 1.0))
+        return Settings(base, 20 if tile else 25, (0.65, 1.0), scale)
+    return Settings(base, 8 if few else 25, (0.65, 1.0), scale)
 
 
 def said_of(config: ControlConfig, file_name: str) -> str:

@@ -3,10 +3,13 @@
 Pure data: importing this loads neither torch nor any other heavy library.
 """
 
+from .control import ControlUse
 from .image import GenerateOptions, known_by
 from .limits import (
     BACKENDS,
     COMPUTES,
+    CONTROL_MATHS,
+    CONTROL_SOURCES,
     DEFAULT_SIZE,
     DEFAULT_STRENGTH,
     DEVICES,
@@ -46,6 +49,8 @@ from .runtime import RuntimeOptions
 __all__ = [
     "BACKENDS",
     "COMPUTES",
+    "CONTROL_MATHS",
+    "CONTROL_SOURCES",
     "DEFAULT_SIZE",
     "DEFAULT_STRENGTH",
     "DEVICES",
@@ -71,6 +76,7 @@ __all__ = [
     "VAE_QUERIES",
     "BlockSizes",
     "ControlConfig",
+    "ControlUse",
     "GenerateOptions",
     "Lora",
     "RuntimeOptions",

@@ -11,7 +11,10 @@ from pathlib import PurePath
 from typing import Any
 
 from ..errors import UserError
+from .control import ControlUse
 from .limits import (
+    CONTROL_MATHS,
+    CONTROL_SOURCES,
     FITS,
     INFINITE,
     INPAINT_AREAS,
@@ -24,13 +27,15 @@ from .limits import (
 )
 from .lora import Lora
 
-_SOURCES = ("image", "mask", "latents")
+_SOURCES = ("image", "mask", "latents", "control_image")
 _OUTPAINT = "pixels left,above,right,below: 0,0,256,0"
 
 
 def known_by(source: object) -> Hashable:
     """What tells one picture, mask or latent from another: those in memory, which may change and have no hash, are
     known by where they are."""
+    if isinstance(source, tuple):
+        return tuple(map(known_by, source))
     return source if isinstance(source, str | PurePath | None) else id(source)
 
 
@@ -46,6 +51,9 @@ class GenerateOptions:
     in the first fifth of the steps. image, mask: a path, bytes, a PIL image or an array [height, width, 3]; white of
     the mask is drawn anew. outpaint: pixels to add left, above, right and below. hires: the result, so many times as
     large, is drawn over with hires_strength. latents: a file of them, in the place of an image.
+    controls: ControlNets, of ControlUse, or what `ControlUse.of` takes, such as "FILE:SCALE"; control_image: the
+    pictures that they follow, and control_from: what is made of them first, one for all or one for each;
+    control_start, control_end: parts of the steps between which they are asked.
     """
 
     prompt: str = ""
@@ -74,6 +82,12 @@ class GenerateOptions:
     latents: Any = None
     hires: float | None = None
     hires_strength: float = 0.35
+    controls: tuple[ControlUse, ...] = ()
+    control_image: Any = None
+    control_from: tuple[str, ...] = ("map",)
+    control_start: float = 0.0
+    control_end: float = 1.0
+    control_math: str = "authors"
     cfg: InitVar[float | None] = None
 
     def __eq__(self, other: object) -> bool:
@@ -125,11 +139,12 @@ class GenerateOptions:
             raise UserError("--shift", got=self.shift, expected="more than 0 (Turbo 3, Base 6)")
         self._check_levels()
         self._check_picture()
+        self._check_controls()
 
     def _check_choices(self) -> None:
         choices = {
             "sampler": SAMPLERS, "schedule": SCHEDULES, "strength_mode": STRENGTH_MODES, "fit": FITS,
-            "inpaint_area": INPAINT_AREAS,
+            "inpaint_area": INPAINT_AREAS, "control_math": CONTROL_MATHS,
         }  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -178,6 +193,41 @@ class GenerateOptions:
         if self.hires and self.mask is not None:
             raise UserError("--hires does not go with --mask", fix="draw what the mask names first, then use --image")
 
+    def _check_controls(self) -> None:
+        object.__setattr__(self, "controls", ControlUse.several(self.controls))
+        given = None if self.control_image is None else _several(self.control_image) or None
+        object.__setattr__(self, "control_image", given)
+        object.__setattr__(self, "control_from", _several(self.control_from))
+        for source in self.control_from:
+            if source not in CONTROL_SOURCES:
+                raise UserError("--control-from", got=repr(source), expected=f"one of {', '.join(CONTROL_SOURCES)}")
+        if not 0 <= self.control_start < self.control_end <= 1:
+            got = f"{self.control_start:g} and {self.control_end:g}"
+            raise UserError(
+                "--control-start and --control-end", got=got, expected="parts of the steps, such as 0 and 0.6"
+            )
+        if not self.controls:
+            if given is not None:
+                raise UserError("--control-image without a ControlNet", fix="name one with --control FILE")
+            return
+        for flag, own in (("--control-image", given or ()), ("--control-from", self.control_from)):
+            if len(own) > 1 and len(own) != len(self.controls):
+                raise UserError(
+                    flag, got=f"{len(own)} times", expected=f"once, or once for each of {len(self.controls)}"
+                )
+        repaints = self.image is not None and (self.mask is not None or self.outpaint is not None)
+        if given is None and not repaints:
+            raise UserError("--control without a picture to follow", fix="name one with --control-image")
+        if self.control_math == "diffusers" and len(self.controls) > 1:
+            raise UserError("diffusers has one ControlNet at a time", fix="leave out --control-math diffusers")
+
+    @property
+    def followed(self) -> list[tuple[Any, str]]:
+        """Of each ControlNet: its picture, None if it has only what is to be repainted, and what is made of it."""
+        count = len(self.controls)
+        images, sources = self.control_image or (None,), self.control_from
+        return list(zip(_each(images, count), _each(sources, count), strict=True))
+
     def _set_numbers(self, name: str, expected: str, count: int = 0, kind: Callable[[Any], float] = float) -> None:
         """A tuple in the place of any sequence of so many numbers; of any length if count is 0."""
         given = getattr(self, name)
@@ -195,6 +245,15 @@ class GenerateOptions:
         if not 1 <= cfg < INFINITE:
             raise UserError("--cfg", got=cfg, expected="1 (off) or more")
         return round(cfg - 1, 6)  # 4.1 is 3.1, and not a rounding error less
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _each(values: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+    """One for each of so many: as they are, or the only one again and again."""
+    return values if len(values) == count else values * count
 
 
 def _flag(name: str) -> str:

@@ -35,4 +35,6 @@ SCHEDULES = (
 STRENGTH_MODES = ("steps", "diffusers")
 FITS = ("crop", "pad", "stretch")
 INPAINT_AREAS = ("picture", "mask")
+CONTROL_MATHS = ("authors", "diffusers")
+CONTROL_SOURCES = ("map", "canny", "scribble", "grey", "tile")  # a map as it is; the others are made of a picture
 INFINITE = 1e30  # no setting is this large; also refuses NaN, which compares with nothing

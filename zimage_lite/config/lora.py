@@ -45,8 +45,8 @@ class Lora:
         if isinstance(value, Lora):
             return value
         if isinstance(value, str):
-            path, _, number = value.rpartition(":")
-            return cls(path, float(number)) if path and _is_number(number) else cls(value)
+            path, number = path_and_number(value)
+            return cls(path) if number is None else cls(path, number)
         if isinstance(value, PathLike):
             return cls(value)  # type: ignore[arg-type]
         if isinstance(value, Mapping) and "path" in value and set(value) <= {field.name for field in fields(cls)}:
@@ -93,10 +93,21 @@ def _names(name: str, module: str) -> bool:
     return own == group and (first is None or last is None or first <= int(number) <= last)
 
 
-def _strength(value: object, where: str) -> float:
+def path_and_number(text: str) -> tuple[str, float | None]:
+    """PATH or PATH:NUMBER, where a drive's letter is no path."""
+    path, _, number = text.rpartition(":")
+    return (path, float(number)) if path and _is_number(number) else (text, None)
+
+
+def number_of(value: object, where: str) -> float:
+    """Raises UserError for what is none. where: for messages."""
     if isinstance(value, bool) or not _is_number(value):
         raise UserError(where, got=repr(value)[:40], expected="a number such as 0.8")
-    number = float(value)  # type: ignore[arg-type]
+    return float(value)  # type: ignore[arg-type]
+
+
+def _strength(value: object, where: str) -> float:
+    number = number_of(value, where)
     if not abs(number) <= MAX_LORA_STRENGTH:
         raise UserError(where, got=number, expected=f"a number from -{MAX_LORA_STRENGTH} to {MAX_LORA_STRENGTH}")
     return number
