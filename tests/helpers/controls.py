@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from oracles import randomize
 from packing import packed_as
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from zimage_lite.config import ControlConfig
@@ -50,6 +53,18 @@ def make_control(transformer: Any, version: str) -> Any:
 def their_weights(theirs: Any) -> dict[str, Tensor]:
     """Those that a file of it has: without what it shares with the transformer."""
     return {name: tensor for name, tensor in theirs.state_dict().items() if name.startswith("control_")}
+
+
+def save_control(theirs: Any, folder: Path, zeroed: bool = False) -> Path:
+    """As `save_pretrained` writes it, without what it shares with the transformer. zeroed: it gives no hints."""
+    folder.mkdir(parents=True)
+    config = {name: value for name, value in theirs.config.items() if not name.startswith("_")}
+    (folder / "config.json").write_text(json.dumps({"_class_name": type(theirs).__name__, **config}))
+    weights = {
+        name: tensor * (not zeroed or ".after_proj." not in name) for name, tensor in their_weights(theirs).items()
+    }
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+    return folder
 
 
 def config_of(version: str) -> ControlConfig:

@@ -9,7 +9,16 @@ from typing import Any
 
 import click
 
-from ..config import FITS, INPAINT_AREAS, SAMPLERS, SCHEDULES, STRENGTH_MODES, GenerateOptions
+from ..config import (
+    CONTROL_MATHS,
+    CONTROL_SOURCES,
+    FITS,
+    INPAINT_AREAS,
+    SAMPLERS,
+    SCHEDULES,
+    STRENGTH_MODES,
+    GenerateOptions,
+)
 
 _IMAGE = GenerateOptions()
 
@@ -148,6 +157,52 @@ _PICTURES = (
     ),
 )
 
+_CONTROLS = (
+    click.option(
+        "--control",
+        "controls",
+        multiple=True,
+        metavar="FILE[:SCALE]",
+        help="ControlNet (Fun Union 1.0, 2.0, 2.1) beside the transformer, and how strongly it is followed. Once for "
+        "each.  [default scale: its authors']",
+    ),
+    click.option(
+        "--control-image",
+        multiple=True,
+        metavar="PICTURE",
+        help="What it follows: edges, a pose, depth, ... as a map. Once, or once for each --control.",
+    ),
+    click.option(
+        "--control-from",
+        type=click.Choice(CONTROL_SOURCES),
+        multiple=True,
+        default=_IMAGE.control_from,
+        help="What --control-image is: a map as the ControlNet takes it (depth and poses have to be), or a picture of "
+        "which canny edges, scribbled strokes, its grey or its coarse pixels are taken.  [default: map]",
+    ),
+    click.option(
+        "--control-start",
+        type=float,
+        default=_IMAGE.control_start,
+        show_default=True,
+        help="Part of the steps after which ControlNets are asked.",
+    ),
+    click.option(
+        "--control-end",
+        type=float,
+        default=_IMAGE.control_end,
+        show_default=True,
+        help="And until which: later steps cost what they cost without.",
+    ),
+    click.option(
+        "--control-math",
+        type=click.Choice(CONTROL_MATHS),
+        default=_IMAGE.control_math,
+        show_default=True,
+        help="authors: as VideoX-Fun has it; diffusers: as diffusers 0.42 has it, to compare with.",
+    ),
+)
+
 _WATCHING = (
     click.option(
         "--preview",
@@ -182,14 +237,18 @@ def drawing_facts(request: GenerateOptions) -> dict[str, Any]:
 
 def _said(value: Any) -> str:
     if isinstance(value, tuple):
-        return ",".join(f"{number:g}" for number in value)
+        return ",".join(_said(one) for one in value)
+    if isinstance(value, float):
+        return f"{value:g}"
     if isinstance(value, str | Path) and Path(value).is_file():
         return f"{Path(value).name} ({hashlib.sha256(Path(value).read_bytes()).hexdigest()[:10]})"
     return str(value)
 
 
 sampling_options, picture_options, watching_options = _all(_SAMPLING), _all(_PICTURES), _all(_WATCHING)
+control_options = _all(_CONTROLS)
 DRAWING_FIELDS = (
     "sampler", "schedule", "sigmas", "variation", "guidance_range", "cfg_normalization", "cfg_truncation", "image",
     "strength", "strength_mode", "mask", "inpaint_area", "outpaint", "fit", "latents", "hires", "hires_strength",
+    "control_image", "control_from", "control_start", "control_end", "control_math",
 )  # fmt: skip

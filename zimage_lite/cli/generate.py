@@ -19,7 +19,7 @@ from ..memory.meter import peak_rss_bytes
 from ..pictures.saving import require_kind, save
 from ..units import format_gb, parse_bytes
 from . import leaving_at_once, print_json, say
-from .drawing_options import drawing_facts, picture_options, sampling_options, watching_options
+from .drawing_options import control_options, drawing_facts, picture_options, sampling_options, watching_options
 from .previews import previewing
 from .requests import Seed, requests_of
 
@@ -77,6 +77,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--shift", type=float, help="Shift of the noise schedule.  [default: the model's; Turbo 3]")
 @sampling_options
 @picture_options
+@control_options
 @watching_options
 @click.option(
     "--lora",
@@ -244,6 +245,7 @@ def recipe(request: GenerateOptions, pipeline: Pipeline, pixels: Tensor) -> dict
         "shift": request.shift,
         **drawing_facts(request),
         **_loras(pipeline.adapters.told(request.loras)),
+        **_controls(pipeline.controls.told(request)),
         "model": f"{model.name} (random weights: the picture is noise)" if model.synthetic else model.name,
         "format": model.transformer.main_format,
         "version": f"zimage-lite {__version__}",
@@ -259,6 +261,11 @@ def _loras(told: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {"loras": ", ".join(found)} if found else {}
 
 
+def _controls(told: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    found = [f"{net['name']}:{net['scale']:g} ({net['sha256'][:10]})" for net in told]
+    return {"controls": ", ".join(found)} if found else {}
+
+
 def _measured(pipeline: Pipeline, requests: Sequence[GenerateOptions]) -> dict[str, Any]:
     meter = pipeline.meter
     return {
@@ -266,6 +273,7 @@ def _measured(pipeline: Pipeline, requests: Sequence[GenerateOptions]) -> dict[s
         "format": pipeline.model.transformer.main_format,
         "synthetic": pipeline.model.synthetic,
         "loras": [pipeline.adapters.told(request.loras) for request in requests],
+        "controls": [pipeline.controls.told(request) for request in requests],
         "seconds_per_step": round(meter.phases["denoise"]["seconds"] / meter.steps, 3),
         "step_seconds": list(meter.step_seconds),
         "phases": {

@@ -14,7 +14,7 @@ from ..config import DEFAULT_SIZE, SAMPLERS, GenerateOptions, Lora, SchedulerCon
 from ..errors import UserError
 from ..units import format_gb, parse_bytes
 from . import print_json, say, table_printer
-from .drawing_options import picture_options
+from .drawing_options import control_options, picture_options
 
 if TYPE_CHECKING:
     from ..memory.gpus import Gpu
@@ -65,6 +65,7 @@ class _Prediction:
 @click.option("--lora", "loras", multiple=True, metavar="PATH", help="A LoRA beside the weights. Once for each.")
 @click.option("--sampler", type=click.Choice(SAMPLERS), default="euler", show_default=True)
 @picture_options
+@control_options
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw one step as a picture.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 def command(
@@ -81,6 +82,8 @@ def command(
         raise UserError("--plot", got=str(plot), expected="a name that ends in .svg")
     if count < 1:
         raise UserError("--count", got=count, expected="at least 1")
+    if image["controls"] and not image["control_image"]:
+        image["control_image"] = _any_picture()
     wanted = GenerateOptions(loras=Lora.several(loras), **image)
     limits = parse_bytes(vram) if vram else None, parse_bytes(ram) if ram else None
     sizes, schedule = _sizes(model, format_name or "int8")
@@ -99,6 +102,13 @@ def command(
         print_json(_as_json(prediction))
 
 
+def _any_picture() -> Any:
+    """What a ControlNet follows is as large as the image, whatever it is."""
+    import numpy as np
+
+    return np.zeros((1, 1, 3), np.uint8)
+
+
 def _sizes(model: str | None, format_name: str) -> tuple[Model, SchedulerConfig]:
     from ..plan.model_sizes import model_of, true_model
 
@@ -115,14 +125,19 @@ def _predict(
 ) -> _Prediction:
     from ..adapters.library import AdapterLibrary
     from ..memory.planner import budgets_in_force, plan_phases
+    from ..pipeline.controls import ControlLibrary
     from ..pipeline.grouping import grouped
     from ..pipeline.tasks import tasks_of
     from ..plan.job import LONG_PROMPT_TOKENS
     from ..plan.prediction import phases
 
+    def tell(line: str) -> None:
+        say(f"note: {line}")
+
     gpu, machines = _machines(gpu_name, *limits)
-    tasks = tasks_of([wanted] * count, model.transformer_config.in_channels, (DEFAULT_SIZE, DEFAULT_SIZE))
-    library = AdapterLibrary(model.transformer_config, lambda line: say(f"note: {line}"))
+    library = AdapterLibrary(model.transformer_config, tell)
+    controls, default = ControlLibrary(model.transformer_config, tell), (DEFAULT_SIZE, DEFAULT_SIZE)
+    tasks = tasks_of([wanted] * count, model.transformer_config.in_channels, default, controls.of)
     adapters = {wanted.loras: library.of(wanted.loras)}
     tokens = dict.fromkeys((wanted.prompt, wanted.negative), LONG_PROMPT_TOKENS)
     first, *others = (phases(model, group.job, machines[0]) for group in grouped(tasks, tokens, adapters))

@@ -17,14 +17,18 @@ from .lora_tags import with_tags
 _MAX_IMAGES = 10_000
 _RANDOM = "random"
 _NUMBER = (int, float)
+_TEXTS = (str, list)
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "prompt": str, "seed": int, "width": int, "height": int, "steps": int, "guidance": _NUMBER, "cfg": _NUMBER,
     "negative": str, "loras": list, "shift": _NUMBER, "sampler": str, "schedule": str, "sigmas": list,
     "variation": _NUMBER, "guidance_range": list, "cfg_normalization": _NUMBER, "cfg_truncation": _NUMBER, "image": str,
     "mask": str, "strength": _NUMBER, "strength_mode": str, "fit": str, "inpaint_area": str, "outpaint": list,
-    "latents": str, "hires": _NUMBER, "hires_strength": _NUMBER,
+    "latents": str, "hires": _NUMBER, "hires_strength": _NUMBER, "controls": list, "control_image": _TEXTS,
+    "control_from": _TEXTS, "control_start": _NUMBER, "control_end": _NUMBER, "control_math": str,
 }  # fmt: skip
-_KINDS = {str: "a text", int: "a whole number", _NUMBER: "a number", list: "a list"}
+_KINDS = {
+    str: "a text", int: "a whole number", _NUMBER: "a number", list: "a list", _TEXTS: "a text or a list of them"
+}  # fmt: skip
 _LISTS = {"sigmas": 0, "guidance_range": 2, "outpaint": 4}  # of so many numbers, any number if 0
 
 

@@ -111,6 +111,11 @@ class Canvas:
         """What of it the model repaints: [h, w] uint8 of `size`."""
         return None if self.mask is None else self._padded(resized_mask(self._boxed(self.mask), self.scaled))
 
+    def beside(self, rgb: np.ndarray, fit: str) -> np.ndarray:
+        """[h, w, 3] uint8 of another picture, fitted to the source -> what of it lies where `given` does, of `size`."""
+        whole = fitted(rgb, (self.source.shape[1], self.source.shape[0]), fit)
+        return self._padded(resized(self._boxed(whole), self.scaled))
+
     def finished(self, drawn: np.ndarray) -> np.ndarray:
         """drawn: [h, w, 3] uint8 of `size` -> the result [H, W, 3] uint8 of `result_size`."""
         width, height = self.scaled

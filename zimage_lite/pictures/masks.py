@@ -56,6 +56,11 @@ def nearest_latent_mask(mask: np.ndarray) -> np.ndarray:
     return (mask[::VAE_FACTOR, ::VAE_FACTOR] >= _HALF).astype(np.float32)
 
 
+def with_grey_holes(rgb: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """[h, w, 3] float32: what the mask repaints becomes grey, exactly between black and white."""
+    return np.where((mask >= _HALF)[..., None], np.float32(127.5), rgb)
+
+
 def resized(pixels: np.ndarray, size: tuple[int, int], how: Image.Resampling = Image.Resampling.LANCZOS) -> np.ndarray:
     """[h, w] or [h, w, 3] uint8, to (width, height)."""
     return pixels if pixels.shape[1::-1] == size else np.array(Image.fromarray(pixels).resize(size, how))

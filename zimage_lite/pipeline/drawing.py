@@ -30,6 +30,7 @@ from ..plan.model_sizes import model_of
 from ..plan.retry import Tell, Ways
 from .advice import advice
 from .backends import choose_for
+from .controls import ControlLibrary, unusual
 from .decode import Decode
 from .denoise import Denoise, OnStep
 from .encode import Encode
@@ -88,6 +89,7 @@ class Pipeline:
         self.decoding = Decode(self.model, self.sizes, self.work)
         self.encoding_pictures = EncodePictures(self.model, self.sizes, self.work)
         self.adapters = AdapterLibrary(self.model.transformer.config, self.tell, self.model.transformer.tensors)
+        self.controls = ControlLibrary(self.model.transformer.config, self.tell)
 
     def generate(
         self, requests: Sequence[GenerateOptions], progress: Progress = silent, on_step: OnStep | None = None
@@ -118,6 +120,8 @@ class Pipeline:
         tasks = self._tasks(requests)
         todo, within = self._planned(tasks), self.work.planning.within
         notes = dict.fromkeys(note for task in tasks if task.sketch for note in task.sketch.notes)
+        base = self.model.scheduler.undistilled
+        notes |= dict.fromkeys(note for task in tasks for note in unusual(task.request, task.controls, base))
         for line in (*advice(requests, self.model), *notes) if self.advises else ():
             self.tell(line)
         self.work.begin()
@@ -129,10 +133,11 @@ class Pipeline:
         for planned in todo.groups:
             job, decode = planned.group.job, planned.decode
             sigmas = as_tensor(planned.group.tasks[0].sigmas)
-            (times,) = within(planned.denoise, partial(self.denoising.schedule, sigmas, job.adapters))
+            controls = planned.group.tasks[0].controls
+            (times,) = within(planned.denoise, partial(self.denoising.schedule, sigmas, job.adapters, controls))
             for some in rounds(planned.group, planned.denoise.plan):
                 wanted = self._begun(some, planned)
-                run = partial(self.denoising.run, wanted, embeddings, times, job, steps, on_step)
+                run = partial(self.denoising.run, wanted, embeddings, times, job, controls, steps, on_step)
                 latents = list(within(planned.denoise, run))
                 if on_latents:
                     for task, latent in zip(some, latents, strict=True):
@@ -147,21 +152,22 @@ class Pipeline:
                             yield task.place, finished
 
     def _begun(self, tasks: Sequence[Task], planned: Planned) -> list[Image]:
-        """With the latents of the pictures that they are made from, each encoded once."""
-        sketches = {task.sketch.key: task.sketch for task in tasks if task.sketch}
-        found = {key: sketch.latent for key, sketch in sketches.items() if sketch.latent is not None}
+        """With the latents of the pictures that they are made from, and that ControlNets see, each encoded once."""
+        wanted = {picture.key: picture for task in tasks for picture in task.pictures}
+        found = {key: picture.latent for key, picture in wanted.items() if picture.latent is not None}
         if planned.picture:
-            unknown = [sketch for key, sketch in sketches.items() if key not in found]
-            pictures, noises = [sketch.given() for sketch in unknown], [sketch.noise() for sketch in unknown]
+            unknown = [picture for key, picture in wanted.items() if key not in found]
+            pictures, noises = [picture.given() for picture in unknown], [picture.noise() for picture in unknown]
             run = partial(self.encoding_pictures.run, pictures, noises)
             latents = self.work.planning.within(planned.picture, run)
-            found |= {sketch.key: latent for sketch, latent in zip(unknown, latents, strict=True)}
-        sources = {key: sketch.source(found[key]) for key, sketch in sketches.items()}
-        return [task.begun(sources) for task in tasks]
+            found |= {picture.key: latent for picture, latent in zip(unknown, latents, strict=True)}
+        sources = {task.sketch.key: task.sketch.source(found[task.sketch.key]) for task in tasks if task.sketch}
+        contexts = {sight.key: sight.context(found) for task in tasks for sight in task.sights}
+        return [task.begun(sources, contexts) for task in tasks]
 
     def _tasks(self, requests: Sequence[GenerateOptions]) -> list[Task]:
         channels = self.model.transformer.config.in_channels
-        return tasks_of(requests, channels, self.model.default_size)
+        return tasks_of(requests, channels, self.model.default_size, self.controls.of)
 
     def _planned(self, tasks: Sequence[Task]) -> Drawing:
         """Raises BudgetError."""

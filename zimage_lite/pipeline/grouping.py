@@ -19,7 +19,7 @@ RELOADING_SHARE = 0.1  # of a round's time, at most, is spent on bringing the tr
 
 @dataclass(frozen=True)
 class Group:
-    """Images of one size, schedule, sampler and set of adapters."""
+    """Images of one size, schedule, sampler, and set of adapters and of ControlNets."""
 
     tasks: tuple[Task, ...]
     job: Job
@@ -32,7 +32,7 @@ def grouped(
     found: dict[tuple, list[Task]] = {}
     for task in tasks:
         request, over = task.request, task.sketch is not None
-        alike = task.size, task.sigmas, request.sampler, bool(request.guidance), request.loras, over
+        alike = task.size, task.sigmas, request.sampler, bool(request.guidance), request.loras, over, task.controls
         found.setdefault(alike, []).append(task)
     encoded = {text for task in tasks for text in texts(task.request)}
     waiting = sum(_pixel_bytes(task.enlarged) for task in tasks if task.enlarged)
@@ -48,6 +48,8 @@ def _job(
     told = dict.fromkeys(words for task in tasks for words in all_words(task.request))
     own = {words.text for words in told}
     sketches = [task.sketch for task in tasks if task.sketch]
+    pictures = {picture.key for task in tasks for picture in task.pictures if picture.latent is None}
+    sights = {sight.key: sight for task in tasks for sight in task.sights}
     return Job(
         *first.size,
         first.steps,
@@ -57,11 +59,21 @@ def _job(
         sum(tokens[text] for text in encoded - own),
         adapters=adapters,
         evaluations=evaluations(first.request.sampler, first.steps),
-        pictures=min(len({sketch.key for sketch in sketches if sketch.latent is None}), MOST_PER_ROUND),
+        pictures=min(len(pictures), MOST_PER_ROUND * max(len(task.pictures) for task in tasks)),
         over=bool(sketches),
-        held_bytes=waiting,
-        open_bytes=max((sketch.source_bytes for sketch in sketches), default=0),
+        held_bytes=waiting + _holes_bytes(tasks),
+        open_bytes=max((picture.source_bytes for task in tasks for picture in task.pictures), default=0),
+        controls=first.controls.sizes,
+        contexts=sum(
+            sorted(sight.channels for sight in sights.values())[-MOST_PER_ROUND * max(len(first.sights), 1) :]
+        ),
     )
+
+
+def _holes_bytes(tasks: Sequence[Task]) -> int:
+    """What pictures with grey holes take more than others: they are float32."""
+    kept = {sight.kept.key for task in tasks for sight in task.sights if sight.kept}
+    return 3 * _pixel_bytes(tasks[0]) * min(len(kept), MOST_PER_ROUND)
 
 
 def _pixel_bytes(task: Task) -> int:

@@ -38,8 +38,8 @@ class EncodePictures(VaePhase):
         self, pictures: Sequence[Tensor], noises: Sequence[Tensor | None], done: int, plan: Plan
     ) -> Iterator[Tensor]:
         """-> latents [latent_channels, height / 8, width / 8] float32 on the CPU, scaled as the transformer wants them,
-        of pictures[done:], each [height, width, 3] uint8. noises: of a picture None for the mean of its posterior, or
-        float32 of the latent's shape for a sample, as diffusers draws it."""
+        of pictures[done:], each [height, width, 3] uint8, or float32 of the same range. noises: of a picture None for
+        the mean of its posterior, or float32 of the latent's shape for a sample, as diffusers draws it."""
 
         def latent(encoder: Encoder, given: tuple[Tensor, Tensor | None], hardware: Hardware) -> Tensor:
             picture, noise = given

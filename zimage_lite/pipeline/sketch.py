@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from .latents import read_latents
 from .walk import Source
 
 NO_MASK = "none"  # in the place of one: what is transparent is no mask, either
-_COPIES = 8  # of the source's three bytes a pixel, at most, while it is read or put back: measured at 98 MP
+OPEN_COPIES = 8  # of the source's three bytes a pixel, at most, while it is read or put back: measured at 98 MP
 
 
 @dataclass
@@ -28,7 +29,8 @@ class Sketch:
     size: width and height that the model draws; finished_size: of what comes out; strength: how much of the schedule
     it goes through; seed: of the latent, where it is drawn from what the encoder says, as diffusers does: else the most
     likely one is taken; latent: where there is nothing to encode; key: equal for those of the same latent;
-    source_bytes: that it takes while it is open; notes: what of it the user might not expect.
+    shape_key: equal for those that are laid out alike; source_bytes: that it takes while it is open; masked: some of it
+    stays; regenerates: not even that, as diffusers' ControlNets have it; notes: what of it the user might not expect.
     """
 
     size: tuple[int, int]
@@ -39,13 +41,24 @@ class Sketch:
     latent: Tensor | None = None
     channels: int = 16
     key: Hashable = None
+    shape_key: Hashable = None
     source_bytes: int = 0
+    masked: bool = False
+    regenerates: bool = False
     notes: tuple[str, ...] = ()
 
     def given(self) -> Tensor:
         """What is encoded: [height, width, 3] uint8."""
+        return torch.from_numpy(self.canvas().given())
+
+    def canvas(self) -> Canvas:
+        """Opened anew each time."""
         assert self.opened is not None
-        return torch.from_numpy(self.opened().given())
+        return self.opened()
+
+    def mask(self) -> np.ndarray | None:
+        """[height, width] uint8, what is drawn anew, if there is a mask."""
+        return self.canvas().given_mask()
 
     def noise(self) -> Tensor | None:
         """By which the latent is drawn."""
@@ -58,14 +71,18 @@ class Sketch:
 
     def _mask(self) -> Tensor | None:
         """[height/8, width/8] float32, 1 where the latent may change; None if it may everywhere."""
-        mask = None if self.opened is None else self.opened().given_mask()
+        mask = None if self.opened is None or self.regenerates else self.mask()
         if mask is None:
             return None
         return torch.from_numpy((latent_mask if self.seed is None else nearest_latent_mask)(mask))
 
     def finished(self, pixels: Tensor) -> Tensor:
         """[height, width, 3] uint8, as decoded -> put back into the picture."""
-        return pixels if self.opened is None else torch.from_numpy(self.opened().finished(pixels.numpy()))
+        return (
+            pixels
+            if self.opened is None or self.regenerates
+            else torch.from_numpy(self.opened().finished(pixels.numpy()))
+        )
 
     def made_from(self, pixels: Tensor) -> None:
         """The image that was to be drawn first, [height, width, 3] uint8."""
@@ -89,9 +106,10 @@ def sketch_of(
         opened = partial(_canvas, request, default_size)
         canvas = opened()
         strength = DEFAULT_STRENGTH if canvas.mask is None else 1.0
-        n_bytes, notes = _COPIES * canvas.source.nbytes, tuple(_notes(request, canvas))
+        n_bytes, notes = OPEN_COPIES * canvas.source.nbytes, tuple(_notes(request, canvas))
         known[key] = Sketch(
-            canvas.size, canvas.result_size, strength, opened, None, None, channels, key, n_bytes, notes
+            canvas.size, canvas.result_size, strength, opened, None, None, channels, key, key, n_bytes,
+            masked=canvas.mask is not None, notes=notes,
         )  # fmt: skip
     sampled = request.strength_mode == "diffusers"
     return replace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,11 +12,20 @@ from torch import Tensor
 from ..config import GenerateOptions
 from ..memory.hardware import Hardware
 from ..model.blending import feathered
+from ..model.controlnet import (
+    Control,
+    ControlledTransformer,
+    ControlModulation,
+    ControlNet,
+    DiffusersControl,
+    Several,
+)
 from ..model.linear import Stream
-from ..model.samplers import SAMPLERS, evaluations
+from ..model.samplers import SAMPLERS, asked_at
 from ..model.scheduler import guided, model_time, norm_limited
-from ..model.transformer import Caption, Modulation, Ropes, Transformer, Watch
+from ..model.transformer import Beside, Caption, Modulation, Ropes, Transformer, Watch
 from ..plan.tiles import Tile
+from .controls import UNCONTROLLED, ControlSet
 from .finite import all_finite
 from .walk import Image, Walk
 from .weights import Component, time_weights
@@ -24,10 +34,11 @@ from .words import Words, words
 
 @dataclass(frozen=True)
 class Schedule:
-    """sigmas: [steps + 1] float32; modulations: what each step takes, on the device."""
+    """sigmas: [steps + 1] float32; modulations: what each step takes, on the device; controls: of each ControlNet."""
 
     sigmas: Tensor
     modulations: Sequence[Modulation]
+    controls: Sequence[Sequence[ControlModulation]] = ()
 
     def __len__(self) -> int:
         return len(self.modulations)
@@ -36,11 +47,15 @@ class Schedule:
 def schedule(component: Component, sigmas: Tensor, hardware: Hardware) -> Schedule:
     """sigmas: [steps + 1] float32. Computed on the CPU, from weights that are read for it and are not needed
     afterwards."""
-    assert isinstance(component.model, Transformer)
+    model, dtype = component.model, hardware.dtype
+    assert isinstance(model, Transformer)
+    nets = model.controls if isinstance(model, ControlledTransformer) else ()
     times = torch.cat([model_time(sigma) for sigma in sigmas[:-1]])
     with time_weights(component, hardware) as stream:
-        found = component.model.modulations(times, hardware.dtype, stream)
-    return Schedule(sigmas, [modulation.to(hardware.device) for modulation in found])
+        found, condition = model.modulations(times, dtype, stream), model.condition(times)
+        controls = [net.modulations(condition, dtype, stream) for net in nets]  # type: ignore[operator]
+    there = [modulation.to(hardware.device) for modulation in found]
+    return Schedule(sigmas, there, [[own.to(hardware.device) for own in of_net] for of_net in controls])
 
 
 @dataclass
@@ -53,22 +68,30 @@ class NotFiniteError(Exception):
 
 @dataclass
 class Batch:
-    """Images that take their steps together, and what they are told. tiles: what the model sees of each at a time."""
+    """Images that take their steps together, and what they are told. tiles: what the model sees of each at a time;
+    controls: ControlNets beside the model."""
 
     images: Sequence[Image]
     captions: Mapping[Words, Caption]
     schedule: Schedule
     tiles: Sequence[Tile]
+    controls: ControlSet = UNCONTROLLED
     _ropes: tuple[object, Ropes] | None = field(default=None, init=False)  # and of what they are
+    _contexts: list[list[Tensor]] = field(default_factory=list, init=False)  # of each ControlNet, of each image
 
     @property
-    def evaluations(self) -> int:
-        """Passes over the model."""
-        return evaluations(self._sampler, len(self.schedule)) * len(self.tiles)
+    def controlled(self) -> list[bool]:
+        """Of each pass over the model, whether ControlNets are asked."""
+        steps = asked_at(self._sampler, self.schedule.sigmas)
+        return [self.controls.runs(step, len(self.schedule)) for step in steps for _ in self.tiles]
 
     def denoised(self, model: Transformer, hardware: Hardware, stream: Stream) -> Iterator[list[Walk]]:
         """Each image after each step. Raises NotFiniteError."""
         sigmas, channels = self.schedule.sigmas, model.config.in_channels
+        self._contexts = [
+            [image.contexts[i].to(hardware.device, hardware.dtype) for image in self.images]
+            for i in range(len(self.controls.nets))
+        ]
         walks, evaluated = [Walk(image, sigmas, channels, hardware.device) for image in self.images], 0
         while walks[0].result is None:
             given, step = [walk.given() for walk in walks], walks[0].index
@@ -80,6 +103,7 @@ class Batch:
             evaluated += 1
             if evaluated % SAMPLERS[self._sampler].evaluations_per_step == 0 or walks[0].result is not None:
                 yield walks
+        self._contexts = []
 
     def velocities(
         self, model: Transformer, given: list[Tensor], step: int, dtype: torch.dtype, stream: Stream,
@@ -104,11 +128,38 @@ class Batch:
         sigma, steps = float(self.schedule.sigmas[step]), len(self.schedule)
         told = [words(image.request, step, steps, sigma) for image in self.images]
         inputs = [latent[:, down, across].to(dtype) for latent, own in zip(given, told, strict=True) for _ in own]
+        seen = [
+            [context[:, down, across] for context, own in zip(contexts, told, strict=True) for _ in own]
+            for contexts in self._contexts
+        ]
         captions = [self.captions[side] for own in told for side in own]
         ropes = self._ropes_of(model, inputs, captions)
-        outputs = iter(model(inputs, captions, self.schedule.modulations[step], stream, watch, ropes))
+        beside = self._beside(model, captions, seen, step)
+        outputs = iter(model(inputs, captions, self.schedule.modulations[step], stream, watch, ropes, beside))
         sides = [[next(outputs).float() for _ in own] for own in told]
         return [-followed(image.request, *own) for image, own in zip(self.images, sides, strict=True)]
+
+    def _beside(
+        self, model: Transformer, captions: Sequence[Caption], seen: Sequence[Sequence[Tensor]], step: int
+    ) -> Beside | None:
+        """seen: by each ControlNet, of each sequence of the evaluation."""
+        if not self.controls.runs(step, len(self.schedule)):
+            return None
+        assert isinstance(model, ControlledTransformer)
+        kind: type[Control] = Control
+        more: dict[str, Any] = {}
+        if self.controls.copies:
+            kind, more = DiffusersControl, {"refiner": self.schedule.modulations[step].noise_refiner}
+        found = [
+            kind(
+                net=cast(ControlNet, net), contexts=contexts, captions=captions, modulation=times[step],
+                pad_token=model.x_pad_token, scale=scale, **more,
+            )
+            for net, contexts, times, scale in zip(
+                model.controls, seen, self.schedule.controls, self.controls.scales, strict=True
+            )
+        ]  # fmt: skip
+        return found[0] if len(found) == 1 else Several(found)
 
     def _ropes_of(self, model: Transformer, inputs: list[Tensor], captions: list[Caption]) -> Ropes:
         """Of the step before, where they are the same."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from ..config import SIZE_MULTIPLE, GenerateOptions
+from ..errors import UserError
+from .controls import UNCONTROLLED, ControlSet
 from .levels import levels_of
+from .sights import SeenPicture, Sight, sights_of
 from .sketch import Sketch, sketch_of
 from .walk import Image, Source
 
@@ -15,7 +20,7 @@ from .walk import Image, Source
 class Task:
     """One image to be drawn. place: among those that were asked for; request: complete; size: width and height that
     the model draws; sigmas: from the first noise level to 0; sketch: what it is made from; enlarged: what is made from
-    it in turn."""
+    it in turn; controls: ControlNets, and sights: what each of them sees."""
 
     place: int
     request: GenerateOptions
@@ -23,25 +28,54 @@ class Task:
     sigmas: tuple[float, ...]
     sketch: Sketch | None = None
     enlarged: Task | None = None
+    controls: ControlSet = UNCONTROLLED
+    sights: tuple[Sight, ...] = ()
 
     @property
     def steps(self) -> int:
         return len(self.sigmas) - 1
 
-    def begun(self, sources: Mapping[Hashable, Source]) -> Image:
-        """sources: what sketches have become, by their keys."""
+    @property
+    def pictures(self) -> list[Sketch | SeenPicture]:
+        """That it is made from, and that its ControlNets see."""
+        seen = [picture for sight in self.sights for picture in sight.pictures]
+        return [*([self.sketch] if self.sketch else []), *seen]
+
+    def begun(self, sources: Mapping[Hashable, Source], contexts: Mapping[Hashable, Tensor]) -> Image:
+        """What sketches and sights have become, by their keys."""
         source = sources[self.sketch.key] if self.sketch else None
-        return Image(self.place, self.request, self.size, source)
+        return Image(self.place, self.request, self.size, source, tuple(contexts[sight.key] for sight in self.sights))
 
 
-def tasks_of(requests: Iterable[GenerateOptions], channels: int, default_size: tuple[int, int]) -> list[Task]:
+def tasks_of(
+    requests: Iterable[GenerateOptions], channels: int, default_size: tuple[int, int],
+    controls: Callable[[GenerateOptions], ControlSet],
+) -> list[Task]:  # fmt: skip
     """requests: complete. channels: of latents. Those that enlarge another come after all others. Raises UserError."""
-    known: dict[Hashable, Sketch] = {}
+    sketches: dict[Hashable, Sketch] = {}
     firsts = [
-        _task(place, request, sketch_of(request, channels, default_size, known))
+        _task(place, request, sketch_of(request, channels, default_size, sketches))
         for place, request in enumerate(requests)
     ]
-    return [*firsts, *(task.enlarged for task in firsts if task.enlarged)]
+    seen: dict[Hashable, SeenPicture] = {}
+    tasks = [*firsts, *(task.enlarged for task in firsts if task.enlarged)]
+    return [_controlled(task, controls(task.request), seen) for task in tasks]
+
+
+def _controlled(task: Task, controls: ControlSet, seen: dict[Hashable, SeenPicture]) -> Task:
+    if not controls:
+        return task
+    sights = sights_of(task.request, task.size, task.sketch, [net.config for net in controls.nets], seen)
+    for sight, use in zip(sights, controls.uses, strict=True):
+        if not sight.pictures:
+            raise UserError(
+                f"{use.path}: this ControlNet takes no mask, so it has nothing to see",
+                fix="name a picture to follow with --control-image",
+            )
+    sketch = task.sketch
+    if controls.copies and sketch and any(sight.kept for sight in sights):
+        sketch = replace(sketch, regenerates=True)
+    return replace(task, sketch=sketch, controls=controls, sights=sights)
 
 
 def _task(place: int, request: GenerateOptions, sketch: Sketch | None) -> Task:

@@ -26,12 +26,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Image:
-    """One that is to be denoised. place: among those that were asked for; size: width and height in pixels."""
+    """One that is to be denoised. place: among those that were asked for; size: width and height in pixels; contexts:
+    what each ControlNet sees, [channels, height/8, width/8] float32."""
 
     place: int
     request: GenerateOptions
     size: tuple[int, int]
     source: Source | None = None
+    contexts: tuple[Tensor, ...] = ()
 
 
 class Walk:

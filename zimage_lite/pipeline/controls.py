@@ -1,0 +1,144 @@
+"""The ControlNets of a request, opened and not loaded, and how their weights stand beside the transformer's."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.container import file_stamp
+from ..checkpoint.controlnets import Settings, require_goes_with, said_of, settings
+from ..checkpoint.detect import CONTROLNET
+from ..config import ControlConfig, ControlUse, GenerateOptions, TransformerConfig
+from ..convert.catalog import stored_parts
+from ..convert.complete import open_complete
+from ..model.controlnet import CONTROLS, unrolled, unrolled_weights
+from ..plan.job import ControlSizes
+
+_PIECE_BYTES = 2**24
+
+
+@dataclass(frozen=True)
+class OpenControl:
+    """A ControlNet's file, or folder, and how its authors draw with it."""
+
+    name: str
+    checkpoint: Checkpoint
+    settings: Settings
+
+    @cached_property
+    def config(self) -> ControlConfig:
+        """As it is drawn with."""
+        return unrolled(self.checkpoint.config)
+
+    def sizes(self, copies: bool) -> ControlSizes:
+        """copies: see `ControlSizes`."""
+        parts = {part.name: part for part in stored_parts(self.checkpoint)}
+        found = unrolled_weights(self.checkpoint.config, parts)
+        return ControlSizes(self.config, tuple(replace(part, name=name) for name, part in found.items()), copies)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of its file, or of all of a folder's weights one after another, by which model sites know it. Reads it all,
+        once: 1 to 2 GB a second."""
+        digest = hashlib.sha256()
+        for path in sorted(self.checkpoint.stamps):
+            with open(path, "rb") as file:
+                while piece := file.read(_PIECE_BYTES):
+                    digest.update(piece)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ControlSet:
+    """ControlNets that are asked together. scales: of each; start, end: parts of the steps between which they are;
+    copies: by diffusers' mathematics."""
+
+    nets: tuple[OpenControl, ...] = field(default=(), compare=False)
+    uses: tuple[ControlUse, ...] = ()
+    start: float = 0.0
+    end: float = 1.0
+    copies: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.nets)
+
+    @property
+    def scales(self) -> list[float]:
+        pairs = zip(self.uses, self.nets, strict=True)
+        return [net.settings.scale if use.scale is None else use.scale for use, net in pairs]
+
+    @property
+    def sizes(self) -> tuple[ControlSizes, ...]:
+        return tuple(net.sizes(self.copies) for net in self.nets)
+
+    def runs(self, step: int, steps: int) -> bool:
+        """Whether they are asked in this step."""
+        return bool(self.nets) and self.start * steps <= step < self.end * steps
+
+    def joined(self, transformer: Checkpoint) -> Checkpoint:
+        """With the transformer's weights, by the names of a `ControlledTransformer`."""
+        tensors = dict(transformer.tensors)
+        for i, net in enumerate(self.nets):
+            own = unrolled_weights(net.checkpoint.config, net.checkpoint.tensors)
+            tensors |= {f"{CONTROLS}.{i}.{name}": tensor for name, tensor in own.items()}
+        return replace(transformer, tensors=tensors)
+
+
+UNCONTROLLED = ControlSet()
+
+
+class ControlLibrary:
+    """The ControlNets that a pipeline has met: opened once, and again when their files change. config: of the
+    transformer that they are for. tell: takes a line for each: what it is."""
+
+    def __init__(self, config: TransformerConfig, tell: Callable[[str], None]) -> None:
+        self.config, self.tell = config, tell
+        self._open: dict[str, OpenControl] = {}
+
+    def of(self, request: GenerateOptions) -> ControlSet:
+        """Raises UserError for what is no ControlNet, or is one of another model."""
+        if not request.controls:
+            return UNCONTROLLED
+        nets = tuple(self._opened(use.path) for use in request.controls)
+        copies = request.control_math == "diffusers"
+        return ControlSet(nets, request.controls, request.control_start, request.control_end, copies)
+
+    def told(self, request: GenerateOptions) -> list[dict[str, Any]]:
+        """As plain data, for recipes."""
+        controls = self.of(request)
+        pairs = zip(controls.nets, controls.scales, strict=True)
+        return [{"name": net.name, "scale": scale, "sha256": net.sha256} for net, scale in pairs]
+
+    def _opened(self, path: str) -> OpenControl:
+        known = self._open.get(path)
+        if known is None or any(file_stamp(file) != stamp for file, stamp in known.checkpoint.stamps.items()):
+            checkpoint = open_complete(Path(path), CONTROLNET)
+            require_goes_with(checkpoint.config, self.config, path)
+            name = Path(path).name
+            known = OpenControl(Path(path).stem, checkpoint, settings(checkpoint.config, name))
+            self._open[path] = known
+            self.tell(f"{known.name}: {said_of(checkpoint.config, name)}")
+        return known
+
+
+def unusual(request: GenerateOptions, controls: ControlSet, undistilled: bool) -> list[str]:
+    """Lines on what of a complete request is not as the authors of its ControlNets draw. undistilled: with Z-Image
+    Base."""
+    found = []
+    for net, scale in zip(controls.nets, controls.scales, strict=True):
+        low, high = net.settings.scales
+        if scale and not low <= scale <= high:
+            found.append(f"{net.name}: its authors draw at a scale of {low:.2f} to {high:.2f}, not {scale:g}")
+        if request.step_count < net.settings.steps:
+            found.append(
+                f"{net.name}: by its name made for {net.settings.steps} steps; {request.step_count} may be blurred"
+            )
+        if net.settings.base != undistilled:
+            model, other = ("Base", "Turbo") if net.settings.base else ("Turbo", "Base")
+            found.append(f"{net.name}: by its name made for Z-Image {model}, and this is {other}")
+    return found
