@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from make_checkpoint import component_shapes
 from plans import GB, GIB, LAPTOP, named
 from safetensors.torch import save_file
+from stubs import write
 
 from zimage_lite import load
 from zimage_lite.cli import run
+from zimage_lite.config import ControlConfig
 from zimage_lite.memory.machine import Machine, machine
 from zimage_lite.plan.job import LONG_PROMPT_TOKENS, Job
 from zimage_lite.plan.model_sizes import true_model
@@ -65,6 +68,27 @@ def test_a_lora_takes_what_its_numbers_take(tmp_path: Path, capsys: pytest.Captu
     without, beside, at_zero = planned(), planned("--lora", lora), planned("--lora", f"{lora}:0")
     assert at_zero == without
     assert beside["phases"][1]["peak_vram_bytes"] > without["phases"][1]["peak_vram_bytes"]
+
+
+def test_a_control_takes_what_its_blocks_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """1.0 as it was released, in a file of zeros: 8 blocks in 16 bits more, each in its place."""
+    shapes = component_shapes(ControlConfig(16, (0, 5, 10, 15, 20, 25), add_control_noise_refiner=None))
+    net = write(tmp_path / "union.safetensors", shapes)
+
+    def planned(*more: str) -> dict[str, Any]:
+        assert run(["plan", "--gpu", "3060 laptop", "--json", *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    without, beside = planned(), planned("--control", str(net))
+    assert [phase["phase"] for phase in beside["phases"]] == ["picture", "encode", "denoise", "decode"]
+    plain, more = (next(p for p in one["phases"] if p["phase"] == "denoise") for one in (without, beside))
+    order = list(more["homes"])
+    assert len(order) == len(plain["homes"]) + 8
+    assert order[1:6] == ["noise_refiner.1", *(f"controls.0.control_noise_refiner.{i}" for i in (0, 1)),
+                          "controls.0.control_layers.0", "layers.0"]  # fmt: skip
+    assert order.index("controls.0.control_layers.1") + 1 == order.index("layers.5")
+    assert more["fixed"]["control states"] == 2 * (4096 + 128) * 3840 * 2
+    assert more["pass_ms"][0] / plain["pass_ms"][0] - 1 > 8 / 32
 
 
 def test_the_verb_refuses(refused, tiny: Path) -> None:

@@ -178,6 +178,21 @@ def test_nothing_is_sent_again() -> None:
     assert model.bound == {"a": "home of a"} and model.most_bound == 2
 
 
+def test_blocks_that_are_idle_are_not_sent() -> None:
+    """Nor asked for early: what stays is sent for the first pass that it runs in."""
+    homes = {"a": DEVICE, "b": FILE, "c": DEVICE, "d": FILE}
+    idle = [{"c", "d"}, set[str](), {"c", "d"}]
+    route = Route(homes, slots=1, staging=1, passes=3, idle=idle)
+    model, calls, visited = Model(route, passages_of(route, [(1, 1, 1, 1)] * 4)), list[str](), list[str]()
+    model.clock.copy = noted(calls, "copy", model.clock.copy)  # type: ignore[method-assign]
+    for some in idle:
+        for block in model.stream(name for name in homes if name not in some):
+            assert model.clock.contents[model.bound[block]] == block
+            visited.append(block)
+    assert visited == ["a", "b", "a", "b", "c", "d", "a", "b"] == list(route.visits())
+    assert calls == ["copy a", "copy b", "copy b", "copy c", "copy d", "copy b"]
+
+
 def test_a_pass_that_fails_leaves_no_passing_block_bound() -> None:
     homes = {"a": DEVICE, "b": FILE, "c": FILE}
     model = Model(Route(homes, slots=2, staging=0, passes=2), passages_of(Route(homes, 2), [(1, 1, 1, 1)] * 3))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from control_files import save_control, tiny_config
 from make_checkpoint import SIZES, write_diffusers, write_tokenizer
 from oracles import PROMPT
 from PIL import Image
@@ -130,8 +131,10 @@ def test_too_small_a_budget_names_one_that_works(tiny: Path, exact_rss, refused,
     assert parse_bytes(smallest_named(line)) - 10**8 < max(peaks) <= parse_bytes(smallest_named(line))
 
 
-def test_the_peak_stays_under_the_budget(tmp_path: Path) -> None:
-    """A process of its own, a transformer of 440 MB, and a budget of 360 MB more than the process has at the start."""
+@pytest.mark.parametrize("controlled", [False, True])
+def test_the_peak_stays_under_the_budget(tmp_path: Path, controlled: bool) -> None:
+    """A process of its own, a transformer of 440 MB, and a budget of 360 MB more than the process has at the start;
+    beside a ControlNet of 180 MB of 400 MB."""
     model = tmp_path / "model"
     model.mkdir()
     config = TransformerConfig(dim=1152, n_layers=11, n_refiner_layers=1, n_heads=9, cap_feat_dim=128)
@@ -141,9 +144,15 @@ def test_the_peak_stays_under_the_budget(tmp_path: Path) -> None:
 import sys, zimage_lite.pipeline.drawing
 from zimage_lite.cli import main
 from zimage_lite.memory.meter import rss_bytes
-main(["generate", *sys.argv[1:], "--ram", f"{rss_bytes() + 360_000_000}b"])
+main(["generate", *sys.argv[2:], "--ram", f"{rss_bytes() + int(sys.argv[1])}b"])
 """
-    args = f"cat --model {model} --width 64 --height 64 --steps 1 --device cpu --json".split()
+    args = f"{400 if controlled else 360}000000 cat --model {model} --steps 1 --device cpu --json".split()
+    args += ["--width", "256", "--height", "256"] if controlled else ["--width", "64", "--height", "64"]
+    if controlled:
+        sizes = {"dim": 1152, "n_heads": 9, "n_refiner_layers": 1, "control_refiner_layers_places": (0,)}
+        net = save_control(tmp_path / "net.safetensors", replace(tiny_config(places=(0, 3, 6, 9)), **sizes))
+        Image.new("RGB", (64, 64)).save(tmp_path / "hint.png")
+        args += ["--control", str(net), "--control-image", str(tmp_path / "hint.png")]
     command = [sys.executable, "-c", code, *args, "-o", str(tmp_path / "out.png")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
