@@ -14,7 +14,7 @@ from PIL import Image
 
 from zimage_lite.cli import run
 from zimage_lite.cli.requests import requests_of
-from zimage_lite.config import GenerateOptions
+from zimage_lite.config import ControlUse, GenerateOptions
 from zimage_lite.errors import UserError
 
 
@@ -62,6 +62,58 @@ def test_a_random_seed_is_drawn_once_for_all_prompts(tmp_path: Path) -> None:
     path = lines(tmp_path, {"prompt": "c"})
     a, b, c = requests_of(["a", "b"], path, {"seed": -1}, 1)
     assert a.seed == b.seed == c.seed
+
+
+def test_a_line_has_its_own_picture_to_follow(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path,
+        {"prompt": "a", "control_image": "a.png"},
+        {"prompt": "b", "control_image": ["a.png", "b.png"], "controls": ["x:0.5", {"path": "y", "scale": 1}],
+         "control_from": ["canny", "map"], "control_end": 0.6},
+        {"prompt": "c"},
+    )  # fmt: skip
+    base = {"controls": ("net.safetensors:0.8",), "control_image": ("c.png",), "control_from": ("grey",)}
+    a, b, c = requests_of([], path, base, 1)
+    assert a.controls == c.controls == (ControlUse("net.safetensors", 0.8),)
+    assert (a.followed, c.followed) == ([("a.png", "grey")], [("c.png", "grey")])
+    assert b.controls == (ControlUse("x", 0.5), ControlUse("y", 1.0)) and b.control_end == 0.6
+    assert b.followed == [("a.png", "canny"), ("b.png", "map")]
+
+
+def test_one_picture_may_be_for_several_controls() -> None:
+    picture = np.zeros((4, 4, 3), np.uint8)
+    asked = GenerateOptions(controls=["a", Path("b")], control_image=picture)
+    assert [image is picture and made for image, made in asked.followed] == ["map", "map"]
+    assert asked == replace(asked, prompt="") and hash(asked) != hash(replace(asked, control_image=picture.copy()))
+    assert [use.scale for use in asked.controls] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ({"controls": "a"}, "--control without a picture to follow; name one with --control-image"),
+        ({"control_image": "a.png"}, "--control-image without a ControlNet; name one with --control FILE"),
+        ({"controls": "a:-1", "control_image": "a.png"}, "a: scale: got -1.0, expected a number from 0 to 10"),
+        ({"controls": ["a"], "control_image": ["a", "b"]}, "--control-image: got 2 times, expected once, or once for"),
+        ({"controls": "a", "control_image": "a", "control_from": "depth"}, "--control-from: got 'depth', expected one"),
+        (
+            {"controls": "a", "control_image": "a", "control_start": 0.5, "control_end": 0.5},
+            "--control-start and --con",
+        ),
+        ({"controls": ["a", "b"], "control_image": "a", "control_math": "diffusers"}, "diffusers has one ControlNet"),
+        (
+            {"controls": "a", "control_image": "a", "control_math": "mine"},
+            "--control-math: got 'mine', expected one of",
+        ),
+        ({"controls": [{"path": "a", "size": 3}], "control_image": "a"}, "controls: got {'path': 'a', 'size': 3}"),
+        ({"controls": 5, "control_image": "a"}, "controls: got 5, expected"),
+        ({"controls": "", "control_image": "a"}, "a ControlNet without a path"),
+    ],
+)
+def test_what_of_controls_is_refused(wrong: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        GenerateOptions("cat", **wrong)
+    assert str(caught.value).startswith(line)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from torch import Tensor
 from trained_loras import save_lora
 
 from zimage_lite import load, quantize
+from zimage_lite.cli import run
 from zimage_lite.config import GenerateOptions, Lora
 from zimage_lite.errors import UserError
 from zimage_lite.model.controlnet import ControlNet
@@ -246,6 +249,40 @@ def test_it_says_what_its_authors_do_otherwise(tiny: Path, nets: dict[str, Path]
     said = "\n".join(lines)
     assert "version 1.0, 2 blocks" in said
     assert "at a scale of 0.65 to 0.80, not 0.3" in said and "made for 9 steps; 1 may be blurred" in said
+
+
+@SLOW
+def test_the_command_says_and_writes_it_down(tiny: Path, nets, tmp_path: Path, capsys) -> None:
+    out, size = tmp_path / "out.png", ("--width", "64", "--height", "48", "--steps", "1", "--device", "cpu")
+    HINT.save(tmp_path / "hint.png")
+    asked = (
+        "--control",
+        f"{nets['2.1']}:0.8",
+        "--control-image",
+        str(tmp_path / "hint.png"),
+        "--control-from",
+        "canny",
+    )
+    own = ("generate", "a cat", "--model", str(tiny), "-o", str(out), "--json", "--control-end", "0.6")
+    assert run([*own, *size, *asked]) == 0
+    printed, sha256 = capsys.readouterr(), hashlib.sha256(nets["2.1"].read_bytes()).hexdigest()
+    assert "note: 2.1: version 2.1 lite, 2 blocks; takes a picture to follow, a mask and" in printed.err
+    recipe = Image.open(out).text
+    assert recipe["controls"] == f"2.1:0.8 ({sha256[:10]})"
+    assert recipe["control_image"].startswith("hint.png (") and recipe["control_from"] == "canny"
+    assert recipe["control_end"] == "0.6" and "control_start" not in recipe
+    assert json.loads(printed.out)["controls"] == [[{"name": "2.1", "scale": 0.8, "sha256": sha256}]]
+
+
+def test_full_size_ones_without_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    own = ("plan", "--gpu", "3060 laptop", "--json")
+    blocks = {"1.0": 8, "2.0": 30, "2.1": 17, "2.1-lite": 5}
+    for version, more in blocks.items():
+        assert run([*own, "--control", f"synthetic:{version}/int8:0.7"]) == 0
+        (phase,) = (p for p in json.loads(capsys.readouterr().out)["phases"] if p["phase"] == "denoise")
+        assert len(phase["homes"]) == 32 + more
+    assert run([*own, "--control", "synthetic:3.0/int8"]) == 2
+    assert "of the versions 1.0, 2.0, 2.1, 2.1-lite" in capsys.readouterr().err
 
 
 def test_weights_are_released(tiny: Path, nets: dict[str, Path]) -> None:

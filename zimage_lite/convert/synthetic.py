@@ -1,5 +1,6 @@
-"""`synthetic:FORMAT` as a MODEL: random weights of the true shapes, made in memory, so that a bare machine runs full
-size without a file. Speed and memory are those of real weights in that format; pictures are noise.
+"""`synthetic:FORMAT` as a MODEL, `synthetic:VERSION/FORMAT` as a ControlNet: random weights of the true shapes, made in
+memory, so that a bare machine runs full size without a file. Speed and memory are those of real weights in that format;
+pictures are noise.
 
 The headers are exactly those that `quantize --to FORMAT` writes, and are opened like them, so names, formats, fused
 tensors and byte counts cannot differ. Bytes come from patterns: a few rows of random weights, quantized by the format's
@@ -30,7 +31,8 @@ from ..checkpoint.detect import COMPONENTS
 from ..checkpoint.model_card import DEMO, model_folder
 from ..checkpoint.model_files import ModelFiles, require_fit
 from ..checkpoint.tokenizer import tokenizer_from
-from ..config import DEFAULT_SIZE, SchedulerConfig, TextEncoderConfig, TransformerConfig, VaeConfig
+from ..config import DEFAULT_SIZE, ControlConfig, SchedulerConfig, TextEncoderConfig, TransformerConfig, VaeConfig
+from ..errors import UserError
 from ..quant.formats import Format, Options
 from .catalog import without_files
 from .output_file import OutTensor, lay_out, metadata, output_tensors
@@ -38,6 +40,13 @@ from .recipe import KEEP, Target, as_it_is, target
 
 PREFIX = "synthetic:"
 TRUE_CONFIGS: tuple[ModelConfig, ...] = (TransformerConfig(), TextEncoderConfig(), VaeConfig())
+
+TRUE_CONTROLS = {  # ControlNets as they were released
+    "1.0": ControlConfig(16, (0, 5, 10, 15, 20, 25), add_control_noise_refiner=None),
+    "2.0": ControlConfig(add_control_noise_refiner="control_layers"),
+    "2.1": ControlConfig(),
+    "2.1-lite": ControlConfig(control_layers_places=(0, 10, 20)),
+}
 
 # 7 x 64. Shifted by a multiple of 64 rows, nf4's scales for 256 blocks of 64 weights still fit; and 448 divides neither
 # 3840 nor any other number of rows of the true model, so that q, k and v, fused into one tensor, differ.
@@ -77,6 +86,15 @@ def open_synthetic(
     )
     require_fit(files)
     return files
+
+
+def open_synthetic_control(control: str) -> Checkpoint:
+    """control: "synthetic:VERSION/FORMAT", such as "synthetic:2.1-lite/int8". Raises UserError."""
+    version, _, to = control.removeprefix(PREFIX).partition("/")
+    if version not in TRUE_CONTROLS or not to:
+        known = ", ".join(TRUE_CONTROLS)
+        raise UserError("--control", got=control, expected=f"{PREFIX}VERSION/FORMAT, of the versions {known}")
+    return synthetic_checkpoint(TRUE_CONTROLS[version], target(to, f"--control {PREFIX}VERSION/FORMAT"))
 
 
 def synthetic_checkpoint(config: ModelConfig, to: Target) -> Checkpoint:

@@ -16,6 +16,7 @@ from ..checkpoint.detect import CONTROLNET
 from ..config import ControlConfig, ControlUse, GenerateOptions, TransformerConfig
 from ..convert.catalog import stored_parts
 from ..convert.complete import open_complete
+from ..convert.synthetic import is_synthetic, open_synthetic_control
 from ..model.controlnet import CONTROLS, unrolled, unrolled_weights
 from ..plan.job import ControlSizes
 
@@ -117,12 +118,13 @@ class ControlLibrary:
     def _opened(self, path: str) -> OpenControl:
         known = self._open.get(path)
         if known is None or any(file_stamp(file) != stamp for file, stamp in known.checkpoint.stamps.items()):
-            checkpoint = open_complete(Path(path), CONTROLNET)
+            made_up, place = is_synthetic(path), Path(path)
+            checkpoint = open_synthetic_control(path) if made_up else open_complete(place, CONTROLNET)
             require_goes_with(checkpoint.config, self.config, path)
-            name = Path(path).name
-            known = OpenControl(Path(path).stem, checkpoint, settings(checkpoint.config, name))
+            name = place.stem if place.is_file() else path if made_up else place.name
+            known = OpenControl(name, checkpoint, settings(checkpoint.config, place.name))
             self._open[path] = known
-            self.tell(f"{known.name}: {said_of(checkpoint.config, name)}")
+            self.tell(f"{name}: {said_of(checkpoint.config, place.name)}")
         return known
 
 
