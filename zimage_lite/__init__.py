@@ -11,7 +11,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from .config import GenerateOptions, Lora, RuntimeOptions
+from .config import ControlUse, GenerateOptions, Lora, RuntimeOptions
 from .errors import BudgetError, UserError
 
 if TYPE_CHECKING:
@@ -23,7 +23,10 @@ try:
 except PackageNotFoundError:  # run from a checkout that was never installed
     __version__ = "0"
 
-__all__ = ["BudgetError", "GenerateOptions", "Lora", "Pipeline", "RuntimeOptions", "UserError", "load", "quantize"]
+__all__ = [
+    "BudgetError", "ControlUse", "GenerateOptions", "Lora", "Pipeline", "RuntimeOptions", "UserError", "load",
+    "quantize",
+]  # fmt: skip
 
 _LAZY = {"load": "api", "quantize": "api", "Pipeline": "pipeline.drawing"}
 

@@ -36,6 +36,22 @@ def drawn(canvas: Canvas, seed: int = 9) -> np.ndarray:
     return noise(*canvas.size, seed=seed)
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"width": 96, "height": 32}, {"width": 96, "height": 48, "fit": "pad"}, {"diffusers": True},
+     {"area": "mask"}, {"width": 80, "height": 80, "area": "mask"}],
+)  # fmt: skip
+def test_a_picture_beside_itself_lies_where_it_does(layout: dict[str, Any]) -> None:
+    """And one of another size as it does once it has that of the first."""
+    of, mask = picture(150, 90), spot(150, 90, (20, 30, 60, 70))
+    canvas = laid(of, mask, **layout)
+    fit = Layout(**layout).used_fit
+    assert np.array_equal(canvas.beside(of.rgb, fit), canvas.given())
+    larger = np.asarray(Image.fromarray(of.rgb).resize((300, 180), Image.Resampling.NEAREST))
+    other = canvas.beside(larger, fit).astype(int)
+    assert other.shape == canvas.given().shape and np.abs(other - canvas.given()).mean() < 40
+
+
 # --- Without a mask: the result is what was drawn
 
 

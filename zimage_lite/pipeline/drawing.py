@@ -161,8 +161,10 @@ class Pipeline:
             run = partial(self.encoding_pictures.run, pictures, noises)
             latents = self.work.planning.within(planned.picture, run)
             found |= {picture.key: latent for picture, latent in zip(unknown, latents, strict=True)}
-        sources = {task.sketch.key: task.sketch.source(found[task.sketch.key]) for task in tasks if task.sketch}
-        contexts = {sight.key: sight.context(found) for task in tasks for sight in task.sights}
+        sketches = {task.sketch.key: task.sketch for task in tasks if task.sketch}
+        sights = {sight.key: sight for task in tasks for sight in task.sights}
+        sources = {key: sketch.source(found[key]) for key, sketch in sketches.items()}
+        contexts = {key: sight.context(found) for key, sight in sights.items()}
         return [task.begun(sources, contexts) for task in tasks]
 
     def _tasks(self, requests: Sequence[GenerateOptions]) -> list[Task]:
