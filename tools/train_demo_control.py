@@ -38,7 +38,7 @@ from zimage_lite.config import ControlConfig
 from zimage_lite.pictures.controls import canny
 
 SIDE = 64
-POOL = 4000  # pictures
+POOL = 1500  # pictures
 SHIFT = 3.0
 RADII = (0.17, 0.3)
 MARGIN = 0.03  # between a shape and the frame
@@ -50,9 +50,9 @@ CONFIG = ControlConfig(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--judge", type=Path, metavar="FILE")
     parser.add_argument("--count", type=int, default=100, help="captions to judge by (default: %(default)s)")
     parser.add_argument("--sheet", type=Path, help="hints and pictures, below each other")
@@ -109,7 +109,7 @@ def trained(steps: int, batch: int, rate: float) -> dict[str, Tensor]:
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         schedule.step()
-        if step % 100 == 0:
+        if step % 50 == 0:
             print(f"step {step}: {loss.item():.4f}", flush=True)
     return {name: value for name, value in net.state_dict().items() if name.startswith("control_")}
 

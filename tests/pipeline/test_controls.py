@@ -15,6 +15,8 @@ import torch
 from budgeted import CAT, difference, free, tight
 from control_files import save_control, tiny_config
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trained_loras import save_lora
 
@@ -240,6 +242,16 @@ def test_wrong_files_are_refused(tiny: Path, nets: dict[str, Path], tmp_path: Pa
     for path, said in ((missing, "no such file"), (wide, "last place among the layers"), (model, "ControlNet")):
         with pytest.raises(UserError, match=said):
             pipeline.generate([controlled(CAT, path)])
+
+
+def test_what_is_damaged_is_named(tiny: Path, tmp_path: Path) -> None:
+    path = save_control(tmp_path / "x.safetensors", tiny_config())
+    weights = load_file(path)
+    weights["control_layers.1.attention.to_v.weight"][3, 5] = torch.nan
+    with safe_open(path, "pt") as file:
+        save_file(weights, path, file.metadata())
+    with pytest.raises(UserError, match=r"x\.safetensors: tensor control_layers\.1\.attention\.to_v\.weight"):
+        load(tiny, device="cpu").generate([controlled(replace(CAT, steps=1), path)])
 
 
 def test_it_says_what_its_authors_do_otherwise(tiny: Path, nets: dict[str, Path]) -> None:

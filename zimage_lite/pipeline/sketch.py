@@ -78,11 +78,9 @@ class Sketch:
 
     def finished(self, pixels: Tensor) -> Tensor:
         """[height, width, 3] uint8, as decoded -> put back into the picture."""
-        return (
-            pixels
-            if self.opened is None or self.regenerates
-            else torch.from_numpy(self.opened().finished(pixels.numpy()))
-        )
+        if self.opened is None or self.regenerates:
+            return pixels
+        return torch.from_numpy(self.canvas().finished(pixels.numpy()))
 
     def made_from(self, pixels: Tensor) -> None:
         """The image that was to be drawn first, [height, width, 3] uint8."""
