@@ -5,20 +5,26 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from trained_loras import save_lora
 
+from zimage_lite.adapters.joined import NOTHING
+from zimage_lite.adapters.library import AdapterLibrary
 from zimage_lite.checkpoint.model_files import open_model
+from zimage_lite.config import Lora
 from zimage_lite.errors import UserError
 from zimage_lite.memory.hardware import Hardware
 from zimage_lite.memory.machine import Machine
 from zimage_lite.memory.placement import GRANULE_BYTES
-from zimage_lite.memory.plan import Plan
+from zimage_lite.memory.plan import DEVICE, FILE, PAGEABLE, PINNED, Plan
 from zimage_lite.memory.planner import budgets_in_force, plan_phases
-from zimage_lite.model.linear import Linear
+from zimage_lite.model.linear import Linear, Stream
 from zimage_lite.pipeline import weights as loading
 from zimage_lite.pipeline.drawing import Pipeline
 from zimage_lite.plan.job import Job
@@ -80,6 +86,46 @@ def test_what_cannot_be_read_is_told(tiny: Path, tmp_path: Path) -> None:
         os.truncate(file, file.stat().st_size // 2)
         with weights.passes(1) as stream:
             list(stream([*component.model.noise_refiner, *component.model.layers]))
+
+
+HOMES = (DEVICE, PINNED, PAGEABLE, FILE)
+
+
+@pytest.mark.parametrize("first", range(len(HOMES)))
+def test_adapters_change_and_weights_stay(tiny: Path, tmp_path: Path, first: int) -> None:
+    """Blocks in every home, as beside a GPU: copied from staging buffers and from RAM. Each set's output is that of
+    itself alone, to the bit, and what stays is read once."""
+    component, plan = made(tiny)
+    transformer, library = component.model, AdapterLibrary(component.model.config, lambda _: None)
+    files = [save_lora(tmp_path / "a.safetensors", transformer.config), tmp_path / "b.safetensors"]
+    save_lora(files[1], transformer.config, rank=20, seed=1, ends=("to_q", "w2"))
+    a, b = (library.of((Lora(str(file)),)) for file in files)
+    blocks, x = [*transformer.noise_refiner, *transformer.layers], torch.randn(3, transformer.config.dim)
+
+    def linears(stream: Stream) -> list[torch.Tensor]:
+        return [block.attention.to_q(x) for block in stream(blocks)]
+
+    homes = {name: HOMES[(first + i) % len(HOMES)] for i, name in enumerate(plan.homes)}
+    room = max(plan.sizes.values()) + 2**20
+    beside = replace(
+        plan, homes=homes, sizes=dict.fromkeys(plan.sizes, room), slots=2, slot_bytes=room, staging=2,
+        staging_bytes=room,
+    )  # fmt: skip
+    roomy, truths = replace(plan, sizes=beside.sizes), []
+    for adapters in (a, b, NOTHING):
+        own = replace(component, adapters=adapters)
+        with loading.opened(own, roomy, CPU) as weights, weights.passes(1) as stream:
+            truths.append(linears(stream))
+    assert not any(torch.equal(one[0], other[0]) for one, other in combinations(truths, 2))
+    with loading.opened(replace(component, adapters=a), beside, CPU) as weights:
+        for adapters, truth in zip((a, b, NOTHING, a), [*truths, truths[0]], strict=True):
+            weights.change(adapters)
+            with weights.passes(2) as stream:
+                for _ in range(2):
+                    assert all(map(torch.equal, linears(stream), truth))
+        reads = [moved.read_bytes for moved in weights.moved]
+    stays = sum(component.block_bytes[name] for name, home in homes.items() if home == DEVICE)
+    assert reads[0] - reads[3] == stays
 
 
 def packed(module: torch.nn.Module) -> int:

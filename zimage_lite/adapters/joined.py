@@ -159,6 +159,13 @@ class AdapterSet:
                     found.setdefault(one.target.module, []).append((one, strength))
         return {module: JoinedModule(module, tuple(applied), dtype) for module, applied in found.items()}
 
+    @property
+    def changes_times(self) -> bool:
+        """Whether it adds to what is computed once for all steps."""
+        return any(
+            is_time_weight(f"{one.target.module}.weight") for adapter, _ in self.adapters for one in adapter.applied
+        )
+
     def measure(self, weights: Mapping[str, StoredTensor]) -> None:
         """The norms that DoRA needs, once for each adapter. weights: module + ".weight" -> where it lies."""
         for adapter, _ in self.adapters:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +24,27 @@ class Load:
     rest: int = 0
     time: int = 0
     making: int = 0
+
+
+def most_of(sets: Iterable[AdapterSet], dtype: str) -> Load:
+    """What there must be room for where one follows another."""
+    loads = [load_of(adapters, dtype) for adapters in sets if adapters]
+    return Load(
+        bytes=_most(load.bytes for load in loads),
+        flops=_most(load.flops for load in loads),
+        columns=_most(load.columns for load in loads),
+        rest=max((load.rest for load in loads), default=0),
+        time=max((load.time for load in loads), default=0),
+        making=max((load.making for load in loads), default=0),
+    )
+
+
+def _most(of_blocks: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for own in of_blocks:
+        for name, value in own.items():
+            found[name] = max(value, found.get(name, 0))
+    return found
 
 
 def load_of(adapters: AdapterSet, dtype: str) -> Load:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import groupby
 from typing import cast
 
 from torch import Tensor
@@ -20,7 +21,7 @@ from zimage_kernels import Backend
 from ..adapters.joined import AdapterSet
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.model_files import ModelFiles
-from ..memory.hardware import Hardware
+from ..config import Lora
 from ..memory.plan import Plan
 from ..model.compute import Compute
 from ..model.controlnet import CONTROLS, ControlledTransformer, control_lists
@@ -53,6 +54,7 @@ class Step:
     x0: Tensor
 
 
+Sets = Mapping[tuple[Lora, ...], tuple[AdapterSet, Schedule]]  # what each request's LoRAs are, and its schedule
 OnStep = Callable[[Step], object]  # raises what stops the run
 
 
@@ -91,52 +93,65 @@ class Denoise:
         """What there is to plan."""
         return partial(ways_to_denoise, self.sizes, job)
 
-    def whole(self, adapters: AdapterSet, controls: ControlSet) -> Component:
-        """The transformer, what is added to it and what stands beside it."""
-        component = self._controlled(controls) if controls else self.component
-        return replace(component, adapters=adapters) if adapters else component
+    def whole(self, controls: ControlSet) -> Component:
+        """The transformer, and what stands beside it."""
+        return self._controlled(controls) if controls else self.component
 
-    def schedule(
-        self, sigmas: Tensor, adapters: AdapterSet, controls: ControlSet, done: int, plan: Plan
+    def schedules(
+        self, sigmas: Tensor, sets: Sequence[AdapterSet], controls: ControlSet, done: int, plan: Plan
     ) -> Iterator[Schedule]:
-        """What all images of a group share: of the same noise levels, adapters and ControlNets. One, to be run as a
-        phase is."""
-        component, hardware = self.whole(adapters, controls), self.work.hardware_of(plan)
-        with self.work.meter.phase("denoise"):
-            found = schedule(component, sigmas, hardware)
-        yield found
+        """What images of the same noise levels, ControlNets and adapters share, of each set. To be run as a phase
+        is."""
+        component, hardware = self.whole(controls), self.work.hardware_of(plan)
+        plain: Schedule | None = None
+        for adapters in sets[done:]:
+            if plain and not adapters.changes_times:
+                yield plain
+                continue
+            with self.work.meter.phase("denoise"):
+                found = schedule(replace(component, adapters=adapters), sigmas, hardware)
+            plain = found if plain is None and not adapters.changes_times else plain
+            yield found
 
     def run(
-        self, images: Sequence[Image], embeddings: Mapping[str, Tensor], times: Schedule, job: Job,
-        controls: ControlSet, count: Count, on_step: OnStep | None, done: int, plan: Plan,
+        self, images: Sequence[Image], embeddings: Mapping[str, Tensor], sets: Sets, job: Job, controls: ControlSet,
+        count: Count, on_step: OnStep | None, done: int, plan: Plan,
     ) -> Iterator[Tensor]:  # fmt: skip
         """-> latents [channels, height/8, width/8] float32 on the CPU, of images[done:]. count: of steps."""
-        hardware, todo, failed = self.work.hardware_of(plan), images[done:], None
-        with self.work.open(self.whole(job.adapters, controls), plan) as weights:
-            model = cast(Transformer, weights.component.model)
-            captions = self._captions(model, weights, todo, embeddings, hardware)
-            batches = [
-                Batch(todo[i : i + plan.way], captions, times, job.tiles, controls)
-                for i in range(0, len(todo), plan.way)
-            ]
-            with _passes(weights, [asked for batch in batches for asked in batch.controlled]) as stream:
-                for batch in batches:
-                    try:
-                        walks = self._walked(batch, model, stream, hardware, count, on_step)
-                    except NotFiniteError as error:
-                        failed = batch, error.with_traceback(None)
-                        break
-                    yield from (latent.cpu() for latent in walks)
-            if failed:
-                self._explain(*failed, weights, hardware)
+        alike = [(*sets[loras], list(own)) for loras, own in groupby(images[done:], lambda image: image.request.loras)]
+        with self.work.open(replace(self.whole(controls), adapters=alike[0][0]), plan) as weights:
+            captions = []
+            for adapters, _, own in alike:  # of all before the first step: it takes the place of what stays then
+                weights.change(adapters)
+                captions.append(self._captions(weights, own, embeddings))
+            for (adapters, times, own), told in zip(alike, captions, strict=True):
+                weights.change(adapters)
+                batches = [
+                    Batch(own[i : i + plan.way], told, times, job.tiles, controls) for i in range(0, len(own), plan.way)
+                ]
+                yield from self._denoised(weights, batches, count, on_step)
+
+    def _denoised(
+        self, weights: Weights, batches: Sequence[Batch], count: Count, on_step: OnStep | None
+    ) -> Iterator[Tensor]:
+        failed = None
+        with _passes(weights, [asked for batch in batches for asked in batch.controlled]) as stream:
+            for batch in batches:
+                try:
+                    walks = self._walked(batch, weights, stream, count, on_step)
+                except NotFiniteError as error:
+                    failed = batch, error.with_traceback(None)
+                    break
+                yield from (latent.cpu() for latent in walks)
+        if failed:
+            self._explain(*failed, weights)
 
     def _walked(
-        self, batch: Batch, model: Transformer, stream: Stream, hardware: Hardware, count: Count,
-        on_step: OnStep | None,
-    ) -> list[Tensor]:  # fmt: skip
+        self, batch: Batch, weights: Weights, stream: Stream, count: Count, on_step: OnStep | None
+    ) -> list[Tensor]:
         """Its latents, on the device."""
         start, steps, walks = time.perf_counter(), len(batch.schedule), list[Walk]()
-        for done, walks in enumerate(batch.denoised(model, hardware, stream), start=1):
+        for done, walks in enumerate(batch.denoised(_model(weights), weights.hardware, stream), start=1):
             count.add(len(walks))
             start, before = time.perf_counter(), start
             self.work.meter.step_seconds.append(round(start - before, 4))
@@ -154,12 +169,12 @@ class Denoise:
             release(self._beside[1].model)
 
     def _captions(
-        self, model: Transformer, weights: Weights, images: Sequence[Image], embeddings: Mapping[str, Tensor],
-        hardware: Hardware,
-    ) -> dict[Words, Caption]:  # fmt: skip
+        self, weights: Weights, images: Sequence[Image], embeddings: Mapping[str, Tensor]
+    ) -> dict[Words, Caption]:
         """Refined once, for all steps of all images."""
         prompts = list(dict.fromkeys(words for image in images for words in all_words(image.request)))
         batches, refined = batched(prompts, lambda words: padded(len(embeddings[words.text]))), list[Caption]()
+        hardware, model = weights.hardware, _model(weights)
         with weights.prelude(len(batches)) as stream:
             for batch in batches:
                 told = [words.told(embeddings[words.text]).to(hardware.device) for words in batch]
@@ -168,16 +183,20 @@ class Denoise:
         require_finite(tokens, self.model.transformer, "the refined prompt", hardware.dtype)
         return dict(zip(prompts, refined, strict=True))
 
-    def _explain(self, batch: Batch, error: NotFiniteError, weights: Weights, hardware: Hardware) -> None:
+    def _explain(self, batch: Batch, error: NotFiniteError, weights: Weights) -> None:
         """Raise UserError saying where values stop being finite."""
         for checkpoint in (self.model.transformer, *(net.checkpoint for net in batch.controls.nets)):
             raise_if_damaged(checkpoint)
         where = f"step {error.step + 1} of {len(batch.schedule)}"
-        watch = raise_at_first_non_finite(where, hardware.dtype)
-        model = cast(Transformer, weights.component.model)
+        dtype = weights.hardware.dtype
+        watch = raise_at_first_non_finite(where, dtype)
         with _passes(weights, [batch.controls.runs(error.step, len(batch.schedule))] * len(batch.tiles)) as stream:
-            batch.velocities(model, error.given, error.step, hardware.dtype, stream, watch)
-        raise overflow(f"{where}: the latent has", hardware.dtype)  # of finite parts
+            batch.velocities(_model(weights), error.given, error.step, dtype, stream, watch)
+        raise overflow(f"{where}: the latent has", dtype)  # of finite parts
+
+
+def _model(weights: Weights) -> Transformer:
+    return cast(Transformer, weights.component.model)
 
 
 def _passes(weights: Weights, controlled: Sequence[bool]) -> AbstractContextManager[Stream]:

@@ -134,10 +134,11 @@ class Pipeline:
             job, decode = planned.group.job, planned.decode
             sigmas = as_tensor(planned.group.tasks[0].sigmas)
             controls = planned.group.tasks[0].controls
-            (times,) = within(planned.denoise, partial(self.denoising.schedule, sigmas, job.adapters, controls))
+            times = within(planned.denoise, partial(self.denoising.schedules, sigmas, job.adapters, controls))
+            sets = dict(zip(planned.group.loras, zip(job.adapters, times, strict=True), strict=True))
             for some in rounds(planned.group, planned.denoise.plan):
                 wanted = self._begun(some, planned)
-                run = partial(self.denoising.run, wanted, embeddings, times, job, controls, steps, on_step)
+                run = partial(self.denoising.run, wanted, embeddings, sets, job, controls, steps, on_step)
                 latents = list(within(planned.denoise, run))
                 if on_latents:
                     for task, latent in zip(some, latents, strict=True):

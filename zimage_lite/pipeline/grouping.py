@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..adapters.joined import AdapterSet
 from ..config import MOST_PER_ROUND, Lora
@@ -19,30 +19,41 @@ RELOADING_SHARE = 0.1  # of a round's time, at most, is spent on bringing the tr
 
 @dataclass(frozen=True)
 class Group:
-    """Images of one size, schedule, sampler, and set of adapters and of ControlNets."""
+    """Images of one size, schedule, sampler, and set of ControlNets; those with the same adapters in a row."""
 
     tasks: tuple[Task, ...]
     job: Job
+
+    @property
+    def loras(self) -> list[tuple[Lora, ...]]:
+        """Of each set in `job.adapters`."""
+        return list(dict.fromkeys(task.request.loras for task in self.tasks))
 
 
 def grouped(
     tasks: Sequence[Task], tokens: Mapping[str, int], adapters: Mapping[tuple[Lora, ...], AdapterSet]
 ) -> list[Group]:
     """In the order of the first of each. tokens: text -> its tokens."""
-    found: dict[tuple, list[Task]] = {}
+    found: dict[tuple, dict[tuple[Lora, ...], list[Task]]] = {}
     for task in tasks:
         request, over = task.request, task.sketch is not None
-        alike = task.size, task.sigmas, request.sampler, bool(request.guidance), request.loras, over, task.controls
-        found.setdefault(alike, []).append(task)
+        alike = task.size, task.sigmas, request.sampler, bool(request.guidance), over, task.controls
+        found.setdefault(alike, {}).setdefault(request.loras, []).append(task)
     encoded = {text for task in tasks for text in texts(task.request)}
     waiting = sum(_pixel_bytes(task.enlarged) for task in tasks if task.enlarged)
-    jobs = (_job(own, tokens, encoded, adapters[own[0].request.loras], waiting) for own in found.values())
-    return [Group(tuple(own), job) for own, job in zip(found.values(), jobs, strict=True)]
+    groups = []
+    for sets in found.values():
+        own = [task for some in sets.values() for task in some]
+        job = replace(
+            _job(own, tokens, encoded, waiting),
+            adapters=tuple(adapters[loras] for loras in sets),
+            shares=tuple(map(len, sets.values())),
+        )
+        groups.append(Group(tuple(own), job))
+    return groups
 
 
-def _job(
-    tasks: Sequence[Task], tokens: Mapping[str, int], encoded: set[str], adapters: AdapterSet, waiting: int
-) -> Job:
+def _job(tasks: Sequence[Task], tokens: Mapping[str, int], encoded: set[str], waiting: int) -> Job:
     """encoded: all texts whose embeddings wait; waiting: bytes of images that are to be enlarged."""
     first = tasks[0]
     told = dict.fromkeys(words for task in tasks for words in all_words(task.request))
@@ -57,7 +68,6 @@ def _job(
         len(tasks),
         tuple(tokens[words.text] for words in told),
         sum(tokens[text] for text in encoded - own),
-        adapters=adapters,
         evaluations=evaluations(first.request.sampler, first.steps),
         pictures=min(len(pictures), MOST_PER_ROUND * max(len(task.pictures) for task in tasks)),
         over=bool(sketches),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from typing import TypeVar
@@ -90,25 +90,38 @@ class Weights:
     def __init__(self, component: Component, plan: Plan, hardware: Hardware) -> None:
         self.component, self.plan, self.hardware = component, plan, hardware
         self.moved: list[Moved] = []
-        device = hardware.device
-        of_blocks, self._added_to_rest = by_block(component.adapters.modules(hardware.dtype).values())
-        self._added = {
-            name: {joined.module.removeprefix(f"{name}."): joined for joined in of_blocks.get(name, ())}
-            for name in component.blocks
-        }
-        sizes = self._sizes = {
-            name: n_bytes + sum(joined.packed_bytes for joined in self._added[name].values())
-            for name, n_bytes in component.block_bytes.items()
-        }
+        self._there: set[str] = set()  # blocks whose own weights lie where they stay
+        self._take(component.adapters)
+        device, sizes = hardware.device, plan.sizes
         # Apple's GPU has no memory of its own, but the CPU cannot read files into what it works on.
         self._staging = max(plan.staging, int(device.type == "mps"))
         homes = sum(_rounded(sizes[name]) for name in plan.resident)
-        prelude = max((_rounded(sizes[name]) for name in plan.prelude), default=0)
+        prelude = max((_rounded(self._sizes[name]) for name in plan.prelude), default=0)
         self._arena = torch.empty(max(homes + plan.slots * plan.slot_bytes, prelude), dtype=torch.uint8, device=device)
         held = sum(_paged(sizes[name]) for name, home in plan.homes.items() if home in (PINNED, PAGEABLE))
         host = held + self._staging * _paged(plan.staging_bytes)
         self._host = torch.empty(host + PAGE_BYTES * bool(host), dtype=torch.uint8)
         self._scratch = Scratch(component.weights, device, component.reencoded) if component.reencoded else None
+
+    def change(self, adapters: AdapterSet) -> None:
+        """Others from now on. Weights that stay are not read again; only what is added to them is."""
+        if adapters is self._adapters or not (adapters or self._adapters):
+            return
+        release(self.component.model)
+        self._take(adapters)
+        self.bind_rest()
+
+    def _take(self, adapters: AdapterSet) -> None:
+        self._adapters = adapters
+        of_blocks, self._added_to_rest = by_block(adapters.modules(self.hardware.dtype).values())
+        self._added = {
+            name: {joined.module.removeprefix(f"{name}."): joined for joined in of_blocks.get(name, ())}
+            for name in self.component.blocks
+        }
+        self._sizes = {name: n_bytes + self._added_bytes(name) for name, n_bytes in self.component.block_bytes.items()}
+
+    def _added_bytes(self, name: str) -> int:
+        return sum(joined.packed_bytes for joined in self._added[name].values())
 
     @contextmanager
     def prelude(self, passes: int = 1) -> Iterator[Stream]:
@@ -124,14 +137,20 @@ class Weights:
         route = Route(self.plan.homes, self.plan.slots, self._staging, count, idle)
         with self._streaming(route, self.plan.slot_bytes) as stream:
             yield stream
+        self._there |= self.plan.resident.intersection(route.visits())
 
     @contextmanager
     def _streaming(self, route: Route, slot_bytes: int) -> Iterator[Stream]:
         component, cuda = self.component, self.hardware.device.type == "cuda"
         link = CudaLink(self.hardware.device) if cuda else HostLink()
-        workers = Threads(self._sizes, self._jobs, link)
         names = {block: name for name, block in component.blocks.items()}
-        places = self._places(route, slot_bytes)
+        places, sizes = self._places(route, slot_bytes), self._sizes
+        self._homes = places.home
+        if known := self._there.intersection(route.homes):  # of these, only what is added comes
+            ends = {name: place[component.block_bytes[name] :] for name, place in places.home.items() if name in known}
+            places = replace(places, home={**places.home, **ends})
+            sizes = {**sizes, **{name: self._added_bytes(name) for name in known}}
+        workers = Threads(sizes, self._jobs, link)
         stream = Streamer(route, places, workers, names, self._bind, release)
         pinned = [*places.staging, *(places.held[name] for name, home in route.homes.items() if home == PINNED)]
         del places  # else a traceback of this frame would keep the memory
@@ -143,6 +162,7 @@ class Weights:
         finally:
             self.moved.append(workers.close())
             stream.end()
+            self._homes = {}
 
     def _tidy(self, stream: Stream) -> Stream:
         """What blocks leave in the heap goes back before more comes."""
@@ -156,7 +176,7 @@ class Weights:
 
     def _places(self, route: Route, slot_bytes: int) -> Places[Tensor]:
         """Cut from the two buffers: resident blocks, then slots; staging buffers, then what waits in RAM."""
-        sizes, homes = self._sizes, route.homes
+        sizes, homes = {**self._sizes, **self.plan.sizes}, route.homes
         arena, host = _cutter(self._arena), _cutter(self._host, -self._host.data_ptr() % PAGE_BYTES)
         return Places(
             home={name: arena(_rounded(sizes[name])) for name, home in homes.items() if home == DEVICE},
@@ -168,9 +188,8 @@ class Weights:
     def _jobs(self, name: str, buffer: Tensor) -> Iterator[Job]:
         """Reading a block's tensors, each to its place in the buffer, and then what adapters add."""
         cut, some, n_bytes = _cutter(buffer), list[tuple[StoredTensor | JoinedModule, Tensor]](), 0
-        wanted: Iterable[StoredTensor | JoinedModule] = chain(
-            self.component.weights[name].values(), self._added[name].values()
-        )
+        own = () if name in self._there else self.component.weights[name].values()
+        wanted: Iterable[StoredTensor | JoinedModule] = chain(own, self._added[name].values())
         for tensor in wanted:
             some.append((tensor, cut(tensor.packed_bytes)))
             n_bytes += tensor.packed_bytes
@@ -197,7 +216,7 @@ class Weights:
         return self.plan.disk_bytes > spare
 
     def _bind(self, name: str, block: nn.Module, place: Tensor) -> None:
-        cut = _cutter(place)
+        cut = _cutter(self._homes.get(name, place))
         packed = {own: t.packed_in(cut(t.packed_bytes)) for own, t in self.component.weights[name].items()}
         bind(block, packed, self.hardware.dtype)
         added = {own: (joined, cut(joined.packed_bytes)) for own, joined in self._added[name].items()}

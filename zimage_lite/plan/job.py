@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from ..adapters.joined import NOTHING, AdapterSet
+from ..adapters.joined import AdapterSet
 from ..config import MOST_PER_ROUND, PATCH_SIZE, SEQUENCE_MULTIPLE, TOKENS_PER_PASS, VAE_FACTOR, ControlConfig
 from ..convert.catalog import Part
 from ..units import round_up
@@ -35,7 +35,8 @@ class ControlSizes:
 @dataclass(frozen=True)
 class Job:
     """What is to be drawn: `images` of one size. prompt_tokens: of each text that is encoded, what to steer away from
-    included; other_tokens: of prompts of other jobs, whose embeddings wait meanwhile. adapters: LoRAs and their kin.
+    included; other_tokens: of prompts of other jobs, whose embeddings wait meanwhile. adapters: sets of LoRAs and their
+    kin, one after another, and shares: how many images each has.
     pictures: how many different ones of that size are encoded; over: drawn over one; held_bytes: of pictures that wait
     in RAM; open_bytes: of the one that is read, or put together, at a time. evaluations: of the model for each image,
     if not one a step. controls: ControlNets, planned as if they ran in every step; contexts: channels of all latents
@@ -49,7 +50,8 @@ class Job:
     prompt_tokens: tuple[int, ...] = (LONG_PROMPT_TOKENS,)
     other_tokens: int = 0
     pictures: int = 0
-    adapters: AdapterSet = field(default=NOTHING, compare=False)
+    adapters: tuple[AdapterSet, ...] = field(default=(), compare=False)
+    shares: tuple[int, ...] = ()
     evaluations: int | None = None
     over: bool = False
     held_bytes: int = 0
@@ -61,6 +63,10 @@ class Job:
     def passes(self) -> int:
         """Over the transformer, for each image."""
         return (self.steps if self.evaluations is None else self.evaluations) * len(self.tiles)
+
+    def batches(self, most: int) -> int:
+        """Of so many images at once, which have the same adapters."""
+        return sum(-(-share // most) for share in self.shares or (self.images,))
 
     @property
     def tiles(self) -> list[Tile]:

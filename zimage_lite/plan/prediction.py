@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from ..adapters.load import Load, load_of
+from ..adapters.load import Load, most_of
 from ..config import TOKENS_PER_PASS
 from ..convert.catalog import Part
 from ..memory.machine import Machine, Work
@@ -72,7 +72,7 @@ def ways_to_encode(model: Model, prompt_tokens: Sequence[int], machine: Machine)
 
 def ways_to_denoise(model: Model, job: Job, machine: Machine) -> list[Phase]:
     """So many images at once, always where computing is fastest."""
-    device, batches = machine.devices[0], [batch for batch in _BATCHES if batch <= job.images]
+    device, batches = machine.devices[0], [batch for batch in _BATCHES if batch <= max(job.shares or (job.images,))]
     return [_denoise(model, job, batch, device, machine) for batch in batches]
 
 
@@ -85,7 +85,7 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     parts = [*model.transformer, *beside(job.controls)]
     time_weights = [part for part in parts if is_time_weight(part.name)]
     of_blocks, rest = by_block([part for part in parts if not is_time_weight(part.name)])
-    charge, load = _BATCH_CHARGE ** math.log2(batch), load_of(job.adapters, dtype)
+    charge, load = _BATCH_CHARGE ** math.log2(batch), most_of(job.adapters, dtype)
 
     def block(name: str, tokens: int, attention: float) -> Block:
         work = _transformer_work(of_blocks[name], tokens, c.dim, attention, charge, device, machine)
@@ -116,7 +116,7 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     return Phase(
         name="denoise",
         blocks=tuple(main),
-        passes=job.passes * -(-job.images // batch),
+        passes=job.passes * job.batches(batch),
         prelude=tuple(prelude),
         prelude_passes=len(refined),
         read_once_bytes=sum(part.n_bytes for part in time_weights),
