@@ -27,13 +27,7 @@ def recipe(
 ) -> dict[str, Any]:  # fmt: skip
     """size: of the picture, which may be larger than what was asked for; loras, controls: as the pipeline tells them;
     sha256: of the transformer's file, where it is one and known."""
-    found: dict[str, Any] = {"version": f"zimage-lite {__version__}", "size": list(size)}
-    for name, field in _FIELDS.items():
-        value = getattr(request, name)
-        if name in SOURCES:
-            found |= {} if value is None else {name: _source(value)}
-        elif name in ALWAYS or (name not in BESIDE and value != field.default):
-            found[name] = list(value) if isinstance(value, tuple) else value
+    found: dict[str, Any] = {"version": f"zimage-lite {__version__}", "size": list(size), **asked(request)}
     found["loras"] = [dict(lora) for lora in loras]
     if controls:
         found["controls"] = [dict(net) for net in controls]
@@ -42,6 +36,18 @@ def recipe(
         found["model"]["synthetic"] = True  # random weights: the picture is noise
     if sha256:
         found["model"]["sha256"] = sha256
+    return found
+
+
+def asked(request: GenerateOptions) -> dict[str, Any]:
+    """All but LoRAs and ControlNets: what is always said, and what is not as it is by default."""
+    found: dict[str, Any] = {}
+    for name, field in _FIELDS.items():
+        value = getattr(request, name)
+        if name in SOURCES:
+            found |= {} if value is None else {name: _source(value)}
+        elif name in ALWAYS or (name not in BESIDE and value != field.default):
+            found[name] = list(value) if isinstance(value, tuple) else value
     return found
 
 
