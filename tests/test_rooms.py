@@ -26,7 +26,7 @@ HEAVY = {"torch", "transformers", "diffusers", "numpy", "PIL", "gguf", "safetens
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("report",),
+    ("report", "serve"),
     ("compare",),
     ("bench",),
     ("api",),
@@ -230,6 +230,15 @@ def test_a_picture_on_the_cpu_needs_no_triton(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     loaded = loaded_by(DRAW)
     assert "torch" in loaded and "triton" not in loaded
+
+
+def test_a_picture_needs_nothing_of_the_server() -> None:
+    command = "['generate', 'x', '--steps', '1', '--device', 'cpu', '--no-cache', '-o', os.path.join(folder, 'x.png')]"
+    loaded = loaded_by(
+        f"import os, tempfile\nfrom zimage_lite.cli import run\n"
+        f"with tempfile.TemporaryDirectory() as folder:\n    assert run({command}) == 0"
+    )
+    assert "torch" in loaded and not loaded & {"starlette", "uvicorn", "python_multipart", "httpx", "sqlite3", "anyio"}
 
 
 def test_importing_the_package_is_light() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import struct
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from zimage_lite.cli import run
+from zimage_lite.pictures.saving import recipe_of
 
 SMALL = ("--width", 64, "--height", 64, "--steps", 2, "--device", "cpu")
 Refused = Callable[..., str]
@@ -47,9 +49,14 @@ def test_image_carries_its_recipe(tiny: Path, out: Path, capsys: pytest.CaptureF
     image = Image.open(out)
     assert image.size == (64, 64)
     assert image.mode == "RGB"
-    wanted = {"prompt": "你好 cat", "seed": "5", "steps": "2", "size": "64x64", "model": "tiny", "format": "bf16"}
-    assert {key: image.text[key] for key in wanted} == wanted
-    assert image.text["version"].startswith("zimage-lite ")
+    (file,), found = (tiny / "transformer").glob("*.safetensors"), recipe_of(out)
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert found["model"] == {"name": "tiny", "format": "bf16", "sha256": sha256}
+    wanted = {"prompt": "你好 cat", "seed": 5, "steps": 2, "size": [64, 64], "loras": []}
+    assert {key: found[key] for key in wanted} == wanted
+    assert found["version"].startswith("zimage-lite ") and not {"strength", "image", "hires"} & found.keys()
+    assert image.text["parameters"].startswith("你好 cat\nSteps: 2, Sampler: Euler, Schedule type: Simple, ")
+    assert f"Model hash: {sha256[:10]}, Model: tiny" in image.text["parameters"]
     stdout = capsys.readouterr().out.splitlines()
     assert len(stdout) == 1
     result = json.loads(stdout[0])
@@ -68,10 +75,8 @@ def test_several_images_count_up_in_name_and_seed(tiny: Path, out: Path) -> None
     assert generate("cat", "dog", "--model", tiny, "-o", out, "--seed", 7, "--count", 2) == 0
     names = sorted(path.name for path in out.parent.iterdir())
     assert names == ["image-1.png", "image-2.png", "image-3.png", "image-4.png"]
-    recipes = [Image.open(out.parent / name).text for name in names]
-    assert [(text["prompt"], text["seed"]) for text in recipes] == [
-        ("cat", "7"), ("cat", "8"), ("dog", "7"), ("dog", "8"),
-    ]  # fmt: skip
+    recipes = [recipe_of(out.parent / name) for name in names]
+    assert [(own["prompt"], own["seed"]) for own in recipes] == [("cat", 7), ("cat", 8), ("dog", 7), ("dog", 8)]
     assert generate("dog", "--model", tiny, "-o", out, "--seed", 8) == 0
     assert pixels(out) == pixels(out.parent / "image-4.png")
 
@@ -100,7 +105,7 @@ def test_output_of_quantize_is_a_model(tiny: Path, out: Path, to: str) -> None:
     assert generate("cat", "--model", tiny, "-o", truth) == 0
     images = [torch.tensor(pixels(path)) for path in (out, truth)]
     assert psnr(*images, 255) >= {"q4_0": 12, "q8_0": 30, "int8": 30}.get(to, 35)
-    assert Image.open(out).text["format"] == to
+    assert recipe_of(out)["model"]["format"] == to
 
 
 def test_inspect(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -369,7 +374,7 @@ def test_prompt_files_as_windows_writes_them(tiny: Path, out: Path, tmp_path: Pa
     """A byte order mark in front, and a line separator inside a string."""
     (tmp_path / "p.jsonl").write_text('{"prompt": "a\u2028b"}\r\n', encoding="utf-8-sig")
     assert generate("--prompts", tmp_path / "p.jsonl", "--model", tiny, "-o", out) == 0
-    assert Image.open(out).text["prompt"] == "a\u2028b"
+    assert recipe_of(out)["prompt"] == "a\u2028b"
     (tmp_path / "p.jsonl").write_text("[" * 200_000)
     assert "not JSON" in refused("generate", "--prompts", tmp_path / "p.jsonl", "--model", tiny, "-o", out)
 

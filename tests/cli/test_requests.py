@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from zimage_lite.cli import run
 from zimage_lite.cli.requests import requests_of
 from zimage_lite.config import ControlUse, GenerateOptions
 from zimage_lite.errors import UserError
+from zimage_lite.pictures.saving import recipe_of
 
 
 def lines(folder: Path, *objects: dict[str, Any]) -> Path:
@@ -162,7 +162,7 @@ def test_a_drawn_seed_is_said_and_kept(
     printed = capsys.readouterr()
     (drawn,) = json.loads(printed.out)["seeds"]
     assert f"{out}  seed {drawn}" in printed.err.splitlines()
-    assert Image.open(out).text["seed"] == str(drawn)
+    assert recipe_of(out)["seed"] == drawn
 
 
 def test_words_without_quotes(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,6 @@ import gguf
 import pytest
 import torch
 from make_checkpoint import SIZES, make_checkpoint
-from PIL import Image
 
 from zimage_lite import api
 from zimage_lite.checkpoint.checkpoint import Checkpoint, ModelConfig, open_checkpoint
@@ -22,6 +21,7 @@ from zimage_lite.convert.catalog import stored_parts, true_parts
 from zimage_lite.convert.quantize import quantize
 from zimage_lite.convert.recipe import KEEP, Target, as_it_is, target, targets
 from zimage_lite.convert.synthetic import open_synthetic, synthetic_checkpoint
+from zimage_lite.pictures.saving import recipe_of
 from zimage_lite.pipeline.drawing import Pipeline
 
 ONE_OF_EACH = ("q8_0", "q4_k_m", "int8", "int4", "fp8", "nf4", "bnb-int8", "qint8", "qint4", "bf16")
@@ -184,7 +184,7 @@ def test_every_output_says_so(tiny_ones: None, tmp_path: Path, capsys: pytest.Ca
     captured = capsys.readouterr()
     assert "note: synthetic:q4_k_m: the weights are random, so the picture is noise" in captured.err
     assert json.loads(captured.out)["synthetic"] is True
-    assert Image.open(out).text["model"] == "synthetic:q4_k_m (random weights: the picture is noise)"
+    assert recipe_of(out)["model"] == {"name": "synthetic:q4_k_m", "format": "q4_k_m", "synthetic": True}
     assert run(["generate", "x", "-o", str(out), *size, "--json"]) == 0  # the demo
     captured = capsys.readouterr()
     assert json.loads(captured.out)["synthetic"] is False and "random" not in captured.err

@@ -26,6 +26,7 @@ from zimage_lite.config import GenerateOptions, Lora
 from zimage_lite.errors import UserError
 from zimage_lite.model.controlnet import ControlNet
 from zimage_lite.model.samplers import SAMPLERS, asked_at, evaluations
+from zimage_lite.pictures.saving import recipe_of
 from zimage_lite.pipeline import weights as loading
 from zimage_lite.pipeline.sights import Sight
 from zimage_lite.plan import tiles
@@ -279,11 +280,15 @@ def test_the_command_says_and_writes_it_down(tiny: Path, nets, tmp_path: Path, c
     assert run([*own, *size, *asked]) == 0
     printed, sha256 = capsys.readouterr(), hashlib.sha256(nets["2.1"].read_bytes()).hexdigest()
     assert "note: 2.1: version 2.1 lite, 2 blocks; takes a picture to follow, a mask and" in printed.err
-    recipe = Image.open(out).text
-    assert recipe["controls"] == f"2.1:0.8 ({sha256[:10]})"
-    assert recipe["control_image"].startswith("hint.png (") and recipe["control_from"] == "canny"
-    assert recipe["control_end"] == "0.6" and "control_start" not in recipe
-    assert json.loads(printed.out)["controls"] == [[{"name": "2.1", "scale": 0.8, "sha256": sha256}]]
+    recipe = recipe_of(out)
+    assert recipe["controls"] == [{"name": "2.1", "scale": 0.8, "sha256": sha256}]
+    assert [image["name"] for image in recipe["control_image"]] == ["hint.png"] and recipe["control_from"] == ["canny"]
+    assert recipe["control_end"] == 0.6 and "control_start" not in recipe
+    assert json.loads(printed.out)["controls"] == [recipe["controls"]]
+    again = ("generate", "--like", str(out), "--model", str(tiny), "-o", str(tmp_path / "again.png"), "--device", "cpu")
+    assert run(list(again)) == 2 and "drawn with the ControlNet 2.1; name it with --control" in capsys.readouterr().err
+    assert run([*again, *asked[:2]]) == 2 and "hint.png; name it with --control-image" in capsys.readouterr().err
+    assert run([*again, *asked[:4]]) == 0 and recipe_of(tmp_path / "again.png") == recipe
 
 
 def test_full_size_ones_without_a_file(capsys: pytest.CaptureFixture[str]) -> None:

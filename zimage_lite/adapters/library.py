@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ class AdapterLibrary:
         self, config: TransformerConfig, tell: Callable[[str], None], weights: Mapping[str, StoredTensor] | None = None
     ) -> None:
         self.config, self.tell, self.weights = config, tell, weights
-        self._open: dict[str, tuple[Adapter, str]] = {}  # with their hashes
+        self._open: dict[str, tuple[Adapter, tuple[str, str]]] = {}  # with their hashes
 
     def of(self, loras: Sequence[Lora]) -> AdapterSet:
         """Raises UserError for what cannot be applied. One of strength 0 costs nothing, but has to be one."""
@@ -39,7 +40,7 @@ class AdapterLibrary:
         return [_told(*self._open[lora.path], lora) for lora in loras if lora.strength]
 
     def _opened(self, lora: Lora) -> Adapter:
-        config, (known, _) = self.config, self._open.get(lora.path, (None, ""))
+        config, (known, _) = self.config, self._open.get(lora.path, (None, ()))
         refiners = dict.fromkeys(("noise_refiner", "context_refiner"), config.n_refiner_layers)
         lora.require_blocks({"layers": config.n_layers, **refiners})
         if known is None or file_stamp(known.file) != known.stamp:
@@ -49,9 +50,16 @@ class AdapterLibrary:
         return known
 
 
-def _told(adapter: Adapter, sha256: str, lora: Lora) -> dict[str, Any]:
-    found = {"name": adapter.name, "strength": lora.strength, "sha256": sha256}
+def _told(adapter: Adapter, hashes: tuple[str, str], lora: Lora) -> dict[str, Any]:
+    sha256, body = hashes
+    found = {"name": adapter.name, "strength": lora.strength, "sha256": sha256, "autov3": _kohya_hash(adapter) or body}
     return {**found, "blocks": dict(lora.blocks)} if lora.blocks else found
+
+
+def _kohya_hash(adapter: Adapter) -> str:
+    """What trainers of kohya's kin say it is, which A1111 believes."""
+    said = str(adapter.metadata.get("sshs_model_hash", ""))
+    return said if re.fullmatch("[0-9a-f]{64}", said) else ""
 
 
 def place_of(path: str) -> Path:

@@ -70,19 +70,23 @@ class Adapter:
     def modules(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(one.target.module for one in self.applied))
 
-    def checked(self) -> str:
-        """The SHA-256 of the whole file, by which model sites know it. All of it is read for this, once, and looked at:
-        raises UserError if it changed since it was opened, or holds what is no number."""
-        digest, at = hashlib.sha256(), 0
+    def checked(self) -> tuple[str, str]:
+        """The SHA-256 of the whole file and of what follows its header, by which model sites know it. All of it is read
+        for this, once, and looked at: raises UserError if it changed since it was opened, or holds what is no
+        number."""
+        digest, body, at = hashlib.sha256(), hashlib.sha256(), 0
         for raw in sorted(self.raws.values(), key=lambda raw: raw.entry.offset):
-            digest.update(self._between(at, raw.entry.offset))
+            for some in (digest, body) if at else (digest,):  # what comes before the first is the header
+                some.update(self._between(at, raw.entry.offset))
             stored, at = raw.stored(), raw.entry.offset + raw.entry.nbytes
-            digest.update(stored.numpy().data)
+            for some in (digest, body):
+                some.update(stored.numpy().data)
             name = raw.entry.name
             if not name.endswith("alpha") and not all_finite(raw.wide(stored)):  # alpha is looked at where it counts
                 raise FileFormatError(f"{self.file}: {name} holds NaN or infinity", fix="get the file again")
-        digest.update(self._between(at, self.stamp[0]))
-        return digest.hexdigest()
+        for some in (digest, body):
+            some.update(self._between(at, self.stamp[0]))
+        return digest.hexdigest(), body.hexdigest()
 
     def _between(self, start: int, stop: int) -> memoryview:
         """Bytes of the file that belong to no tensor."""

@@ -14,12 +14,12 @@ import click
 from ..checkpoint.output import followed, replacing, require_absent
 from ..config import GenerateOptions, RuntimeOptions
 from ..errors import UserError
+from ..pictures.recipe import recipe
 from ..pictures.saving import save
 from ..units import parse_bytes
 from . import leaving_at_once, print_json, say
 from .drawing_options import DRAWING_FIELDS
 from .generate import command as generate
-from .generate import recipe
 from .requests import requests_of
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ command.params += [option for option in generate.params if option.name in _AS_IN
 
 
 def _save(path: Path, pixels: Tensor, request: GenerateOptions, pipeline: Pipeline) -> None:
-    save(path, pixels, recipe(request, pipeline, pixels))
+    beside, (height, width, _) = (pipeline.adapters.told(request.loras), pipeline.controls.told(request)), pixels.shape
+    save(path, pixels, recipe(request, pipeline.model, (width, height), *beside))
 
 
 def _require_place(out: Path) -> None:

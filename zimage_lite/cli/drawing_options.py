@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -227,22 +226,6 @@ def _all(options: tuple[Callable[[Any], Any], ...]) -> Callable[[Any], Any]:
         return command
 
     return add
-
-
-def drawing_facts(request: GenerateOptions) -> dict[str, Any]:
-    """What of these options is not as it is by default, for the recipe: of files their names and what is in them."""
-    found = {name: getattr(request, name) for name in DRAWING_FIELDS}
-    return {name: _said(value) for name, value in found.items() if value != getattr(_IMAGE, name)}
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(_said(one) for one in value)
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, str | Path) and Path(value).is_file():
-        return f"{Path(value).name} ({hashlib.sha256(Path(value).read_bytes()).hexdigest()[:10]})"
-    return str(value)
 
 
 sampling_options, picture_options, watching_options = _all(_SAMPLING), _all(_PICTURES), _all(_WATCHING)

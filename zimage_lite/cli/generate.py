@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from .. import __version__
 from ..checkpoint.architecture import other_encoder
 from ..checkpoint.detect import COMPONENTS, said_of_unused
 from ..checkpoint.model_card import DEMO
@@ -16,10 +16,12 @@ from ..checkpoint.output import require_absent
 from ..config import BACKENDS, COMPUTES, DEVICES, DTYPES, PREVIEW_BYTES, GenerateOptions, RuntimeOptions
 from ..errors import UserError
 from ..memory.meter import peak_rss_bytes
+from ..pictures.recipe import recipe
 from ..pictures.saving import require_kind, save
 from ..units import format_gb, parse_bytes
 from . import leaving_at_once, print_json, say
-from .drawing_options import control_options, drawing_facts, picture_options, sampling_options, watching_options
+from .drawing_options import control_options, picture_options, sampling_options, watching_options
+from .like import Liked, liked
 from .previews import previewing
 from .requests import Seed, requests_of
 
@@ -55,6 +57,13 @@ _PATH = click.Path(path_type=Path)
     default=Path("image.png"),
     show_default=True,
     help="PNG, JPEG or WebP file, by its end; several images count up from it.",
+)
+@click.option(
+    "--like",
+    type=_PATH,
+    metavar="PICTURE",
+    help="Draw with the settings that this picture carries, but for those that are named beside it; also of one by "
+    "A1111 or whatever writes its texts.",
 )
 @click.option("--width", type=int, help="Pixels, a multiple of 16.  [default: the model's; Turbo 1024]")
 @click.option("--height", type=int, help="Pixels, a multiple of 16.  [default: the model's; Turbo 1024]")
@@ -134,8 +143,9 @@ _PATH = click.Path(path_type=Path)
 def command(
     prompts: tuple[str, ...], prompt_file: Path | None, model: str | None, out: Path, count: int,
     vram: str | None, ram: str | None, device: str, dtype: str, backend: str, compute: str, no_cache: bool,
-    as_json: bool, lora_dir: Path | None, transformer: Path | None, text_encoder: Path | None, vae: Path | None,
-    tokenizer: Path | None, preview: str | None, preview_decoder: Path | None, save_latents: bool, **image: Any,
+    as_json: bool, like: Path | None, lora_dir: Path | None, transformer: Path | None, text_encoder: Path | None,
+    vae: Path | None, tokenizer: Path | None, preview: str | None, preview_decoder: Path | None, save_latents: bool,
+    **image: Any,
 ) -> None:  # fmt: skip
     """Draw images from prompts, and over pictures.
 
@@ -143,7 +153,10 @@ def command(
     """
     parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
     model = _model(model, parts)
-    requests = requests_of(prompts, prompt_file, image, count, lora_dir)
+    example = liked(like, image, _given(image), lora_dir) if like else Liked()
+    if not prompts and not prompt_file:
+        prompts = example.prompts
+    requests = requests_of(prompts, prompt_file, {**image, **example.settings}, count, lora_dir)
     options = RuntimeOptions(
         device,
         dtype,
@@ -157,23 +170,33 @@ def command(
 
     with leaving_at_once():
         from ..api import open_named
+        from ..checkpoint.hashes import FileHash
         from ..pipeline.drawing import Pipeline
     from .progress import phase_progress
 
     pipeline = Pipeline(open_named(model, parts), options, tell=lambda line: say(f"note: {line}"))
     requests = [pipeline.complete(request) for request in requests]
-    for note in (*_notes(model, pipeline), *_words(prompts)):
+    for note in (*_notes(model, pipeline), *example.notes(pipeline.model.name), *_words(prompts)):
         say(f"note: {note}")
+    hashing = FileHash(list(pipeline.model.transformer.stamps), keep=not no_cache).start()
     on_latents = _saver(paths) if save_latents else None
     with phase_progress() as progress, previewing(preview, preview_decoder, pipeline) as on_step:
         for index, pixels in pipeline.images(requests, progress, on_step, on_latents):
-            save(paths[index], pixels, recipe(requests[index], pipeline, pixels))
+            beside = pipeline.adapters.told(requests[index].loras), pipeline.controls.told(requests[index])
+            size = pixels.shape[1], pixels.shape[0]
+            save(paths[index], pixels, recipe(requests[index], pipeline.model, size, *beside, hashing.result()))
             say(f"{paths[index]}  seed {requests[index].seed}")
     images = {"images": [str(path) for path in paths], "seeds": [request.seed for request in requests]}
     result = {**images, **_measured(pipeline, requests)}
     say(_summary(result))
     if as_json:
         print_json(result)
+
+
+def _given(options: Mapping[str, Any]) -> set[str]:
+    """Those that stand on the command line."""
+    source = click.get_current_context().get_parameter_source
+    return {name for name in options if source(name) is not ParameterSource.DEFAULT}
 
 
 def _model(model: str | None, parts: Mapping[str, Path | None]) -> str | None:
@@ -230,40 +253,6 @@ def _saver(paths: Sequence[Path]) -> Callable[[int, Tensor], None]:
     from ..pipeline.latents import save_latents
 
     return lambda index, latent: save_latents(paths[index].with_suffix(".latents.safetensors"), latent)
-
-
-def recipe(request: GenerateOptions, pipeline: Pipeline, pixels: Tensor) -> dict[str, Any]:
-    """What it takes to draw a picture again, by the names of the options. pixels: [height, width, 3]."""
-    model = pipeline.model
-    return {
-        "prompt": request.prompt,
-        "seed": request.seed,
-        "steps": request.steps,
-        "size": f"{pixels.shape[1]}x{pixels.shape[0]}",
-        "guidance": request.guidance,
-        "negative": request.negative,
-        "shift": request.shift,
-        **drawing_facts(request),
-        **_loras(pipeline.adapters.told(request.loras)),
-        **_controls(pipeline.controls.told(request)),
-        "model": f"{model.name} (random weights: the picture is noise)" if model.synthetic else model.name,
-        "format": model.transformer.main_format,
-        "version": f"zimage-lite {__version__}",
-    }
-
-
-def _loras(told: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """With the first digits of their hashes, by which model sites find them."""
-    found = []
-    for lora in told:
-        blocks = "".join(f", {name} x {factor:g}" for name, factor in lora.get("blocks", {}).items())
-        found.append(f"{lora['name']}:{lora['strength']:g} ({lora['sha256'][:10]}{blocks})")
-    return {"loras": ", ".join(found)} if found else {}
-
-
-def _controls(told: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    found = [f"{net['name']}:{net['scale']:g} ({net['sha256'][:10]})" for net in told]
-    return {"controls": ", ".join(found)} if found else {}
 
 
 def _measured(pipeline: Pipeline, requests: Sequence[GenerateOptions]) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
+from ..adapters.tags import with_tags
 from ..config import RANDOM_SEED, GenerateOptions
 from ..errors import UserError
-from .lora_tags import with_tags
 
 _MAX_IMAGES = 10_000
 _RANDOM = "random"

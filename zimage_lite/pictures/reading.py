@@ -83,7 +83,7 @@ def _from_file(path: Path, name: str) -> Picture:
 
 
 def _from_stream(file: IO[bytes], name: str) -> Picture:
-    with _decoding(name):
+    with decoding(name):
         try:
             image = Image.open(file)
         except OSError as error:  # Pillow takes a few weights files for pictures, and only then finds them broken
@@ -101,14 +101,14 @@ def _from_pillow(image: Image.Image, name: str) -> Picture:
     _require_size(image.size, name)
     if image.format == "EPS":  # Pillow would have Ghostscript run it, as a program
         raise UserError(f"{name}: an EPS drawing, which has no pixels of its own", fix="export it as PNG")
-    with _decoding(name):
+    with decoding(name):
         image.load()
         _require_size(image.size, name)  # once more, as icons learn theirs only now
         return Picture(*converted(image, _orientation(image)), name)
 
 
 @contextmanager
-def _decoding(name: str) -> Iterator[None]:
+def decoding(name: str) -> Iterator[None]:
     """Pillow warns nobody here, and what its decoders raise, all that parsing can run into, becomes one line."""
     try:
         with warnings.catch_warnings():

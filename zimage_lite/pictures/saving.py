@@ -1,14 +1,19 @@
-"""Picture files that carry what it takes to draw them again: PNG in text chunks, JPEG and WebP in EXIF."""
+"""Picture files that carry their recipes, twice: as A1111's text, for all others, and as JSON, for us. In a PNG as two
+text chunks; in JPEG and WebP in EXIF, as the user's comment and as the image's history."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from ..checkpoint.output import replacing
 from ..errors import UserError
+from . import exif
+from .infotext import infotext, settings_of
+from .old_recipes import is_old, upgraded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,8 +25,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
     ".webp": ("WEBP", {"quality": 95}),
 }
-_EXIF_IFD, _USER_COMMENT, _UNICODE = 0x8769, 0x9286, b"UNICODE\0"  # what follows the last is UTF-16
-_COMMENT_BYTES = 60_000  # all of EXIF stands in one segment of a JPEG, at most 65,533 bytes
+TEXT, OURS = "parameters", "zimage_lite"  # the chunks of a PNG
 
 
 def require_kind(path: Path) -> None:
@@ -31,40 +35,68 @@ def require_kind(path: Path) -> None:
 
 
 def save(path: Path, pixels: Tensor, recipe: Mapping[str, Any]) -> None:
-    """pixels: [height, width, 3] uint8; recipe: names and values, kept as text in a PNG and as JSON elsewhere."""
+    """pixels: [height, width, 3] uint8; recipe: as `pictures/recipe.py` makes it."""
+    with replacing(path) as partial, open(partial, "wb") as file:
+        write(file, path.suffix, pixels, recipe)
+
+
+def write(file: IO[bytes], suffix: str, pixels: Tensor, recipe: Mapping[str, Any], **options: Any) -> None:
+    """options: of Pillow, in the place of ours."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    kind, options = KINDS[path.suffix.lower()]
+    kind, own = KINDS[suffix.lower()]
     if kind == "PNG":
         info = PngInfo()
-        for key, value in recipe.items():
-            info.add_itxt(key, str(value))
-        options = {"pnginfo": info}
+        info.add_text(TEXT, infotext(recipe))  # Latin-1 if it can be, else UTF-8, as A1111 does it
+        info.add_itxt(OURS, json.dumps(dict(recipe), ensure_ascii=False))
+        own = {"pnginfo": info}
     else:
-        exif = Image.Exif()
-        exif[_EXIF_IFD] = {_USER_COMMENT: _comment(recipe)}  # Pillow before 11.1 forgets what get_ifd is given
-        options = {**options, "exif": exif}
-    with replacing(path) as partial:
-        Image.fromarray(pixels.numpy()).save(partial, format=kind, **options)
+        own = {**own, "exif": _exif(recipe)}
+    Image.fromarray(pixels.numpy()).save(file, format=kind, **{**own, **options})
 
 
-def _comment(recipe: Mapping[str, Any]) -> bytes:
+def _exif(recipe: Mapping[str, Any]) -> bytes:
     """A JPEG has no room for more: the longest text is cut, far behind what the model reads of a prompt."""
-    while len(text := json.dumps(dict(recipe), ensure_ascii=False).encode("utf-16-be")) > _COMMENT_BYTES:
-        longest = max(recipe, key=lambda name: len(str(recipe[name])))
-        recipe = {**recipe, longest: str(recipe[longest])[: len(str(recipe[longest])) * 3 // 4]}
-    return _UNICODE + text
+    while len(found := exif.written(f"{OURS}: {json.dumps(dict(recipe))}", infotext(recipe))) > exif.MOST_BYTES:
+        texts = {name: value for name, value in recipe.items() if isinstance(value, str)}
+        longest = max(texts, key=lambda name: len(texts[name]))
+        recipe = {**recipe, longest: texts[longest][: len(texts[longest]) * 3 // 4]}
+    return found
 
 
-def recipe_of(path: Path) -> dict[str, Any]:
-    """What a picture says of itself; {} if it says nothing that is ours."""
+def recipe_of(source: Path | bytes) -> dict[str, Any]:
+    """What a picture says of itself, as `pictures/recipe.py` writes it; of one by another program, what its A1111 text
+    has of that. {} if it says nothing that is known. Decodes no pixels. Raises UserError for what is no picture."""
+    ours, text = _said(source)
+    try:
+        values = json.loads(ours) if ours else {}
+    except ValueError:  # cut by another program, or not ours
+        values = {}
+    if not isinstance(values, dict):
+        return {}
+    if is_old(values) and not isinstance(values.get("model"), dict):
+        return upgraded(values)
+    return values or settings_of(text)
+
+
+def infotext_of(source: Path | bytes) -> str:
+    """A1111's text, as it stands there; "" if there is none."""
+    return _said(source)[1]
+
+
+def _said(source: Path | bytes) -> tuple[str, str]:
+    """Our JSON, or what an old file says as such, and A1111's text."""
     from PIL import Image
 
-    with Image.open(path) as picture:
-        if picture.format == "PNG":
-            return dict(picture.text)
-        comment = picture.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT, b"")
-    if not isinstance(comment, bytes) or not comment.startswith(_UNICODE):
-        return {}
-    return json.loads(comment.removeprefix(_UNICODE).decode("utf-16-be"))
+    from .reading import decoding
+
+    name, file = (str(source), source) if isinstance(source, Path) else ("the picture", BytesIO(source))
+    with decoding(name), Image.open(file) as picture:
+        texts = {key: value for key, value in picture.info.items() if isinstance(value, str)}
+        history, comment = exif.read(picture.getexif()) if picture.format != "PNG" else ("", "")
+    if OURS not in texts and is_old(texts):
+        return json.dumps(texts), ""
+    if comment.startswith("{"):  # an old one
+        return comment, ""
+    return texts.get(OURS) or history.removeprefix(f"{OURS}: "), texts.get(TEXT) or comment

@@ -23,8 +23,12 @@ def with_tags(request: GenerateOptions, folder: Path | None) -> GenerateOptions:
         raise UserError(f"--lora-dir {folder}: no such folder")
     if not (tags := list(_TAG.finditer(request.prompt))):
         return request
-    found = [Lora.of({"path": _file(folder, tag["name"].strip()), "strength": _strength(tag)}) for tag in tags]
-    return replace(request, prompt=_TAG.sub("", request.prompt).strip(), loras=(*request.loras, *found))
+    found = [Lora.of({"path": find(folder, tag["name"].strip()), "strength": _strength(tag)}) for tag in tags]
+    return replace(request, prompt=without_tags(request.prompt), loras=(*request.loras, *found))
+
+
+def without_tags(prompt: str) -> str:
+    return _TAG.sub("", prompt).strip()
 
 
 def _strength(tag: re.Match[str]) -> str:
@@ -37,9 +41,10 @@ def _strength(tag: re.Match[str]) -> str:
     return named.get("unet", plain[1] if len(plain) > 1 else encoder)
 
 
-def _file(folder: Path, name: str) -> Path:
-    """By its path in the folder or by its name alone; as it is spelled, else in any case, with its ending."""
-    files = dict(_adapters(folder))
+def find(folder: Path, name: str) -> Path:
+    """By its path in the folder or by its name alone; as it is spelled, else in any case, with its ending. Raises
+    UserError."""
+    files = dict(adapters_in(folder))
     known = {**{path.stem: path for path in files.values()}, **files}
     found = known.get(name) or {_loosely(own): path for own, path in known.items()}.get(_loosely(name))
     if found:
@@ -56,7 +61,7 @@ def _loosely(name: str) -> str:
     return re.sub(rf"({'|'.join(map(re.escape, _SUFFIXES))})$", "", name.replace("\\", "/").casefold())
 
 
-def _adapters(folder: Path) -> Iterator[tuple[str, Path]]:
+def adapters_in(folder: Path) -> Iterator[tuple[str, Path]]:
     """By their paths in the folder, without the ending, with slashes."""
     for path in sorted(folder.rglob("*")):
         if path.suffix in _SUFFIXES and not path.name.startswith("."):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from zimage_lite.cli.lora_tags import with_tags
+from zimage_lite.adapters.tags import with_tags
 from zimage_lite.config import GenerateOptions
 from zimage_lite.errors import UserError
 

@@ -1,0 +1,97 @@
+"""A job: what somebody wants drawn, how far it is, and what came of it. Loads no torch."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from threading import Event
+from typing import Any
+
+from ..config import GenerateOptions
+
+QUEUED, RUNNING, DONE, FAILED, CANCELLED, LOST = "queued", "running", "done", "failed", "cancelled", "lost"
+OPEN, OVER = (QUEUED, RUNNING), (DONE, FAILED, CANCELLED, LOST)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A file of the history."""
+
+    name: str
+    width: int
+    height: int
+    seed: int
+
+    def facts(self) -> dict[str, Any]:
+        return {"name": self.name, "width": self.width, "height": self.height, "seed": self.seed}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """code: "invalid_request", "too_large" (it does not fit the memory), "out_of_memory" or "internal"."""
+
+    code: str
+    message: str
+
+    def facts(self) -> dict[str, str]:
+        return {"code": self.code, "message": self.message}
+
+
+@dataclass
+class Job:
+    """Changed under the board's lock only. done, total: of the phase; version: of its last change; client: what asked,
+    as the history shows it; leaves: it is cancelled when the last who waits for it goes."""
+
+    model: str
+    requests: Sequence[GenerateOptions]
+    client: str = "api"
+    leaves: bool = False
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    state: str = QUEUED
+    created: float = field(default_factory=time.time)
+    started: float | None = None
+    finished: float | None = None
+    phase: str | None = None
+    done: int = 0
+    total: int = 0
+    seconds_left: float | None = None
+    preview: bytes | None = None  # JPEG
+    previews: int = 0  # so far, by which a client sees that there is another
+    pictures: list[Picture] = field(default_factory=list)
+    failure: Failure | None = None
+    notes: list[str] = field(default_factory=list)
+    version: int = 0
+    cancelled: Event = field(default_factory=Event)
+
+    @property
+    def over(self) -> bool:
+        return self.state in OVER
+
+    def facts(self, position: int | None = None) -> dict[str, Any]:
+        """As plain data. position: how many go before it."""
+        first = self.requests[0]
+        return {
+            "id": self.id,
+            "state": self.state,
+            "client": self.client,
+            "model": self.model,
+            "prompt": first.prompt,
+            "images": len(self.requests),
+            "created": self.created,
+            "started": self.started,
+            "finished": self.finished,
+            "position": position,
+            "phase": self.phase,
+            "step": self.done if self.phase == "denoise" else None,
+            "steps": self.total if self.phase == "denoise" else None,
+            "done": self.done,
+            "total": self.total,
+            "seconds_left": None if self.seconds_left is None else round(self.seconds_left, 1),
+            "previews": self.previews,
+            "pictures": [picture.facts() for picture in self.pictures],
+            "error": self.failure.facts() if self.failure else None,
+            "notes": list(self.notes),
+            "version": self.version,
+        }
