@@ -232,6 +232,15 @@ def test_a_picture_on_the_cpu_needs_no_triton(monkeypatch: pytest.MonkeyPatch) -
     assert "torch" in loaded and "triton" not in loaded
 
 
+def test_a_picture_needs_nothing_of_the_server() -> None:
+    command = "['generate', 'x', '--steps', '1', '--device', 'cpu', '--no-cache', '-o', os.path.join(folder, 'x.png')]"
+    loaded = loaded_by(
+        f"import os, tempfile\nfrom zimage_lite.cli import run\n"
+        f"with tempfile.TemporaryDirectory() as folder:\n    assert run({command}) == 0"
+    )
+    assert "torch" in loaded and not loaded & {"starlette", "uvicorn", "python_multipart", "httpx2", "sqlite3", "anyio"}
+
+
 def test_importing_the_package_is_light() -> None:
     loaded = loaded_by("import zimage_lite")
     assert "zimage_lite" in loaded

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from served import serving
+from starlette.testclient import TestClient
 
 from zimage_lite.config import RuntimeOptions
 from zimage_lite.serve.options import Limits, ServeOptions
@@ -43,3 +45,10 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def client(serve_options: Callable[..., ServeOptions]) -> Iterator[TestClient]:
+    """Speaks to a server of the demo."""
+    with serving(serve_options()) as (found, _):
+        yield found

@@ -28,6 +28,7 @@ _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 _INTERRUPTED = "interrupted; nothing was left half-written"
 _VERBS = {
     "generate": "Draw images from prompts.",
+    "serve": "Draw for other programs, over HTTP: OpenAI's API, A1111's, and our own.",
     "quantize": "Turn a checkpoint into a smaller one.",
     "plan": "Predict memory and time, for any GPU.",
     "bench": "Measure time and memory, or predict them for a tier of hardware.",

@@ -83,13 +83,13 @@ def settings_of(text: str) -> dict[str, Any]:
         found["shift"] = float(pairs["Shift"])
     if size := re.fullmatch(r"(\d{1,6})x(\d{1,6})", pairs.get("Size", "")):
         found["width"], found["height"] = int(size[1]), int(size[2])
-    found |= _sampling(pairs.get("Sampler", ""), pairs.get("Schedule type", ""))
+    found |= sampling_of(pairs.get("Sampler", ""), pairs.get("Schedule type", ""))
     found["model"] = {"name": pairs["Model"]} if "Model" in pairs else {}
     found["version"] = pairs.get("Version", "another program")
     return found
 
 
-def _sampling(sampler: str, schedule: str) -> dict[str, Any]:
+def sampling_of(sampler: str, schedule: str) -> dict[str, Any]:
     """Older texts have the schedule at the end of the sampler's name; one without a name is the sampler's own."""
     schedules = {label.lower(): name for name, label in SCHEDULE_LABELS.items()}
     samplers = {label.lower(): name for name, label in SAMPLER_LABELS.items()}

@@ -1,11 +1,12 @@
-"""What clients may name: the models that the server was started with, and the adapters in its folder. They see names,
-never paths, and a name that is not in the list finds nothing."""
+"""What clients may name: the models and ControlNets that the server was started with, and the adapters in its folder.
+They see names, never paths, and a name that is not in the list finds nothing."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ..adapters.tags import adapters_in
+from ..adapters.tags import adapters_in, with_tags
+from ..config import DEFAULT_SIZE, GenerateOptions, SchedulerConfig
 from ..errors import UserError
 from .options import ServeOptions
 
@@ -16,7 +17,7 @@ class UnknownError(UserError):
 
 class Catalog:
     def __init__(self, options: ServeOptions) -> None:
-        self._models, self._lora_dir = dict(options.models), options.lora_dir
+        self._models, self.controls, self._lora_dir = dict(options.models), dict(options.controls), options.lora_dir
 
     @property
     def models(self) -> list[str]:
@@ -29,6 +30,13 @@ class Catalog:
             raise UnknownError("model", got=repr(model)[:60], expected=f"one of {', '.join(self._models)}")
         return self._models[model]
 
+    def control(self, name: object) -> str:
+        """What `--control` takes. Raises UnknownError."""
+        if not isinstance(name, str) or name not in self.controls:
+            known = ", ".join(self.controls) or "none, as the server has none"
+            raise UnknownError("ControlNet", got=repr(name)[:60], expected=f"one of {known}")
+        return self.controls[name]
+
     def loras(self) -> dict[str, Path]:
         """As the folder is now."""
         return dict(adapters_in(self._lora_dir)) if self._lora_dir else {}
@@ -37,6 +45,31 @@ class Catalog:
         """Raises UnknownError."""
         known = self.loras()
         if not isinstance(name, str) or name not in known:
-            few = ", ".join(sorted(known)[:10]) or "none, as the server has no --lora-dir"
+            few = ", ".join(sorted(known)[:10]) or "none, as the server has no folder of them"
             raise UnknownError("LoRA", got=repr(name)[:60], expected=f"one of {few}")
         return known[name]
+
+    def tagged(self, request: GenerateOptions) -> GenerateOptions:
+        """With the adapters that its prompt names as <lora:NAME:STRENGTH>. Raises UnknownError."""
+        try:
+            return with_tags(request, self._lora_dir)
+        except UserError as error:
+            raise UnknownError(str(error).replace(str(self._lora_dir), "the server's folder")) from error
+
+    def scheduler(self, model: str) -> SchedulerConfig:
+        """What tells a distilled model; Turbo's for one that lies in no folder of this machine."""
+        from ..checkpoint.model_files import scheduler_config
+
+        return scheduler_config(self._folder(model)) if self._folder(model) else SchedulerConfig()
+
+    def size(self, model: str) -> tuple[int, int]:
+        """Width and height that it draws best."""
+        from ..checkpoint.model_card import default_size
+
+        return default_size(self._folder(model)) if self._folder(model) else (DEFAULT_SIZE, DEFAULT_SIZE)
+
+    def _folder(self, model: str) -> Path | None:
+        from ..checkpoint.model_card import model_folder
+
+        folder = model_folder(self.place_of(model))
+        return folder if folder.is_dir() else None
