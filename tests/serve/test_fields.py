@@ -65,6 +65,16 @@ def test_what_is_refused(serve_options: Options, tmp_path: Path, values: dict[st
     assert raised.value.param == param
 
 
+def test_pictures_are_not_enlarged_without_end(serve_options: Options) -> None:
+    """What has no size of its own has its picture's; of a large one, twice the model's megapixel."""
+    for size, most in (((256, 256), 8.0), ((2000, 2000), 1.4)):
+        image = base64_of(png(*size))
+        assert ask(serve_options(), image=image, hires=most).hires == most
+        if most < 8:
+            with pytest.raises(FieldError, match=r"1448 x 1448, 1\.5 times as large, expected at most 4\.2 million"):
+                ask(serve_options(), image=image, hires=most + 0.1)
+
+
 def test_names_that_others_have(serve_options: Options) -> None:
     values = {"negative_prompt": "y", "num_inference_steps": 3, "guidance_scale": 2.0, "seed": None, "width": None}
     request = ask(serve_options(), **values)

@@ -11,6 +11,7 @@ from typing import Any
 from ..config import (
     CONTROL_MATHS,
     CONTROL_SOURCES,
+    DEFAULT_SIZE,
     FITS,
     INPAINT_AREAS,
     SAMPLERS,
@@ -23,7 +24,7 @@ from ..config import (
 from ..errors import UserError
 from .catalog import Catalog, UnknownError
 from .options import Limits
-from .uploads import picture_of
+from .uploads import picture_of, size_of
 
 PICTURES = ("image", "mask", "control_image")
 HELD_BACK = ("latents",)  # a file of the server's
@@ -187,13 +188,19 @@ def _require_short(given: Mapping[str, Any], limits: Limits) -> None:
 
 
 def _require_small(request: GenerateOptions, limits: Limits) -> None:
-    """Of what it names: what it leaves open is the model's, or the picture's, which was looked at when it came."""
+    """As it is named, or as the picture that it is made from is, which is drawn in at most twice the model's size."""
+    width, height = request.width or 16, request.height or 16
+    if isinstance(request.image, bytes) and request.hires and not request.width:
+        own = size_of(request.image)
+        part = min(1.0, (2 * DEFAULT_SIZE**2 / (own[0] * own[1])) ** 0.5)
+        width, height = (max(round(side * part), 16) for side in own)
     left, top, right, bottom = request.outpaint or (0, 0, 0, 0)
-    width, height = ((request.width or 16) + left + right, (request.height or 16) + top + bottom)
+    width, height = width + left + right, height + top + bottom
     pixels = width * height * (request.hires or 1) ** 2
     if max(width, height) > 2**14 or pixels > limits.drawn_pixels:
         most = f"at most {limits.drawn_pixels / 1e6:.1f} million pixels"
-        raise FieldError(f"width, height: got {width} x {height}, expected {most}", "width")
+        times = f", {request.hires:g} times as large" if request.hires else ""
+        raise FieldError(f"width, height: got {width} x {height}{times}, expected {most}", "width")
 
 
 def _pictures(value: str | list[str], name: str, limits: Limits) -> bytes | list[bytes]:

@@ -18,7 +18,7 @@ from .fields import asked_for
 from .openapi import document
 from .service import Service
 from .uploads import picture_of
-from .waiting import COMMENT, changed, event_stream, event_text, job_events, json_of, woken_by
+from .waiting import COMMENT, HEARTBEAT_S, changed, event_stream, event_text, job_events, json_of, woken_by
 
 _PAGE = 50  # jobs
 
@@ -137,7 +137,7 @@ class OwnRoutes:
                 for facts in board.since(since):
                     since = facts["version"]
                     yield event_text("job", facts, since)
-                if not await changed(event, 15.0):
+                if not await changed(event, HEARTBEAT_S):
                     yield COMMENT
 
     def _streamed(self, request: Request, events: AsyncIterator[str]) -> Response:

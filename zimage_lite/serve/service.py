@@ -69,6 +69,8 @@ class Service:
         job = self.board.get(job_id)
         if job and self.board.cancel(job):
             self.board.wait(job, _STOPPING_S)
+        if job:
+            self.board.forget(job)
         return self.history.delete(job_id)
 
     def _open(self, model: str, tell: Tell) -> Pipeline:
