@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 import psutil
 
 ROOT = Path(__file__).parents[1]

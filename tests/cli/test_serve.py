@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
+import httpx2 as httpx
 import pytest
 
 from zimage_lite.cli import serve
@@ -28,7 +28,7 @@ LONG = {"prompt": "x", "steps": 100, "width": 512, "height": 512}
         (("--host", "0.0.0.0"), "could use the server; set --api-key (or ZIMAGE_LITE_API_KEY)"),
         (("--port", 99999), "--port: got 99999, expected a number from 0"),
         (("--lora-dir", "missing"), "--lora-dir missing: no such folder"),
-        (("--model", "a/x", "--model", "b/x"), "name each differently, as NAME=MODEL"),
+        (("--model", "a/x", "--model", "b/x"), "name each differently, as NAME=PLACE"),
         (("--queue", 0), "limit of waiting: got 0, expected 1 or more"),
         (("--idle-minutes", 0), "--idle-minutes: got 0.0, expected more than 0"),
         (("--host", "no.such.host.invalid", "--no-auth", "--folder", "FOLDER"), "no address of this machine"),
@@ -40,9 +40,9 @@ def test_what_is_refused(options: tuple, line: str, tmp_path: Path, refused: Ref
 
 
 def test_names_of_models() -> None:
-    given = ("demo", "turbo=models/Z-Image-Turbo-q8_0", "owner/Model", "synthetic:q4_0")
-    wanted = {"demo": "demo", "turbo": "models/Z-Image-Turbo-q8_0", "Model": "owner/Model"}
-    assert serve._named(given) == {**wanted, "synthetic:q4_0": "synthetic:q4_0"}
+    given = ("demo", "turbo=models/Z-Image-Turbo-q8_0", "owner/Model-2.1", "synthetic:q4_0", "a/b.c.safetensors")
+    wanted = {"demo": "demo", "turbo": "models/Z-Image-Turbo-q8_0", "Model-2.1": "owner/Model-2.1"}
+    assert serve._named(given) == {**wanted, "synthetic:q4_0": "synthetic:q4_0", "b.c": "a/b.c.safetensors"}
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Thread
 
@@ -19,6 +19,7 @@ from .output import replacing
 
 UNCACHED_BYTES = 10**9  # at most, is read only to name it where that is to be done anew in each run
 _PIECE_BYTES = 1 << 20
+_PATIENCE_S = 1.0
 _DIGITS = frozenset("0123456789abcdef")
 
 
@@ -38,10 +39,14 @@ class FileHash:
             self._thread.start()
         return self
 
-    def result(self) -> str | None:
-        """64 hexadecimal digits, waited for; None if nothing is known."""
-        if self._thread:
-            self._thread.join()
+    def result(self, tell: Callable[[str], object] = lambda line: None) -> str | None:
+        """64 hexadecimal digits, waited for; None if nothing is known. tell: gets a line if that takes long."""
+        if self._thread and self._path:
+            self._thread.join(_PATIENCE_S)
+            if self._thread.is_alive():
+                tell(f"the hash of {self._path.name} is computed for the picture's recipe, once")
+            while self._thread.is_alive():
+                self._thread.join(_PATIENCE_S)  # on Windows, one without end cannot be interrupted
         return self._found
 
     def _affordable(self, path: Path) -> bool:

@@ -174,7 +174,7 @@ def command(
         from ..pipeline.drawing import Pipeline
     from .progress import phase_progress
 
-    pipeline = Pipeline(open_named(model, parts), options, tell=lambda line: say(f"note: {line}"))
+    pipeline = Pipeline(open_named(model, parts), options, tell=_note)
     requests = [pipeline.complete(request) for request in requests]
     for note in (*_notes(model, pipeline), *example.notes(pipeline.model.name), *_words(prompts)):
         say(f"note: {note}")
@@ -184,13 +184,18 @@ def command(
         for index, pixels in pipeline.images(requests, progress, on_step, on_latents):
             beside = pipeline.adapters.told(requests[index].loras), pipeline.controls.told(requests[index])
             size = pixels.shape[1], pixels.shape[0]
-            save(paths[index], pixels, recipe(requests[index], pipeline.model, size, *beside, hashing.result()))
+            sha256 = hashing.result(_note)
+            save(paths[index], pixels, recipe(requests[index], pipeline.model, size, *beside, sha256))
             say(f"{paths[index]}  seed {requests[index].seed}")
     images = {"images": [str(path) for path in paths], "seeds": [request.seed for request in requests]}
     result = {**images, **_measured(pipeline, requests)}
     say(_summary(result))
     if as_json:
         print_json(result)
+
+
+def _note(line: str) -> None:
+    say(f"note: {line}")
 
 
 def _given(options: Mapping[str, Any]) -> set[str]:

@@ -29,6 +29,7 @@ _NEEDED = ("starlette", "uvicorn", "python_multipart")
     help="What --model of generate takes; once for each that clients may choose, the first one by default.  "
     "[default: demo]",
 )
+@click.option("--control", "controls", multiple=True, metavar="[NAME=]FILE", help="ControlNet that clients may use.")
 @click.option("--lora-dir", type=_PATH, metavar="FOLDER", help="LoRAs that clients may use, by name.")
 @click.option("--folder", type=_PATH, help="Of the history and its pictures.  [default: the user's data folder]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen. Elsewhere a key is required.")
@@ -57,9 +58,9 @@ _NEEDED = ("starlette", "uvicorn", "python_multipart")
 @click.option("--compute", type=click.Choice(COMPUTES), default="auto", show_default=True)
 @click.option("--no-cache", is_flag=True, help="Keep no embeddings of prompts on the disk.")
 def command(
-    models: tuple[str, ...], lora_dir: Path | None, folder: Path | None, host: str, port: int, api_key: str | None,
-    no_auth: bool, hosts: tuple[str, ...], idle_minutes: float, queue: int, obey: bool, vram: str | None,
-    ram: str | None, device: str, dtype: str, backend: str, compute: str, no_cache: bool,
+    models: tuple[str, ...], controls: tuple[str, ...], lora_dir: Path | None, folder: Path | None, host: str,
+    port: int, api_key: str | None, no_auth: bool, hosts: tuple[str, ...], idle_minutes: float, queue: int, obey: bool,
+    vram: str | None, ram: str | None, device: str, dtype: str, backend: str, compute: str, no_cache: bool,
 ) -> None:  # fmt: skip
     """Draw for other programs: an API of our own, OpenAI's for images, and A1111's.
 
@@ -71,7 +72,7 @@ def command(
     key, limits = api_key or os.environ.get(KEY_VARIABLE) or None, Limits(waiting=queue)
     options = ServeOptions(
         folder or _data_folder(), _named(models or (DEMO,)), runtime, lora_dir, host, port, key, no_auth, hosts,
-        idle_minutes, obey, limits,
+        idle_minutes, obey, limits, _named(controls, "--control"),
     )  # fmt: skip
     with leaving_at_once():
         from ..serve.running import run
@@ -83,18 +84,24 @@ def _require_extra() -> None:
         raise UserError(f"serve needs {', '.join(missing)}", fix='pip install "zimage-lite[serve]"')
 
 
-def _named(models: tuple[str, ...]) -> dict[str, str]:
-    """Name -> MODEL. Without one it is what the path ends in."""
+def _named(given: tuple[str, ...], flag: str = "--model") -> dict[str, str]:
+    """Name -> what it stands for. Without one it is what the path ends in."""
     found: dict[str, str] = {}
-    for model in models:
-        name, equals, place = model.partition("=")
-        place = place if equals else model
-        name = name if equals else place if ":" in place else Path(place).name
+    for text in given:
+        name, equals, place = text.partition("=")
+        place = place if equals else text
+        name = name if equals else place if place.startswith("synthetic:") else _last(place)
         if not name or not place or name in found:
-            fix = "name each differently, as NAME=MODEL"
-            raise UserError("--model", got=repr(model), expected="a MODEL with a name of its own", fix=fix)
+            fix = "name each differently, as NAME=PLACE"
+            raise UserError(flag, got=repr(text), expected="something with a name of its own", fix=fix)
         found[name] = place
     return found
+
+
+def _last(place: str) -> str:
+    """Of a path, without the ending of a file: folders have dots in their names, too."""
+    path = Path(place)
+    return path.stem if path.suffix in (".safetensors", ".sft", ".gguf") else path.name
 
 
 def _data_folder() -> Path:

@@ -39,8 +39,8 @@ def translated(
     own |= _sampling(take, extra)
     if over_image:
         own |= _picture(take, values, most_pixels)
-    elif take("enable_hr", bool, False):
-        own["hires"] = take("hr_scale", float, 2.0)
+    elif take("enable_hr", bool, False) and (factor := take("hr_scale", float, 2.0)) > 1:
+        own["hires"] = factor
         own["hires_strength"] = min(max(take("denoising_strength", float, 0.35), 0.01), 1.0)
     return own, extra
 

@@ -54,7 +54,7 @@ class Board:
             accepted(job)
             self._waiting.append(job)
             self._jobs[job.id] = job
-            self._forget()
+            self._forget_old()
             self._changed(job)
         return job
 
@@ -102,6 +102,11 @@ class Board:
     def get(self, job_id: str) -> Job | None:
         return self._jobs.get(job_id)
 
+    def forget(self, job: Job) -> None:
+        """One that is over, and deleted."""
+        with self._lock:
+            self._jobs.pop(job.id, None)
+
     def facts(self, job: Job) -> dict[str, Any]:
         with self._lock:
             return job.facts(self._position(job))
@@ -138,7 +143,7 @@ class Board:
             self._waiting.clear()
             if self.running:
                 self.running.cancelled.set()
-            self._lock.notify_all()
+            self._changed()  # who listens sees that it is closed
             return left
 
     def _changed(self, *jobs: Job) -> None:
@@ -156,7 +161,7 @@ class Board:
         """Until one more is drawn, about. Clients of OpenAI's package give up where they are told more than 120."""
         return round(min(max(self._job_seconds, 1.0), 120.0))
 
-    def _forget(self) -> None:
+    def _forget_old(self) -> None:
         over = [job for job in self._jobs.values() if job.over]
         for job in over[: max(len(over) - KEPT, 0)]:
             del self._jobs[job.id]

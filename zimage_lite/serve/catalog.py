@@ -1,5 +1,5 @@
-"""What clients may name: the models that the server was started with, and the adapters in its folder. They see names,
-never paths, and a name that is not in the list finds nothing."""
+"""What clients may name: the models and ControlNets that the server was started with, and the adapters in its folder.
+They see names, never paths, and a name that is not in the list finds nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class UnknownError(UserError):
 
 class Catalog:
     def __init__(self, options: ServeOptions) -> None:
-        self._models, self._lora_dir = dict(options.models), options.lora_dir
+        self._models, self.controls, self._lora_dir = dict(options.models), dict(options.controls), options.lora_dir
 
     @property
     def models(self) -> list[str]:
@@ -30,6 +30,13 @@ class Catalog:
             raise UnknownError("model", got=repr(model)[:60], expected=f"one of {', '.join(self._models)}")
         return self._models[model]
 
+    def control(self, name: object) -> str:
+        """What `--control` takes. Raises UnknownError."""
+        if not isinstance(name, str) or name not in self.controls:
+            known = ", ".join(self.controls) or "none, as the server has none"
+            raise UnknownError("ControlNet", got=repr(name)[:60], expected=f"one of {known}")
+        return self.controls[name]
+
     def loras(self) -> dict[str, Path]:
         """As the folder is now."""
         return dict(adapters_in(self._lora_dir)) if self._lora_dir else {}
@@ -38,7 +45,7 @@ class Catalog:
         """Raises UnknownError."""
         known = self.loras()
         if not isinstance(name, str) or name not in known:
-            few = ", ".join(sorted(known)[:10]) or "none, as the server has no --lora-dir"
+            few = ", ".join(sorted(known)[:10]) or "none, as the server has no folder of them"
             raise UnknownError("LoRA", got=repr(name)[:60], expected=f"one of {few}")
         return known[name]
 

@@ -8,13 +8,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..config import FITS, INPAINT_AREAS, SAMPLERS, SCHEDULES, STRENGTH_MODES, GenerateOptions, Lora
+from ..config import (
+    CONTROL_MATHS,
+    CONTROL_SOURCES,
+    DEFAULT_SIZE,
+    FITS,
+    INPAINT_AREAS,
+    SAMPLERS,
+    SCHEDULES,
+    STRENGTH_MODES,
+    ControlUse,
+    GenerateOptions,
+    Lora,
+)
 from ..errors import UserError
-from .catalog import Catalog
+from .catalog import Catalog, UnknownError
 from .options import Limits
-from .uploads import picture_of
+from .uploads import picture_of, size_of
 
-PICTURES = ("image", "mask")
+PICTURES = ("image", "mask", "control_image")
 HELD_BACK = ("latents",)  # a file of the server's
 ALIASES = {
     "negative_prompt": "negative", "num_inference_steps": "steps", "guidance_scale": "guidance", "cfg_scale": "cfg",
@@ -22,7 +34,7 @@ ALIASES = {
 }  # fmt: skip
 _CHOICES = {
     "sampler": SAMPLERS, "schedule": SCHEDULES, "strength_mode": STRENGTH_MODES, "fit": FITS,
-    "inpaint_area": INPAINT_AREAS,
+    "inpaint_area": INPAINT_AREAS, "control_math": CONTROL_MATHS,
 }  # fmt: skip
 _MOST_NUMBER = 2**63  # of any setting
 
@@ -65,35 +77,65 @@ def _numbers(count: int) -> Kind:
     return Kind("a list of numbers", fits, {"type": "array", "items": {"type": "number"}, **size})
 
 
-_TEXT = Kind("a text", lambda value: isinstance(value, str), {"type": "string"})
-_WHOLE = Kind("a whole number", _is_whole, {"type": "integer"})
-_NUMBER = Kind("a number", _is_number, {"type": "number"})
-_BASE64 = Kind("a picture in base64", _TEXT.fits, {"type": "string", "contentEncoding": "base64"})
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _texts(value: Any) -> bool:
+    return _is_text(value) or (
+        isinstance(value, list) and 0 < len(value) <= _MOST_SEVERAL and all(map(_is_text, value))
+    )
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _named(number: str, example: str) -> Kind:
+    """Files of the server's, each by its name and how strong it is."""
+    properties = {"name": {"type": "string"}, number: {"type": "number"}}
+    items = {"type": "object", "required": ["name"], "properties": properties, "additionalProperties": False}
+    return Kind(
+        f'a list such as [{{"name": "{example}", "{number}": 0.8}}]', _is_list, {"type": "array", "items": items}
+    )
+
+
+_MOST_SEVERAL = 8
+_BASE64 = {"type": "string", "contentEncoding": "base64"}
+_KINDS = {
+    "int": Kind("a whole number", _is_whole, {"type": "integer"}),
+    "float": Kind("a number", _is_number, {"type": "number"}),
+    "str": Kind("a text", _is_text, {"type": "string"}),
+}
+_OWN = {
+    "loras": _named("strength", "ink"),
+    "controls": _named("scale", "union"),
+    "image": Kind("a picture in base64", _is_text, _BASE64),
+    "mask": Kind("a picture in base64", _is_text, _BASE64),
+    "control_image": Kind(
+        "a picture in base64, or a list of them", _texts, {"anyOf": [_BASE64, {"type": "array", "items": _BASE64}]}
+    ),
+    "control_from": Kind(
+        f"one of {', '.join(CONTROL_SOURCES)}, or a list of them", _texts,
+        {"anyOf": [{"enum": list(CONTROL_SOURCES)}, {"type": "array", "items": {"enum": list(CONTROL_SOURCES)}}]},
+    ),
+}  # fmt: skip
 
 
 def _kind(annotation: str, name: str) -> Kind:
     plain = annotation.removesuffix(" | None")
-    if name in PICTURES:
-        return _BASE64
+    if name in _OWN:
+        return _OWN[name]
     if plain.startswith("tuple["):
         return _numbers(0 if "..." in plain else plain.count(",") + 1)
-    kind = {"int": _WHOLE, "float": _NUMBER, "str": _TEXT}[plain]
     choices = {"enum": list(_CHOICES[name])} if name in _CHOICES else {}
-    return replace(kind, schema={**kind.schema, **choices})
+    return replace(_KINDS[plain], schema={**_KINDS[plain].schema, **choices})
 
 
 FIELDS: dict[str, Kind] = {
-    field.name: _kind(str(field.type), field.name)
-    for field in fields(GenerateOptions)
-    if field.name not in ("loras", *HELD_BACK)
+    field.name: _kind(str(field.type), field.name) for field in fields(GenerateOptions) if field.name not in HELD_BACK
 }
-FIELDS |= {"cfg": _NUMBER, "count": _WHOLE, "model": _TEXT}
-FIELDS["loras"] = Kind(
-    'a list such as [{"name": "ink", "strength": 0.8}]',
-    lambda value: isinstance(value, list),
-    {"type": "array", "items": {"type": "object", "required": ["name"], "properties": {
-        "name": {"type": "string"}, "strength": {"type": "number", "default": 1}}}},
-)  # fmt: skip
+FIELDS |= {"cfg": _KINDS["float"], "count": _KINDS["int"], "model": _KINDS["str"]}
 
 
 def asked_for(
@@ -118,14 +160,16 @@ def asked_for(
         raise FieldError(f"count: got {count}, expected a number from 1 to {limits.images}", "count")
     _require_short(given, limits)
     try:
-        for name in PICTURES:
-            if name in given:
-                given[name] = picture_of(given[name], name, limits.picture_pixels)
-        given["loras"] = _loras(given.get("loras", []), catalog, limits)
+        for name in given.keys() & set(PICTURES):
+            given[name] = _pictures(given[name], name, limits)
+        loras = _files(given.get("loras", []), "loras", "strength", limits.loras)
+        nets = _files(given.get("controls", []), "controls", "scale", limits.controls)
+        given["loras"] = [Lora(str(catalog.lora(name)), 1.0 if number is None else number) for name, number in loras]
+        given["controls"] = [ControlUse(catalog.control(name), number) for name, number in nets]
         request = catalog.tagged(GenerateOptions(**{"seed": -1, **given}))
         _require_small(request, limits)
         return model, [replace(request, seed=request.seed + number) for number in range(count)]
-    except FieldError:
+    except (FieldError, UnknownError):
         raise
     except UserError as error:
         raise FieldError.of(error) from error
@@ -144,21 +188,32 @@ def _require_short(given: Mapping[str, Any], limits: Limits) -> None:
 
 
 def _require_small(request: GenerateOptions, limits: Limits) -> None:
-    """Of what it names: what it leaves open is the model's, or the picture's, which was looked at when it came."""
+    """As it is named, or as the picture that it is made from is, which is drawn in at most twice the model's size."""
+    width, height = request.width or 16, request.height or 16
+    if isinstance(request.image, bytes) and request.hires and not request.width:
+        own = size_of(request.image)
+        part = min(1.0, (2 * DEFAULT_SIZE**2 / (own[0] * own[1])) ** 0.5)
+        width, height = (max(round(side * part), 16) for side in own)
     left, top, right, bottom = request.outpaint or (0, 0, 0, 0)
-    width, height = ((request.width or 16) + left + right, (request.height or 16) + top + bottom)
+    width, height = width + left + right, height + top + bottom
     pixels = width * height * (request.hires or 1) ** 2
     if max(width, height) > 2**14 or pixels > limits.drawn_pixels:
         most = f"at most {limits.drawn_pixels / 1e6:.1f} million pixels"
-        raise FieldError(f"width, height: got {width} x {height}, expected {most}", "width")
+        times = f", {request.hires:g} times as large" if request.hires else ""
+        raise FieldError(f"width, height: got {width} x {height}{times}, expected {most}", "width")
 
 
-def _loras(values: list[Any], catalog: Catalog, limits: Limits) -> tuple[Lora, ...]:
-    if len(values) > limits.loras:
-        raise FieldError(f"loras: got {len(values)}, expected at most {limits.loras}", "loras")
-    found = []
+def _pictures(value: str | list[str], name: str, limits: Limits) -> bytes | list[bytes]:
+    if isinstance(value, list):
+        return [picture_of(one, name, limits.picture_pixels) for one in value]
+    return picture_of(value, name, limits.picture_pixels)
+
+
+def _files(values: list[Any], name: str, number: str, most: int) -> list[tuple[object, Any]]:
+    """Of each its name and its number, if it has one."""
+    if len(values) > most:
+        raise FieldError(f"{name}: got {len(values)}, expected at most {most}", name)
     for value in values:
-        if not isinstance(value, dict) or not set(value) <= {"name", "strength"}:
-            raise FieldError(f"loras: got {value!r:.60}, expected {FIELDS['loras'].says}", "loras")
-        found.append(Lora(str(catalog.lora(value.get("name"))), value.get("strength", 1.0)))
-    return tuple(found)
+        if not isinstance(value, dict) or not set(value) <= {"name", number}:
+            raise FieldError(f"{name}: got {value!r:.60}, expected {FIELDS[name].says}", name)
+    return [(value.get("name"), value.get(number)) for value in values]

@@ -25,8 +25,8 @@ from .uploads import checked, mask_of_alpha, picture_of
 from .waiting import COMMENT, event_stream, event_text, job_events, json_of, over
 
 # What else than prompt, model and n may stand beside OpenAI's fields, by our names.
-_EXTENSIONS = (FIELDS.keys() | ALIASES.keys()) - {"image", "mask", "width", "height"}
-_NUMBERS = {name for name, kind in FIELDS.items() if kind.schema["type"] in ("number", "integer")}
+_EXTENSIONS = (FIELDS.keys() | ALIASES.keys()) - {"image", "mask", "width", "height", "control_image"}
+_NUMBERS = {name for name, kind in FIELDS.items() if kind.schema.get("type") in ("number", "integer")}
 
 
 class OpenAIRoutes:
@@ -169,7 +169,7 @@ def _numbers(values: Mapping[str, str]) -> dict[str, Any]:
     """Of a form, where all are texts."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        if ALIASES.get(name, name) in _NUMBERS or name == "loras":
+        if ALIASES.get(name, name) in _NUMBERS or name in ("loras", "controls"):
             try:
                 found[name] = json.loads(value)
             except (ValueError, RecursionError) as error:

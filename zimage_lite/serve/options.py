@@ -23,6 +23,7 @@ class Limits:
     steps: int = 100
     prompt_chars: int = 10_000
     loras: int = 8
+    controls: int = 3
     waiting: int = 16  # jobs
     streams: int = 32  # open at once: 6 a browser, and nobody needs more than one
 
@@ -34,8 +35,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """folder: of history and pictures; models: the names that clients see -> what `--model` takes, the first one by
-    default; lora_dir: all in it may be used; obey: steps and guidance of A1111's clients, who send 20 and 7 unasked."""
+    """folder: of history and pictures; models, controls: the names that clients see -> what `--model` and `--control`
+    take, the first model by default; lora_dir: all in it may be used; obey: steps and guidance of A1111's clients, who
+    send 20 and 7 unasked."""
 
     folder: Path
     models: Mapping[str, str]
@@ -49,6 +51,7 @@ class ServeOptions:
     idle_minutes: float = 10.0
     obey: bool = False
     limits: Limits = field(default_factory=Limits)
+    controls: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.models:

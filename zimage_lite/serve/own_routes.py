@@ -18,7 +18,7 @@ from .fields import asked_for
 from .openapi import document
 from .service import Service
 from .uploads import picture_of
-from .waiting import COMMENT, changed, event_stream, event_text, job_events, json_of, woken_by
+from .waiting import COMMENT, HEARTBEAT_S, changed, event_stream, event_text, job_events, json_of, woken_by
 
 _PAGE = 50  # jobs
 
@@ -55,6 +55,7 @@ class OwnRoutes:
         running = board.running
         return JSONResponse({
             "version": __version__, "models": service.catalog.models, "loras": sorted(service.catalog.loras()),
+            "controls": list(service.catalog.controls),
             "samplers": SAMPLERS, "schedules": SCHEDULES, "waiting": board.waiting(), "places": board.places,
             "running": running.id if running else None, "lost": service.lost, "changes": board.version,
             "limits": vars(service.options.limits),
@@ -136,7 +137,7 @@ class OwnRoutes:
                 for facts in board.since(since):
                     since = facts["version"]
                     yield event_text("job", facts, since)
-                if not await changed(event, 15.0):
+                if not await changed(event, HEARTBEAT_S):
                     yield COMMENT
 
     def _streamed(self, request: Request, events: AsyncIterator[str]) -> Response:

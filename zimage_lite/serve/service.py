@@ -54,6 +54,9 @@ class Service:
         names = {str(path): name for name, path in self.catalog.loras().items()}
         named = [{"name": names.get(lora.path), "strength": lora.strength} for lora in requests[0].loras]
         settings = {"model": model, "count": len(requests), **asked(requests[0]), "loras": named}
+        if requests[0].controls:
+            nets = {path: name for name, path in self.catalog.controls.items()}
+            settings["controls"] = [{"name": nets.get(net.path), "scale": net.scale} for net in requests[0].controls]
         return self.board.submit(Job(model, requests, client, leaves), partial(self.history.put, settings=settings))
 
     def facts(self, job_id: str) -> dict[str, Any] | None:
@@ -66,6 +69,8 @@ class Service:
         job = self.board.get(job_id)
         if job and self.board.cancel(job):
             self.board.wait(job, _STOPPING_S)
+        if job:
+            self.board.forget(job)
         return self.history.delete(job_id)
 
     def _open(self, model: str, tell: Tell) -> Pipeline:

@@ -29,14 +29,19 @@ def picture_of(value: object, name: str, most_pixels: int) -> bytes:
     return checked(raw, name, most_pixels)
 
 
-def checked(raw: bytes, name: str, most_pixels: int) -> bytes:
-    """The same bytes, if they begin like a picture that is not too large. Raises UserError."""
+def size_of(raw: bytes, name: str = "the picture") -> tuple[int, int]:
+    """Width and height, as its file has them. Raises UserError for what is no picture."""
     from PIL import Image
 
     from ..pictures.reading import decoding
 
     with decoding(name), Image.open(BytesIO(raw), formats=FORMATS) as picture:
-        width, height = picture.size
+        return picture.size
+
+
+def checked(raw: bytes, name: str, most_pixels: int) -> bytes:
+    """The same bytes, if they begin like a picture that is not too large. Raises UserError."""
+    width, height = size_of(raw, name)
     if width * height > most_pixels:
         most = f"at most {most_pixels / 1e6:g} million pixels"
         raise UserError(f"{name}: too large", got=f"{width} x {height}", expected=most)
