@@ -12,6 +12,7 @@ from adapter_files import TINY, Described
 from safetensors.torch import save_file
 
 from zimage_lite.checkpoint.checkpoint import open_checkpoint
+from zimage_lite.checkpoint.names import NATIVE_TRANSFORMER
 from zimage_lite.config import Lora
 from zimage_lite.convert.merging import with_merged
 from zimage_lite.convert.quantize import quantize
@@ -48,11 +49,35 @@ def test_rows_are_those_of_the_merged_weight(describe, weights: Weights, source:
         assert (got - change).norm() <= 1e-5 * change.norm(), module
 
 
-@pytest.mark.parametrize("to", ["q8_0", "int8"])
-def test_the_file_is_that_of_the_merged_weights(source: Path, weights: Weights, tmp_path: Path, to: str) -> None:
+@pytest.fixture(scope="module")
+def fused(weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In bfloat16, under the native names: q, k and v share an array."""
+    path = tmp_path_factory.mktemp("fused") / "model.safetensors"
+    names = NATIVE_TRANSFORMER.to_foreign(weights.tensors)
+    joined = {name: torch.cat([weights.tensors[own] for own in members]) for name, members in names.items()}
+    save_file({name: tensor.to(torch.bfloat16) for name, tensor in joined.items()}, path)
+    return path
+
+
+def keys_alone() -> Described:
+    made = Described()
+    made.lora("diffusion_model.layers.0.attention.to_k", "layers.0.attention.to_k")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "describe", "to"),
+    [
+        ("source", trainers.musubi, "q8_0"),
+        ("source", trainers.musubi, "int8"),
+        *(("fused", describe, to) for describe in (trainers.musubi, keys_alone) for to in ("bf16", "q8_0", "int8")),
+    ],
+)
+def test_the_file_is_that_of_the_merged_weights(
+    request: pytest.FixtureRequest, weights: Weights, tmp_path: Path, name: str, describe, to: str
+) -> None:
     """To the byte, whether they are merged on the way or were before."""
-    described = trainers.musubi()
-    adapter = described.write(tmp_path)
+    source, adapter = request.getfixturevalue(name), describe().write(tmp_path)
     changed = dict(weights.tensors)
     checkpoint = with_merged(open_checkpoint(source, "transformer"), [Lora(str(adapter), 0.5)], lambda line: None)
     for name, tensor in checkpoint.tensors.items():
@@ -68,3 +93,11 @@ def test_a_bias_without_a_place(source: Path, tmp_path: Path, refused) -> None:
     adapter = trainers.biases_of_lora().write(tmp_path)
     line = refused("quantize", source, "--to", "q8_0", "-o", tmp_path / "out.gguf", "--merge-lora", adapter, notes=1)
     assert "no place for one" in line and not (tmp_path / "out.gguf").exists()
+
+
+def test_the_adapter_is_not_written_over(source: Path, tmp_path: Path, refused) -> None:
+    adapter = trainers.musubi().write(tmp_path)
+    before = adapter.read_bytes()
+    options = ("-o", adapter, "--overwrite", "--merge-lora", adapter)
+    assert "its own source" in refused("quantize", source, "--to", "int8", *options, notes=1)
+    assert adapter.read_bytes() == before

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..adapters.library import place_of
+from ..adapters.reading import file_of
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.detect import said_of_unused
 from ..checkpoint.hub import LocalFiles
@@ -74,16 +76,17 @@ def source_name(source: Path) -> str:
 def prepare(out: Path, sources: Sequence[Checkpoint], job: Job) -> None:
     """All that can be refused before anything is written, and what an earlier, killed run left behind."""
     require_absent(out, job.overwrite)
-    _require_apart(out, sources)
+    adapters = [file_of(place_of(lora.path)) for lora in job.loras]
+    _require_apart(out, {*adapters, *(file for source in sources for file in _files_read(source))})
     require_overrides_fit(job.target, sources[0])
     for leftover in clear_leftovers(out):
         job.note(f"an earlier run was killed before it had finished: {leftover.name} was cleared away")
     require_absent(out, job.overwrite)  # again, for an old folder may have come back
 
 
-def _require_apart(out: Path, sources: Sequence[Checkpoint]) -> None:
-    """Raise UserError if writing `out` would replace a file that is read, or a folder around one."""
-    for file in {file for source in sources for file in _files_read(source)}:
+def _require_apart(out: Path, files: Collection[Path]) -> None:
+    """Raise UserError if writing `out` would replace one of the files, which are read, or a folder around one."""
+    for file in files:
         if out.resolve() in {place.resolve() for place in (file, *file.absolute().parents)}:
             raise UserError(f"{out}: the output would replace its own source", fix="choose another name with -o")
 

@@ -113,10 +113,11 @@ def require_overrides_fit(target: Target, source: Checkpoint) -> None:
 
 
 def _joined(parts: tuple[StoredTensor, ...]) -> tuple[StoredTensor, ...]:
-    """Slices of one stored array, in its order, become that array again, so that its bytes can be passed on."""
+    """Slices of one stored array, in its order and as they are there, become that array again, so that its bytes can
+    be passed on."""
     first, expected = parts[0], parts[0].first_row
     for part in parts:
-        if part.parts != first.parts or part.first_row != expected:
+        if not part.is_as_stored or part.parts != first.parts or part.first_row != expected:
             return parts
         expected += part.rows
     if len(parts) == 1:
