@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from adapted import Weights
 from adapter_files import TINY
-from trainers import ADAPTERS, mixed
+from trainers import ADAPTERS, mixed, peft_folder
 
 from zimage_lite.adapters.library import AdapterLibrary, said_of
 from zimage_lite.adapters.load import load_of
@@ -38,6 +39,26 @@ def test_opened_once_and_again_when_it_changes(library: AdapterLibrary, told: li
     mixed().write(tmp_path, "mine")
     assert len(library.of([Lora(path, 1.0)]).adapters[0][0].modules) == 4
     assert told[1:] == ["mine: LoRA on 3, LoKr on 1 of 4 modules"]
+
+
+def test_the_config_beside_it_counts_too(library: AdapterLibrary, tmp_path: Path) -> None:
+    made = peft_folder()
+    assert made.config
+    folder = made.write(tmp_path)
+    first = library.of([Lora(str(folder))]).adapters[0][0]
+    (folder / "adapter_config.json").write_text(json.dumps({**made.config, "lora_alpha": 80}))
+    second = library.of([Lora(str(folder))]).adapters[0][0]
+    scales = [one.applied[0].update.scale for one in (first, second)]
+    assert scales[1] == 10 * scales[0]
+
+
+def test_an_ending_that_is_left_out(library: AdapterLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it reads like an id of the Hub's."""
+    monkeypatch.chdir(tmp_path)
+    Path("loras").mkdir()
+    ADAPTERS["peft in diffusers"]().write(Path("loras"), "mine")
+    with pytest.raises(UserError, match=r"did you mean loras/mine\.safetensors\?"):
+        library.of([Lora("loras/mine")])
 
 
 def test_what_has_no_place_is_told(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.opening import open_tensor_file
+from ..checkpoint.weight_files import ADAPTER_CONFIG
 from ..config import TransformerConfig
 from ..errors import UserError, WrongModelError
 from ..units import counted, format_gb
-from .reading import ADAPTER_CONFIG, Adapter, file_of, kinds, open_adapter
+from .reading import Adapter, file_of, kinds, open_adapter
 from .spelling import split
 from .updates import Dora, LowRank
 

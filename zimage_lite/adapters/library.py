@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.container import file_stamp
 from ..checkpoint.hub import adapter_file, is_hub_id
 from ..checkpoint.stored import StoredTensor
+from ..checkpoint.weight_files import WEIGHT_SUFFIXES
 from ..config import Lora, TransformerConfig
 from ..errors import UserError
 from ..units import counted
@@ -43,7 +43,7 @@ class AdapterLibrary:
         config, (known, _) = self.config, self._open.get(lora.path, (None, ()))
         refiners = dict.fromkeys(("noise_refiner", "context_refiner"), config.n_refiner_layers)
         lora.require_blocks({"layers": config.n_layers, **refiners})
-        if known is None or file_stamp(known.file) != known.stamp:
+        if known is None or not known.is_current:
             known = open_adapter(place_of(lora.path), config)
             self._open[lora.path] = known, known.checked()
             self.tell(said_of(known))
@@ -66,6 +66,8 @@ def place_of(path: str) -> Path:
     """A path as it is, OWNER/NAME[/FILE] of the Hub in its cache."""
     if Path(path).exists():
         return Path(path)
+    if ended := next((end for end in WEIGHT_SUFFIXES if Path(path + end).exists()), None):
+        raise UserError(f"{path}: no such file", fix=f"did you mean {path}{ended}?")
     owner, _, rest = path.partition("/")
     name, _, file = rest.partition("/")
     if is_hub_id(f"{owner}/{name}") and (not file or file.endswith(".safetensors")):

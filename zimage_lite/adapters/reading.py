@@ -12,18 +12,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.container import Entry
+from ..checkpoint.container import Entry, file_stamp
 from ..checkpoint.json_file import read_json
 from ..checkpoint.opening import open_tensor_file
-from ..checkpoint.weight_files import require_whole, weight_set
+from ..checkpoint.weight_files import ADAPTER_CONFIG, require_whole, weight_set
 from ..config import TransformerConfig
 from ..errors import FileFormatError, UserError, WrongModelError
 from ..quant.tensor import TORCH_DTYPES, all_finite
+from ..units import counted
 from .recognition import NO_KIND, SCALES, Params, ScaleOf, updates_of
 from .spelling import Target, is_text_encoder, owner_of, split, squashed, stranger, table
 from .updates import Raw, Update
 
-ADAPTER_CONFIG = "adapter_config.json"
 _PEFT_FILE = "adapter_model.safetensors"
 _METADATA = "lora_adapter_metadata"  # diffusers' own, JSON
 # What of PEFT's config changes what tensors of the same names mean -> what is known here.
@@ -51,7 +51,8 @@ class Applied:
 @dataclass(frozen=True)
 class Adapter:
     """path: what was named; file: of its tensors; applied: what it changes; unused: names without a place here;
-    unknown: modules that they belong to."""
+    unknown: modules that they belong to; stamp, config_stamp: of the file and of PEFT's config beside it when they were
+    opened."""
 
     path: Path
     file: Path
@@ -61,6 +62,12 @@ class Adapter:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     raws: Mapping[str, Raw] = field(default_factory=dict)
     stamp: tuple[int, ...] = ()
+    config_stamp: tuple[int, ...] = ()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether both files are as they were."""
+        return (file_stamp(self.file), _config_stamp(self.file)) == (self.stamp, self.config_stamp)
 
     @property
     def name(self) -> str:
@@ -106,7 +113,7 @@ def file_of(path: Path) -> Path:
 def open_adapter(path: Path, config: TransformerConfig) -> Adapter:
     """config: of the transformer that it is for. Raises UserError for what cannot be applied, and says why."""
     file = file_of(path)
-    opened = open_tensor_file(file)
+    config_stamp, opened = _config_stamp(file), open_tensor_file(file)
     if opened.container != "safetensors":
         raise UserError(f"{path}: a GGUF file, not an adapter", fix="get the safetensors version")
     raws = {name: Raw(entry, opened.stamp) for name, entry in opened.entries.items()}
@@ -128,7 +135,9 @@ def open_adapter(path: Path, config: TransformerConfig) -> Adapter:
         applied += own
         if not own:  # or all of it was said under another name
             unused += [raw.entry.name for raw in params.values()]
-    found = Adapter(path, file, tuple(applied), tuple(unused), tuple(unknown), opened.metadata, raws, opened.stamp)
+    found = Adapter(
+        path, file, tuple(applied), tuple(unused), tuple(unknown), opened.metadata, raws, opened.stamp, config_stamp
+    )
     if not applied:
         _refuse(found)
     _require_explained(found, known)
@@ -166,6 +175,10 @@ def _by_module(raws: Mapping[str, Raw], path: Path) -> tuple[dict[str, Params], 
             raise FileFormatError(f"{path}: {module} has {key.parameter} twice, under two spellings")
         params[key.parameter] = raw
     return dict(found.items()), unused
+
+
+def _config_stamp(file: Path) -> tuple[int, ...]:
+    return file_stamp(file.with_name(ADAPTER_CONFIG))
 
 
 def _config_of(file: Path, path: Path, metadata: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -235,7 +248,7 @@ def _refuse(adapter: Adapter) -> None:
     sample = ", ".join(name[:60] for name in sorted(names)[:3]) or "no tensors"
     raise WrongModelError(
         f"{path}: no adapter for Z-Image",
-        got=f"{len(names)} tensors ({sample})",
+        got=f"{counted(len(names), 'tensor')} ({sample})",
         expected="a LoRA, LoHa, LoKr, DoRA or OFT",
     )
 

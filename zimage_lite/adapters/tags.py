@@ -8,11 +8,13 @@ from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
+from ..checkpoint.weight_files import ADAPTER_CONFIG, WEIGHT_SUFFIXES, is_weight_file
 from ..config import GenerateOptions, Lora
 from ..errors import UserError
+from ..units import counted
 
 _TAG = re.compile(r"\s*<(?:lora|lyco):(?P<name>[^:<>]+)(?P<numbers>(?::[^:<>]*)*)>", re.IGNORECASE)
-_SUFFIXES = (".safetensors", ".sft")
+_ENDING = re.compile(rf"({'|'.join(map(re.escape, WEIGHT_SUFFIXES))})$", re.IGNORECASE)
 
 
 def with_tags(request: GenerateOptions, folder: Path | None) -> GenerateOptions:
@@ -42,27 +44,41 @@ def _strength(tag: re.Match[str]) -> str:
 
 
 def find(folder: Path, name: str) -> Path:
-    """By its path in the folder or by its name alone; as it is spelled, else in any case, with its ending. Raises
-    UserError."""
-    files = dict(adapters_in(folder))
-    known = {**{path.stem: path for path in files.values()}, **files}
-    found = known.get(name) or {_loosely(own): path for own, path in known.items()}.get(_loosely(name))
-    if found:
-        return found
-    near = get_close_matches(name, known, n=1, cutoff=0.4)
+    """By its path in the folder or by its name alone, with or without its ending; as it is spelled, else in any case.
+    Raises UserError for none, and for several that are spelled alike."""
+    paths, wanted = list(_adapters(folder)), name.replace("\\", "/")
+    spelled = [(path, _spellings(path)) for path in paths]
+    for fold in (str, str.casefold):
+        for same in zip(*(names for _, names in spelled), strict=True):
+            found = [path for path, own in zip(paths, same, strict=True) if fold(own) == fold(wanted)]
+            if len(found) > 1:
+                several = " and ".join(path.as_posix() for path in found[:3])
+                raise UserError(f"<lora:{name}>: {len(found)} files in {folder}", got=several, expected="one of them")
+            if found:
+                return folder / found[0]
+    near = get_close_matches(name, [own for _, names in spelled for own in names[1::2]], n=1, cutoff=0.4)
     raise UserError(
         f"<lora:{name}>: no such file in {folder}",
-        expected=f"one of its {len(files)} adapters" if files else "a folder with .safetensors files",
+        expected=f"one of its {counted(len(paths), 'adapter')}" if paths else "a folder with .safetensors files",
         fix=f"did you mean {near[0]}?" if near else None,
     )
 
 
-def _loosely(name: str) -> str:
-    return re.sub(rf"({'|'.join(map(re.escape, _SUFFIXES))})$", "", name.replace("\\", "/").casefold())
+def _spellings(path: Path) -> tuple[str, ...]:
+    """From the narrowest on."""
+    return tuple(spelling for name in (path.as_posix(), path.name) for spelling in (name, _ENDING.sub("", name)))
 
 
 def adapters_in(folder: Path) -> Iterator[tuple[str, Path]]:
-    """By their paths in the folder, without the ending, with slashes."""
+    """Files and PEFT's folders, by their paths in the folder, without the ending, with slashes."""
+    for path in _adapters(folder):
+        yield _ENDING.sub("", path.as_posix()), folder / path
+
+
+def _adapters(folder: Path) -> Iterator[Path]:
+    """Their paths in the folder."""
     for path in sorted(folder.rglob("*")):
-        if path.suffix in _SUFFIXES and not path.name.startswith("."):
-            yield path.relative_to(folder).with_suffix("").as_posix(), path
+        if path.name == ADAPTER_CONFIG and path.parent != folder:
+            yield path.parent.relative_to(folder)
+        elif is_weight_file(path) and (path.parent == folder or not path.with_name(ADAPTER_CONFIG).exists()):
+            yield path.relative_to(folder)

@@ -25,6 +25,7 @@ from .detect import COMPONENTS
 from .hub_client import OnBytes, endpoint, failures, quiet, reporting_bar, telling
 from .model_card import CARD
 from .output import require_space
+from .weight_files import ADAPTER_CONFIG
 
 FIRST_BYTES = 100_000  # hold almost any header; one request more where they do not
 TIMEOUT_S = 10  # without an answer, as huggingface_hub has it
@@ -38,7 +39,7 @@ _ROOT_FILES = ("model_index.json", CARD)
 def is_hub_id(text: str) -> bool:
     """Whether `text` reads OWNER/NAME, and is neither a path that exists nor the name of a file."""
     like = re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", text, re.ASCII)
-    return bool(like) and not text.endswith((*_SUFFIXES, ".git", ".bin", ".pt")) and not os.path.exists(text)
+    return bool(like) and not text.lower().endswith((*_SUFFIXES, ".git", ".bin", ".pt")) and not os.path.exists(text)
 
 
 def snapshot(repo_id: str, revision: str | None = None) -> Path:
@@ -59,7 +60,7 @@ def adapter_file(repo_id: str, name: str | None = None) -> Path:
     with quiet(), telling(repo_id, None):
         there = _listed(repo_id) if name is None else []
         file = PurePosixPath(name or _only_weights(there, repo_id))
-        config = str(file.with_name("adapter_config.json"))
+        config = str(file.with_name(ADAPTER_CONFIG))
         if config in there or file.name == "adapter_model.safetensors":
             try:
                 hf_hub_download(repo_id, config, endpoint=endpoint())

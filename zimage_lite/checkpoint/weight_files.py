@@ -16,6 +16,7 @@ from .impostors import refuse_cache_root
 from .json_file import read_json
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".sft")
+ADAPTER_CONFIG = "adapter_config.json"  # of PEFT, beside an adapter's weights
 
 # diffusers' "fp16" stands before or after the number of a shard, and before or after ".safetensors.index".
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>\..+)")
@@ -40,7 +41,8 @@ class WeightSet:
 
 
 def is_weight_file(path: Path) -> bool:
-    return path.suffix in WEIGHT_SUFFIXES and not path.name.startswith(".")  # macOS leaves ._x.safetensors about
+    ours = not path.name.startswith(".")  # macOS leaves ._x.safetensors about
+    return ours and path.suffix.lower() in WEIGHT_SUFFIXES
 
 
 def weight_set(folder: Path) -> WeightSet:
