@@ -57,6 +57,12 @@ def test_what_is_no_adapter(tiny: Path, tmp_path: Path) -> None:
         assert not is_adapter_path(path)
 
 
+def test_names_of_a_text_encoder_tell_no_trainer(tmp_path: Path) -> None:
+    made = ADAPTERS["ai-toolkit with adaLN"]()
+    made.tensors["text_encoders.qwen3_4b.transformer.model.layers.0.mlp.up_proj.lora_A.weight"] = torch.zeros(4, 64)
+    assert describe(made.write(tmp_path), CONFIGS).trainer == "ai-toolkit, or converted for ComfyUI"
+
+
 METADATA: list[tuple[dict[str, str], str, str]] = [
     ({"software": json.dumps({"name": "ai-toolkit", "version": "1"})}, "ai-toolkit", ""),
     ({"software": "mflux"}, "mflux", ""),

@@ -50,6 +50,17 @@ def test_a_lora_is_what_it_is_merged(tiny: Path, loras: Path, tmp_path: Path) ->
     assert psnr(got, wanted, 255) > psnr(plain, wanted, 255) + 15
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_in_16_bits_it_is_the_same_lora(tiny: Path, loras: Path, dtype: str) -> None:
+    """16 bits with a LoRA beside float32 with it: as far apart as they are without."""
+    plain, changed = (
+        [drawn(tiny, request, dtype=own)[0] for own in (dtype, "fp32")]
+        for request in (CAT, with_loras(CAT, (loras / STYLE, 1.0)))
+    )
+    assert psnr(*changed, 255) > psnr(*plain, 255) - 3
+    assert psnr(*changed, 255) > psnr(plain[0], changed[0], 255) + 6
+
+
 @pytest.mark.parametrize("compute", ["16bit", "int8"])
 def test_nothing_stays_behind(tiny: Path, loras: Path, tmp_path: Path, compute: str) -> None:
     """Each of one pipeline's pictures is that of a pipeline which has drawn nothing else, to the bit."""

@@ -16,7 +16,7 @@ from ..config import TransformerConfig
 from ..errors import UserError, WrongModelError
 from ..units import counted, format_gb
 from .reading import Adapter, file_of, kinds, open_adapter
-from .spelling import split
+from .spelling import is_text_encoder, split
 from .updates import Dora, LowRank
 
 # What tells who wrote a file: a key of its metadata, or a part of its tensors' names. First hit wins.
@@ -102,7 +102,8 @@ def _trainer(adapter: Adapter) -> str:
     if "zimage" in str(adapter.metadata.get("ss_network_module", "")):
         return "musubi-tuner"
     found = [name for key, name in _IN_METADATA.items() if key in adapter.metadata]
-    found += [name for part, name in _IN_NAMES.items() if any(part in tensor for tensor in adapter.raws)]
+    names = [name for name in adapter.raws if not is_text_encoder(name)]  # those say "transformer." of another
+    found += [trainer for part, trainer in _IN_NAMES.items() if any(part in name for name in names)]
     return found[0] if found else "unknown"
 
 

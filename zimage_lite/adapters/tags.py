@@ -69,16 +69,16 @@ def _spellings(path: Path) -> tuple[str, ...]:
     return tuple(spelling for name in (path.as_posix(), path.name) for spelling in (name, _ENDING.sub("", name)))
 
 
+def adapters_in(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Files and PEFT's folders, by their paths in the folder, without the ending, with slashes."""
+    for path in _adapters(folder):
+        yield _ENDING.sub("", path.as_posix()), folder / path
+
+
 def _adapters(folder: Path) -> Iterator[Path]:
-    """Files and PEFT's folders, by their paths in the folder."""
+    """Their paths in the folder."""
     for path in sorted(folder.rglob("*")):
         if path.name == ADAPTER_CONFIG and path.parent != folder:
             yield path.parent.relative_to(folder)
         elif is_weight_file(path) and (path.parent == folder or not path.with_name(ADAPTER_CONFIG).exists()):
             yield path.relative_to(folder)
-
-
-def adapters_in(folder: Path) -> Iterator[tuple[str, Path]]:
-    """By their paths in the folder, without the ending, with slashes."""
-    for path in _adapters(folder):
-        yield _ENDING.sub("", path.as_posix()), folder / path

@@ -42,8 +42,8 @@ class Hardware:
         return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
     def on_cpu(self) -> Hardware:
-        """The processor beside the GPU, in float32."""
-        return self if self.device.type == "cpu" else Hardware(torch.device("cpu"), torch.float32)
+        """The processor, beside the GPU if there is one, in float32."""
+        return Hardware(torch.device("cpu"), torch.float32)
 
 
 def probe(device: str = "auto", dtype: str = "auto") -> Hardware:
