@@ -25,6 +25,7 @@ from zimage_lite.compare.contact_sheet import Layout
 from zimage_lite.compare.models import SHEET_ROWS, measured, picture_path, sheet
 from zimage_lite.errors import BudgetError
 from zimage_lite.memory.machine import CUDA_CONTEXT_BYTES
+from zimage_lite.pictures.saving import recipe_of
 
 pytestmark = pytest.mark.slow  # pictures of several models
 
@@ -87,7 +88,8 @@ def test_they_are_the_pictures_of_generate(models: Path, tmp_path: Path) -> None
     assert run(["generate", BLUE, "--model", str(models / "q4_0"), "-o", str(one), *options]) == 0
     ours, theirs = Image.open(tmp_path / "out" / "pictures" / "q4_0" / "0002.png"), Image.open(one)
     assert ours.size == (70, 50) and not ImageChops.difference(ours, theirs).getbbox()
-    assert ours.text == theirs.text
+    said, wanted = recipe_of(Path(ours.filename)), recipe_of(one)
+    assert wanted["model"].pop("sha256") and said == wanted  # to compute it would disturb what is measured
 
 
 def test_one_file_takes_the_rest_from_the_reference(models: Path, tmp_path: Path) -> None:

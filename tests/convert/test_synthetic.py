@@ -184,7 +184,7 @@ def test_every_output_says_so(tiny_ones: None, tmp_path: Path, capsys: pytest.Ca
     captured = capsys.readouterr()
     assert "note: synthetic:q4_k_m: the weights are random, so the picture is noise" in captured.err
     assert json.loads(captured.out)["synthetic"] is True
-    assert recipe_of(out)["model"] == {"name": "synthetic:q4_k_m", "format": "q4_k_m", "synthetic": True}
+    assert recipe_of(out)["model"] == {"name": "synthetic:q4_k_m", "format": "q4_k", "synthetic": True}
     assert run(["generate", "x", "-o", str(out), *size, "--json"]) == 0  # the demo
     captured = capsys.readouterr()
     assert json.loads(captured.out)["synthetic"] is False and "random" not in captured.err

@@ -89,8 +89,12 @@ command.params += [option for option in generate.params if option.name in _AS_IN
 
 
 def _save(path: Path, pixels: Tensor, request: GenerateOptions, pipeline: Pipeline) -> None:
+    """With the model's hash if it is known: to compute it would disturb what is measured."""
+    from ..checkpoint.hashes import FileHash
+
     beside, (height, width, _) = (pipeline.adapters.told(request.loras), pipeline.controls.told(request)), pixels.shape
-    save(path, pixels, recipe(request, pipeline.model, (width, height), *beside))
+    known = FileHash(list(pipeline.model.transformer.stamps)).result()
+    save(path, pixels, recipe(request, pipeline.model, (width, height), *beside, known))
 
 
 def _require_place(out: Path) -> None:
