@@ -45,6 +45,13 @@ def test_edges_lie_where_the_shape_ends() -> None:
     assert not canny(rgb(np.full((20, 30), 90))).any()
 
 
+def test_colours_of_one_brightness_have_an_edge() -> None:
+    inside = disc(120, 100, 30) > 0
+    picture = np.where(inside[..., None], (222, 32, 36), (168, 48, 190)).astype(np.uint8)
+    assert not canny(in_grey(picture)).any()
+    assert np.array_equal(canny(picture), canny(rgb(np.where(inside, 36, 190))))
+
+
 def test_edges_are_those_of_scikit_image() -> None:
     """Which is as sure of them: it smooths a little otherwise, and looks between pixels for a ridge's neighbours."""
     from skimage.feature import canny as theirs

@@ -22,9 +22,12 @@ _TURNS = ((0, 1), (1, 1), (1, 0), (1, -1))  # along which a gradient of 0, 45, 9
 
 
 def canny(rgb: np.ndarray) -> np.ndarray:
-    """Edges, white on black (Canny, 1986): the ridges of the gradient that are steep, and what joins them."""
-    smooth = _filtered(grey(rgb).astype(np.float32), _GAUSS, _GAUSS)
-    across, down = _filtered(smooth, _SMOOTH, _SLOPE), _filtered(smooth, _SLOPE, _SMOOTH)
+    """Edges, white on black (Canny, 1986): the ridges of the gradient that are steep, and what joins them. Of the three
+    colours the steepest counts, as in OpenCV: red on purple is an edge that grey does not have."""
+    smooth = [_filtered(channel, _GAUSS, _GAUSS) for channel in rgb.transpose(2, 0, 1).astype(np.float32)]
+    slopes = np.stack([[_filtered(one, _SMOOTH, _SLOPE), _filtered(one, _SLOPE, _SMOOTH)] for one in smooth])
+    steepest = np.hypot(slopes[:, 0], slopes[:, 1]).argmax(0)
+    across, down = np.take_along_axis(slopes, steepest[None, None], 0)[0]
     steep = np.hypot(across, down)
     ridge = _ridges(steep, across, down)
     return _white(_joined(ridge & (steep >= _HIGH), ridge & (steep >= _LOW)))
