@@ -79,7 +79,7 @@ def drawn(model: Path, image: GenerateOptions, ram: int | None) -> tuple[list[fl
     """-> seconds of the steps but the first, the plan."""
     pipeline = Pipeline(open_model(model), RuntimeOptions("cpu", ram_bytes=ram, compute="int8", cache=False))
     pipeline.generate([image])
-    return list(pipeline.meter.step_seconds[1:]), pipeline.plans["denoise"]
+    return list(pipeline.meter.step_seconds)[1:], pipeline.plans["denoise"]
 
 
 def compared(model: Path, image: GenerateOptions, lora: str, ram: int | None, rounds: int) -> dict[str, Any]:
