@@ -3,9 +3,9 @@
     python benchmarks/previews.py [--size 256] [--out benchmarks/results/NAME.json]
 
 The 30 layers and 2 refiners share one block's int8 weights, which are as many bytes to read as different ones, for no
-cache holds them. Ways take turns; ratios are of medians; steps of a machine that does other things differ by more than a
-preview takes, so that is timed alone as well. TAEF1 has random weights. The last line is the JSON that also
-goes to --out.
+cache holds them. Ways take turns; ratios are of medians; steps of a machine that does other things differ by more than
+a preview takes, so that is timed alone as well. TAEF1 has random weights. The last line is the JSON that also goes to
+--out.
 """
 
 from __future__ import annotations
