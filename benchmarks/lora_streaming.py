@@ -33,6 +33,7 @@ from zimage_lite.api import quantize  # noqa: E402
 from zimage_lite.bench.machine import commit  # noqa: E402
 from zimage_lite.checkpoint.model_files import open_model  # noqa: E402
 from zimage_lite.config import GenerateOptions, RuntimeOptions, TransformerConfig  # noqa: E402
+from zimage_lite.errors import BudgetError  # noqa: E402
 from zimage_lite.memory.plan import DEVICE  # noqa: E402
 from zimage_lite.pipeline.drawing import Pipeline  # noqa: E402
 
@@ -56,7 +57,11 @@ def main() -> None:
         sizes = sorted(free.sizes.values())
         for gone in range(BLOCKS + 1):
             ram = free.peak_ram_bytes - sum(sizes[:gone]) if gone else None
-            rows.append(compared(model, image, str(lora), ram, args.rounds))
+            try:
+                rows.append(compared(model, image, str(lora), ram, args.rounds))
+            except BudgetError as error:  # slots for the others take more than those that have gone
+                print(error, flush=True)
+                break
             print(told(rows[-1]), flush=True)
     here = machine() | {"instructions": torch.backends.cpu.get_cpu_capability(), "int8_product": cpu_product()}
     report = {"machine": here, "commit": commit(), "rank": args.rank, "size": args.size, "rows": rows}
