@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +92,16 @@ def test_loras_are_found_by_name(tmp_path: Path) -> None:
     assert own == Lora(str(tmp_path / "ink.safetensors"), -0.5, {"layers.0": 0.0})
     assert notes(found) == [f"{own.path} is not the ink that {path} was drawn with"]
     assert like(path, loras=("mine",)).settings["loras"] == ("mine",)
+
+
+def test_a_lora_in_a_folder_of_peft_is_known_by_its_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "loras" / "ink"
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    found = like(picture(tmp_path, loras=[{"name": "ink", "strength": 1.0, "sha256": sha256}]), folder.parent)
+    assert found.settings["loras"] == (Lora(str(folder), 1.0),) and not notes(found)
 
 
 A1111 = """a cat <lora:ink:0.7>

@@ -84,6 +84,15 @@ def _sources(
     return found
 
 
+def _weights_of(path: Path) -> Path:
+    """Of a PEFT folder, the file whose hash a recipe names."""
+    if not path.is_dir():
+        return path
+    from ..adapters.reading import file_of
+
+    return file_of(path)
+
+
 def _name(said: object) -> str:
     return str(said.get("name", "a picture in memory")) if isinstance(said, Mapping) else str(said)
 
@@ -112,7 +121,7 @@ def _loras(recipe: Mapping[str, Any], picture: Path, folder: Path | None, notes:
             raise UserError(f"--like {picture}: drawn with the LoRA {lora['name']}", fix=fix)
         path = find(folder, lora["name"])
         found.append(Lora(str(path), lora["strength"], lora.get("blocks", ())))
-        if not _is(path, lora):
+        if not _is(_weights_of(path), lora):
             notes.append(f"{path} is not the {lora['name']} that {picture} was drawn with")
     return tuple(found)
 
