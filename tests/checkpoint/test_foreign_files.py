@@ -15,6 +15,7 @@ import torch
 from diffusers import GGUFQuantizationConfig, ZImageTransformer2DModel
 from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
 from foreign import Weights, assert_reads, canonical, forward, inputs, write_model
+from marking import always
 from oracles import relative_error
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -75,7 +76,7 @@ def reader_of(file: Path) -> tuple[dict[str, object], dict[str, gguf.ReaderTenso
     return fields, {tensor.name: tensor for tensor in reader.tensors}
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", always("q4_k_m", "q2_k", "iq4_xs", "q5_0", of=TARGETS))
 def test_our_transformer_gguf(model: Path, outputs: Callable[[str], Path], target: str) -> None:
     (file,) = (outputs(target) / "transformer").glob("*.gguf")
     fields, tensors = reader_of(file)
@@ -132,7 +133,7 @@ def encoder_type(name: str, target: str, n_layers: int = 9) -> str:
     return base
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", always("q4_k_m", "q2_k", "iq4_xs", of=TARGETS))
 def test_our_text_encoder_gguf(model: Path, outputs: Callable[[str], Path], target: str) -> None:
     (file,) = (outputs(target) / "text_encoder").glob("*.gguf")
     fields, tensors = reader_of(file)

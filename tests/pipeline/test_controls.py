@@ -14,6 +14,7 @@ import pytest
 import torch
 from budgeted import CAT, difference, free, tight
 from control_files import save_control, tiny_config
+from marking import always
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -89,7 +90,7 @@ def test_blocks_that_come_and_go_bring_theirs(tiny: Path, exact: None, nets: dic
 
 
 @SLOW
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", always("2.1", of=VERSIONS))
 def test_images_drawn_together_are_those_drawn_alone(tiny: Path, exact: None, nets, version: str) -> None:
     """Of one ControlNet, with other hints, other prompts and guidance, in one group and in several."""
     requests = [
@@ -179,7 +180,7 @@ def test_beside_a_lora(tiny: Path, exact: None, nets: dict[str, Path], tmp_path:
 
 
 @SLOW
-@pytest.mark.parametrize("to", ["int8", "q8_0", "q4_k_m"])
+@pytest.mark.parametrize("to", always("int8", of=["int8", "q8_0", "q4_k_m"]))
 def test_in_other_formats(tiny: Path, nets: dict[str, Path], tmp_path: Path, to: str) -> None:
     """A quantized ControlNet moves the picture as the one it was made from does, whatever multiplies."""
     quantize(nets["2.1"], tmp_path / "net", to)
