@@ -29,7 +29,19 @@ REQUEST = {"prompt": "a red circle", "steps": 2, "seed": 1}
 
 def started(folder: str) -> tuple[subprocess.Popen[str], str]:
     """A server of the demo, and its address."""
-    command = [sys.executable, "-m", "zimage_lite", "serve", "--port", "0", "--device", "cpu", "--folder", folder]
+    command = [
+        sys.executable,
+        "-m",
+        "zimage_lite",
+        "serve",
+        "--no-browser",
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+        "--folder",
+        folder,
+    ]
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = {**os.environ, "PYTHONPATH": path}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd="/")

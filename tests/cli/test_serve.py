@@ -54,7 +54,8 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def running(folder: Path) -> Iterator[tuple[subprocess.Popen[str], httpx.Client, str]]:
     """A server as a process of its own, a client of it, and what it said before its address."""
-    command = [sys.executable, "-m", "zimage_lite", "serve", "--port", "0", "--device", "cpu", "--folder", str(folder)]
+    options = ["--no-browser", "--port", "0", "--device", "cpu", "--folder", str(folder)]
+    command = [sys.executable, "-m", "zimage_lite", "serve", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr

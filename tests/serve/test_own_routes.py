@@ -54,13 +54,21 @@ def test_a_restart_finds_the_history(serve_options: Options) -> None:
         assert redrawn["state"] == "done"
 
 
+def test_a_job_says_what_was_asked_for_and_what_it_took(client: TestClient) -> None:
+    job = submit(client)
+    facts = finished(client, job)
+    memory = facts["memory"]
+    assert facts["settings"]["steps"] == 2
+    assert memory["place"] == "Memory" and 0 < memory["planned"] <= memory["limit"] and memory["used"] > 0
+
+
 def test_events_until_the_end(client: TestClient) -> None:
     job = submit(client, steps=4)
     told = [data for name, data in events(client.get(f"/api/jobs/{job}/events").text) if name == "job"]
     assert told[-1]["state"] == "done" and len(told[-1]["pictures"]) == 1
     versions = [facts["version"] for facts in told]
     assert versions == sorted(set(versions)) and {facts["id"] for facts in told} == {job}
-    assert client.get(f"/api/jobs/{job}/preview").status_code == 404  # it has gone with the job
+    assert client.get(f"/api/jobs/{job}/preview").status_code == 204  # it has gone with the job
 
 
 def test_previews_while_it_draws(client: TestClient) -> None:
@@ -143,6 +151,7 @@ def test_what_is_refused(client: TestClient, values: dict[str, Any], param: str 
 
 def test_what_is_there_to_use(client: TestClient) -> None:
     status = client.get("/api/status").json()
+    assert status["defaults"]["demo"] == {"width": 64, "height": 64, "steps": 8, "guidance": 0.0, "shift": 3.0}
     assert status["models"] == ["demo"] and status["loras"] == [] and "euler" in status["samplers"]
     assert client.get("/health").json() == {"ok": True}
     document = client.get("/api/openapi.json").json()

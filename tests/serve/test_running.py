@@ -3,11 +3,36 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
+from threading import Event
+from typing import Any
 
 import pytest
 
 from zimage_lite.errors import UserError
+from zimage_lite.serve import running
+from zimage_lite.serve.options import ServeOptions
 from zimage_lite.serve.running import _socket
+
+
+@pytest.mark.parametrize(
+    ("display", "changes", "opened"),
+    [(":0", {}, 1), ("", {}, 0), (":0", {"host": "0.0.0.0", "no_auth": True}, 0), (":0", {"browse": False}, 0)],
+)
+def test_the_page_is_opened_where_somebody_can_see_it(
+    serve_options: Callable[..., ServeOptions], monkeypatch: pytest.MonkeyPatch, display: str,
+    changes: dict[str, Any], opened: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("DISPLAY", display)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    seen, said, is_open = list[str](), list[str](), Event()
+    monkeypatch.setattr(running.webbrowser, "open", lambda address: (seen.append(address), is_open.set()))
+    monkeypatch.setattr(running.uvicorn.Server, "run", lambda *_: None)
+    browse = changes.pop("browse", True)
+    running.run(serve_options(port=0, **changes), said.append, browse)
+    assert is_open.wait(10 if opened else 0.1) is bool(opened)
+    assert seen == [said[-1].split()[0]] * opened
 
 
 def test_answers_are_not_held_back() -> None:

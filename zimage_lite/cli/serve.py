@@ -50,6 +50,7 @@ _NEEDED = ("starlette", "uvicorn", "python_multipart")
     help="Take steps and cfg of A1111's clients as they are. Else a distilled model keeps to its own: they send 20 to "
     "50 steps and a cfg of 7 unasked.",
 )
+@click.option("--no-browser", is_flag=True, help="Do not open the page in the browser.")
 @click.option("--vram", metavar="SIZE", help="Ceiling for the GPU's memory, such as 6GB.  [default: what is free]")
 @click.option("--ram", metavar="SIZE", help="Ceiling for the process's memory, such as 8GB.  [default: what is free]")
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
@@ -60,9 +61,10 @@ _NEEDED = ("starlette", "uvicorn", "python_multipart")
 def command(
     models: tuple[str, ...], controls: tuple[str, ...], lora_dir: Path | None, folder: Path | None, host: str,
     port: int, api_key: str | None, no_auth: bool, hosts: tuple[str, ...], idle_minutes: float, queue: int, obey: bool,
-    vram: str | None, ram: str | None, device: str, dtype: str, backend: str, compute: str, no_cache: bool,
+    no_browser: bool, vram: str | None, ram: str | None, device: str, dtype: str, backend: str, compute: str,
+    no_cache: bool,
 ) -> None:  # fmt: skip
-    """Draw for other programs: an API of our own, OpenAI's for images, and A1111's.
+    """A page to draw with, and for other programs an API of our own, OpenAI's for images, and A1111's.
 
     Needs the extra `serve`: pip install "zimage-lite[serve]".
     """
@@ -76,7 +78,7 @@ def command(
     )  # fmt: skip
     with leaving_at_once():
         from ..serve.running import run
-    run(options, say)
+    run(options, say, browse=not no_browser)
 
 
 def _require_extra() -> None:

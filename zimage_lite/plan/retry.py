@@ -62,6 +62,10 @@ class Planning:
                 ways.plan = self.planned_again(ways)
         raise _ran_out(f"twice, although {_peaks(ways.plan)} were planned", ways.plan)
 
+    def budgets(self) -> Budgets:
+        """The ceilings as they are now."""
+        return self._now()[1]
+
     def planned_again(self, ways: Ways) -> Plan:
         (machine, limits), old = self._now(), ways.plan
         if old.device == "gpu":

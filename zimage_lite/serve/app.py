@@ -18,6 +18,7 @@ from .failures import failure, of_error
 from .guard import Guard
 from .openai_routes import OpenAIRoutes
 from .own_routes import OwnRoutes
+from .page_routes import PageRoutes
 from .service import Service
 
 _log = logging.getLogger(__name__)
@@ -32,7 +33,10 @@ def app_of(service: Service) -> ASGIApp:
         yield
         service.stop()
 
-    routes = [*OwnRoutes(service).routes(), *OpenAIRoutes(service).routes(), *A1111Routes(service).routes()]
+    routes = [
+        *OwnRoutes(service).routes(), *OpenAIRoutes(service).routes(), *A1111Routes(service).routes(),
+        *PageRoutes().routes(),
+    ]  # fmt: skip
     handlers = {UserError: _refused, HTTPException: _http, Exception: _broken}
     return Guard(Starlette(routes=routes, lifespan=life, exception_handlers=handlers), service.options)
 

@@ -3,12 +3,15 @@ They see names, never paths, and a name that is not in the list finds nothing.""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from ..adapters.tags import adapters_in, with_tags
 from ..config import DEFAULT_SIZE, GenerateOptions, SchedulerConfig
 from ..errors import UserError
 from .options import ServeOptions
+
+_DEFAULTS = ("width", "height", "steps", "guidance", "shift")
 
 
 class UnknownError(UserError):
@@ -67,6 +70,15 @@ class Catalog:
         from ..checkpoint.model_card import default_size
 
         return default_size(self._folder(model)) if self._folder(model) else (DEFAULT_SIZE, DEFAULT_SIZE)
+
+    def defaults(self) -> dict[str, dict[str, float]]:
+        """Of each model, what is drawn with where a request says nothing; a broken one says so when it is opened."""
+        found = {}
+        for model in self.models:
+            with suppress(UserError):
+                request = self.scheduler(model).completed(GenerateOptions(), self.size(model))
+                found[model] = {name: getattr(request, name) for name in _DEFAULTS}
+        return found
 
     def _folder(self, model: str) -> Path | None:
         from ..checkpoint.model_card import model_folder

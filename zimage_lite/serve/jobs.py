@@ -61,6 +61,7 @@ class Job:
     previews: int = 0  # so far, by which a client sees that there is another
     pictures: list[Picture] = field(default_factory=list)
     failure: Failure | None = None
+    memory: dict[str, Any] | None = None  # see `memory_facts`
     notes: list[str] = field(default_factory=list)
     version: int = 0
     cancelled: Event = field(default_factory=Event)
@@ -92,6 +93,7 @@ class Job:
             "previews": self.previews,
             "pictures": [picture.facts() for picture in self.pictures],
             "error": self.failure.facts() if self.failure else None,
+            "memory": self.memory,
             "notes": list(self.notes),
             "version": self.version,
         }

@@ -10,11 +10,11 @@ from .options import Limits
 
 _PATHS = {
     "/health": {"get": "Whether the server draws."},
-    "/api/status": {"get": "Models, LoRAs, samplers, limits, and how long the queue is."},
+    "/api/status": {"get": "Models and their defaults, LoRAs, samplers, limits, and how long the queue is."},
     "/api/jobs": {"get": "The history, newest first.", "post": "Order pictures: a job that waits its turn."},
     "/api/jobs/{job}": {"get": "How far a job is, or what came of it.", "delete": "Remove it with its pictures."},
     "/api/jobs/{job}/cancel": {"post": "Stop a job: at once if it waits, within a step if it runs."},
-    "/api/jobs/{job}/preview": {"get": "What the running picture will be like, as a small JPEG."},
+    "/api/jobs/{job}/preview": {"get": "What the running picture will be like, as JPEG; 204 while there is none."},
     "/api/jobs/{job}/events": {"get": "A job's changes as server-sent events, until it is over."},
     "/api/events": {"get": "Changes of all jobs as server-sent events."},
     "/api/pictures/{name}": {"get": "A picture, as PNG."},

@@ -11,7 +11,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from .. import __version__
-from ..config import SAMPLERS, SCHEDULES
+from ..config import CONTROL_SOURCES, SAMPLERS, SCHEDULES
 from ..pictures.saving import infotext_of, recipe_of
 from .failures import failure
 from .fields import asked_for
@@ -54,8 +54,9 @@ class OwnRoutes:
         service, board = self.service, self.service.board
         running = board.running
         return JSONResponse({
-            "version": __version__, "models": service.catalog.models, "loras": sorted(service.catalog.loras()),
-            "controls": list(service.catalog.controls),
+            "version": __version__, "models": service.catalog.models, "defaults": service.catalog.defaults(),
+            "loras": sorted(service.catalog.loras()), "controls": list(service.catalog.controls),
+            "control_sources": CONTROL_SOURCES,
             "samplers": SAMPLERS, "schedules": SCHEDULES, "waiting": board.waiting(), "places": board.places,
             "running": running.id if running else None, "lost": service.lost, "changes": board.version,
             "limits": vars(service.options.limits),
@@ -94,9 +95,11 @@ class OwnRoutes:
         return JSONResponse(self.service.board.facts(job))
 
     async def preview(self, request: Request) -> Response:
-        job = self.service.board.get(request.path_params["job"])
-        if not job or not job.preview:
-            return _no_such(request, "preview")
+        """204 while there is none, before the first step and after the last."""
+        if not (job := self.service.board.get(request.path_params["job"])):
+            return _no_such(request, "job")
+        if not job.preview:
+            return Response(status_code=204)
         return Response(job.preview, media_type="image/jpeg", headers={"cache-control": "no-store"})
 
     async def picture(self, request: Request) -> Response:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import sys
+import webbrowser
 from collections.abc import Callable
+from threading import Thread
 
 import uvicorn
 
 from ..errors import UserError
 from ..units import counted
 from .app import app_of
-from .options import ServeOptions
+from .options import LOOPBACK, ServeOptions
 from .service import Service
 
 _KEEP_ALIVE_S = 30
 _BACKLOG, _CONNECTIONS = 128, 256
 
 
-def run(options: ServeOptions, say: Callable[[str], None]) -> None:
-    """say: takes lines for people. Raises UserError."""
+def run(options: ServeOptions, say: Callable[[str], None], browse: bool = False) -> None:
+    """say: takes lines for people; browse: also opens the page. Raises UserError."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     listening = _socket(options.host, options.port)
     with listening:
@@ -31,13 +34,21 @@ def run(options: ServeOptions, say: Callable[[str], None]) -> None:
             )
         host = f"[{options.host}]" if ":" in options.host else options.host
         address = f"http://{host}:{listening.getsockname()[1]}"
-        say(f"{address}  OpenAI's API at {address}/v1, A1111's at {address}; Ctrl-C ends it")
+        say(f"{address}  the page; OpenAI's API at {address}/v1, A1111's at {address}; Ctrl-C ends it")
+        if browse and options.host in LOOPBACK and _has_screen():
+            # What connects before the server answers waits. In a thread: some browsers return when they are closed.
+            Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         config = uvicorn.Config(
             app_of(service), log_level="warning", access_log=False, server_header=False, date_header=False,
             timeout_keep_alive=_KEEP_ALIVE_S, limit_concurrency=_CONNECTIONS, h11_max_incomplete_event_size=2**15,
             timeout_graceful_shutdown=3, ws="none",
         )  # fmt: skip
         uvicorn.Server(config).run([listening])
+
+
+def _has_screen() -> bool:
+    """Else the browser that is found may be one for terminals, which takes this one over."""
+    return sys.platform in ("win32", "darwin") or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 
 def _socket(host: str, port: int) -> socket.socket:

@@ -60,9 +60,9 @@ class Service:
         return self.board.submit(Job(model, requests, client, leaves), partial(self.history.put, settings=settings))
 
     def facts(self, job_id: str) -> dict[str, Any] | None:
-        """Of a job, wherever it is known."""
-        job = self.board.get(job_id)
-        return self.board.facts(job) if job else self.history.job(job_id)
+        """Of a job: how it is, and what was asked for, which the history knows."""
+        known, job = self.history.job(job_id), self.board.get(job_id)
+        return {**(known or {}), **self.board.facts(job)} if job else known
 
     def delete(self, job_id: str) -> bool:
         """From the history, stopped first if it is not over. False if there is none."""

@@ -17,10 +17,12 @@ from ..memory.failures import forget, is_out_of_memory
 from .board import Board
 from .history import StorageError
 from .jobs import CANCELLED, DONE, FAILED, Failure, Job
+from .memory_facts import memory_facts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..memory.plan import Budgets
     from ..pipeline.denoise import Step
     from ..pipeline.drawing import Pipeline
     from ..pipeline.previews import Previewer
@@ -43,6 +45,7 @@ class Worker(Thread):
         self._model: str | None = None
         self._previewer: Previewer | None = None
         self._job: Job | None = None
+        self._budgets: Budgets | None = None  # of the job that runs
 
     def run(self) -> None:
         while not self.board.closed:
@@ -76,18 +79,21 @@ class Worker(Thread):
     def _images(self, job: Job) -> None:
         watch = _Watch(self.board, job)
         pipeline = self._opened(job.model)
+        self._budgets = pipeline.work.planning.budgets()
         drawn = pipeline.images(job.requests, watch.progress, self._on_step)
         with closing(cast("Generator[tuple[int, Tensor], None, None]", drawn)) as images:
             for index, pixels in images:
+                self.board.change(job, memory=memory_facts(pipeline, self._budgets))
                 self.keep(job, index, pixels, pipeline)
                 watch.check()
 
     def _on_step(self, step: Step) -> None:
-        assert self._job and self._previewer
+        assert self._job and self._previewer and self.pipeline and self._budgets
         if self._job.cancelled.is_set():
             raise CancelledError
         picture = _jpeg(self._previewer(step.x0))
-        self.board.change(self._job, preview=picture, previews=self._job.previews + 1)
+        memory = memory_facts(self.pipeline, self._budgets)
+        self.board.change(self._job, preview=picture, previews=self._job.previews + 1, memory=memory)
 
     def _opened(self, model: str) -> Pipeline:
         from ..pipeline.previews import previewer

@@ -1,0 +1,157 @@
+"""The page in a real browser: Chromium, headless, where there is one and playwright to drive it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from served import listening
+
+from zimage_lite.serve.options import ServeOptions
+
+pytestmark = pytest.mark.slow
+sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright (pip install playwright)")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+WIDTHS = (390, 1280)
+AXE = os.environ.get("AXE_CORE")  # the path of its axe.min.js
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on the PATH")
+    with sync_api.sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture(params=WIDTHS)
+def page(request: Any, browser: Any, serve_options: Callable[..., ServeOptions]) -> Iterator[Any]:
+    """Of a server of its own. No console message, and no request off the server, whatever a test does."""
+    with listening(serve_options()) as (address, service):
+        found = browser.new_page(viewport={"width": request.param, "height": 900}, locale="en-GB")
+        said, asked = [], []
+        found.on("console", lambda message: said.append(message.text))
+        found.on("pageerror", lambda error: said.append(str(error)))
+        found.on("request", lambda sent: asked.append(sent.url))
+        found.service, found.expected = service, list[str]()
+        found.goto(address)
+        sync_api.expect(found.locator("#model")).to_have_value("demo")
+        try:
+            yield found
+        finally:
+            found.close()  # else its stream keeps the server
+        assert [text for text in said if text not in found.expected] == []
+        assert [url for url in asked if not url.startswith((address, f"blob:{address}", "data:"))] == []
+
+
+def draw(page: Any, prompt: str = "a red circle", steps: int = 4) -> None:
+    page.fill("#prompt", prompt)
+    page.fill("#steps", str(steps))
+    page.press("#prompt", "Control+Enter")
+
+
+def cards(page: Any, count: int) -> Any:
+    sync_api.expect(page.locator(".card")).to_have_count(count, timeout=30_000)
+    return page.locator(".card")
+
+
+def test_draw_again_and_delete(page: Any) -> None:
+    draw(page)
+    found = cards(page, 1)
+    sync_api.expect(found.locator("img")).to_have_js_property("naturalWidth", 64)
+    sync_api.expect(page.locator("#told")).to_have_text("The picture is drawn.")
+    found.get_by_text("Draw again").click()
+    cards(page, 2)
+    page.on("dialog", lambda dialog: dialog.accept())
+    found.first.get_by_text("Delete").click()
+    cards(page, 1)
+    assert page.evaluate("document.activeElement.id") == "gallery-title"
+    assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
+
+
+def test_preview_reload_cancel_and_queue(page: Any) -> None:
+    draw(page, steps=100)
+    page.fill("#count", "10")
+    for _ in range(4):
+        page.click("#draw")
+        sync_api.expect(page.locator("#draw")).to_be_enabled()
+    sync_api.expect(page.locator("#shown")).to_have_attribute("src", re.compile("^blob:"), timeout=30_000)
+    page.reload()
+    sync_api.expect(page.locator("#shown")).to_have_attribute("src", re.compile("^blob:"), timeout=30_000)
+    assert page.input_value("#steps") == "100"
+    sync_api.expect(page.locator("#state")).to_have_text(re.compile(r"step \d+ of \d+"))
+    assert page.locator("#queue li").count() >= 1
+    page.locator("#queue button").last.click()
+    page.keyboard.press("Escape")
+    while page.service.board.running or page.service.board.waiting():
+        page.keyboard.press("Escape")
+        page.wait_for_timeout(20)
+    sync_api.expect(page.locator("#going")).to_be_hidden()
+    sync_api.expect(page.locator(".card", has_text="Cancelled.")).not_to_have_count(0)
+
+
+def test_what_is_refused_is_told_at_the_button(page: Any) -> None:
+    draw(page, steps=101)  # which the form itself refuses
+    assert page.evaluate("document.querySelector('#steps').validity.rangeOverflow")
+    page.fill("#steps", "2")
+    page.fill("#width", "4096")
+    page.fill("#height", "4096")
+    page.expected.append("Failed to load resource: the server responded with a status of 400 (Bad Request)")
+    with page.expect_response("**/api/jobs") as answer:
+        page.click("#draw")
+    assert answer.value.status == 400
+    sync_api.expect(page.locator("#problem")).to_contain_text("million pixels")
+    assert page.get_attribute("#width", "aria-invalid") == "true"
+
+
+def test_a_picture_its_settings_and_a_mask(page: Any, tmp_path: Path) -> None:
+    draw(page, "a blue square", 3)
+    cards(page, 1)
+    name = page.service.history.jobs(1)[0]["pictures"][0]["name"]
+    page.fill("#prompt", "another")
+    page.set_input_files("#file", page.service.history.picture(name))
+    page.click("#use-recipe")
+    assert page.input_value("#prompt") == "a blue square" and page.input_value("#steps") == "3"
+    page.click("#paint")
+    box, seen = page.locator("#canvas").bounding_box(), []
+    for part in (0.2, 0.6):
+        page.mouse.move(box["x"] + box["width"] * part, box["y"] + box["height"] * part)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] * (part + 0.1), box["y"] + box["height"] * part)
+        page.mouse.up()
+        seen.append(page.evaluate("document.querySelector('#canvas').toDataURL()"))
+    page.click("#undo")
+    assert page.evaluate("document.querySelector('#canvas').toDataURL()") == seen[0] != seen[1]
+    page.click("#done")
+    sync_api.expect(page.locator("#mask-thumb")).to_be_visible()
+    page.click("#draw")
+    cards(page, 2)
+    assert page.service.history.jobs(1)[0]["settings"].keys() >= {"image", "mask", "strength"}
+
+
+def test_chinese_is_kept(page: Any) -> None:
+    page.click("#language")
+    assert page.inner_text("#draw span") == "绘制"
+    page.reload()
+    sync_api.expect(page.locator("#draw span")).to_have_text("绘制")
+    assert page.evaluate("document.documentElement.lang") == "zh-CN"
+    page.click("#language")
+    assert page.inner_text("#draw span") == "Draw"
+
+
+@pytest.mark.skipif(AXE is None, reason="no axe-core (its axe.min.js is named by AXE_CORE)")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(page: Any, scheme: str) -> None:
+    page.emulate_media(color_scheme=scheme)
+    draw(page)
+    cards(page, 1)
+    page.evaluate(Path(AXE).read_text())
+    found = page.evaluate("axe.run()")["violations"]
+    assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == []
