@@ -10,7 +10,6 @@ import torch
 from budgeted import CAT, difference, free, held_bytes, tight
 from marking import always
 from oracles import psnr
-from PIL import Image
 from torch import Tensor
 from trained_loras import save_lora
 
@@ -18,6 +17,7 @@ from zimage_lite import load, quantize
 from zimage_lite.config import GenerateOptions, Lora
 from zimage_lite.memory.meter import rss_bytes
 from zimage_lite.model.transformer import Transformer
+from zimage_lite.pictures.saving import recipe_of
 
 pytestmark = pytest.mark.slow  # whole pictures
 
@@ -145,6 +145,7 @@ def test_the_command_says_and_writes_it_down(loras: Path, tiny: Path, tmp_path: 
     prompt = "a cat <lora:style:0.5> asleep"
     assert run(["generate", prompt, "--lora-dir", str(loras), "--model", str(tiny), "-o", str(out), *size]) == 0
     assert "note: style: LoRA on " in capsys.readouterr().err
-    recipe = Image.open(out).info
+    recipe = recipe_of(out)
     assert recipe["prompt"] == "a cat asleep"
-    assert recipe["loras"].startswith("style:0.5 (")
+    (lora,) = recipe["loras"]
+    assert (lora["name"], lora["strength"]) == ("style", 0.5) and len(lora["sha256"]) == 64
