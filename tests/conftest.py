@@ -12,6 +12,7 @@ os.environ["ZIMAGE_LITE_CACHE"] = "off"  # no test touches the user's, and none 
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,3 +119,15 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return lines[0]
 
     return call
+
+
+@pytest.fixture(scope="session")
+def quanto_without_a_compiler() -> None:
+    """quanto unpacks 2 and 4 bits by an extension, which a fresh installation would compile first, for 80 seconds."""
+    from optimum.quanto.library.extensions import cpp
+
+    def unpacked(packed: torch.Tensor, bits: int) -> torch.Tensor:
+        """uint8 codes of so many bits, the lowest first, one part of the rows after another: as quanto packs them."""
+        return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
+
+    cpp.ext._lib = SimpleNamespace(unpack=unpacked)

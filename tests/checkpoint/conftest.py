@@ -4,29 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from hub_server import HubServer, serving
 from huggingface_hub import constants, file_download
-from torch import Tensor
 
 from zimage_lite.checkpoint import hub
-
-
-def unpacked(packed: Tensor, bits: int) -> Tensor:
-    """uint8 codes of so many bits, the lowest first, one part of the rows after another: as quanto packs them."""
-    return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _quanto_without_a_compiler() -> None:
-    """quanto unpacks 2 and 4 bits by an extension, which a fresh installation would compile first, for 80 seconds."""
-    from optimum.quanto.library.extensions import cpp
-
-    cpp.ext._lib = SimpleNamespace(unpack=unpacked)
 
 
 @pytest.fixture

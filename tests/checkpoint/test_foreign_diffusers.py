@@ -28,6 +28,7 @@ from zimage_lite.convert.quantize import quantize
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # that quanto is deprecated, that bitsandbytes casts
     pytest.mark.slow,  # whole models, written and read by other libraries
+    pytest.mark.usefixtures("quanto_without_a_compiler"),
 ]
 
 FILE = "diffusion_pytorch_model.safetensors"

@@ -39,7 +39,8 @@ def quantize_with_quanto(x: Tensor, name: str) -> tuple[dict[str, Tensor], Tenso
     return saved, weight.dequantize()
 
 
-@pytest.mark.slow  # quanto compiles its extension first
+@pytest.mark.slow
+@pytest.mark.usefixtures("quanto_without_a_compiler")
 @pytest.mark.parametrize("dtype", list(QUANTO))
 @pytest.mark.parametrize("name", list(quanto.CODECS))
 @pytest.mark.parametrize("shape", [(64, 640), (48, 64), (33, 96), (20, 192), (3, 128)])  # the last: 3 groups, padded
