@@ -97,7 +97,7 @@ function renderStage() {
   const job = running();
   const last = over().find((one) => one.pictures.length);
   show(job, by("going"));
-  document.title = job?.total ? `${Math.round((100 * job.done) / job.total)} % – zimage-lite` : "zimage-lite";
+  document.title = job?.step ? `${Math.round((100 * job.step) / job.steps)} % – zimage-lite` : "zimage-lite";
   if (job) renderProgress(job);
   if (job?.previews) preview(job);
   else if (!job) stage(last ? `/api/pictures/${last.pictures.at(-1).name}` : "", last?.prompt ?? "");
@@ -106,8 +106,8 @@ function renderStage() {
 
 function renderProgress(job) {
   const bar = by("progress");
-  if (job.total) [bar.max, bar.value] = [job.total, job.done];
-  else bar.removeAttribute("value"); // nobody knows yet
+  if (job.step) [bar.max, bar.value] = [job.steps, job.step];
+  else bar.removeAttribute("value"); // before the steps and after them nobody knows
   const phase = say(PHASES[job.phase] ?? "Opening the model");
   const steps = job.step === null ? "" : ` · ${say("step {step} of {steps}", job)}`;
   by("state").textContent = phase + steps + (job.seconds_left === null ? "" : ` · ${left(job.seconds_left)}`);
