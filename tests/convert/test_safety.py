@@ -171,7 +171,7 @@ def complete(out: Path, kind: str) -> bool:
 # --- kill -9
 
 
-@pytest.mark.parametrize("replaced", [False, True], ids=["new", "replaced"])
+@pytest.mark.parametrize("replaced", [pytest.param(False, marks=pytest.mark.full_size), True], ids=["new", "replaced"])
 def test_killed_at_any_moment(
     start: Starter, model: Path, kind: str, measured: tuple[Content, float], replaced: bool, tmp_path: Path
 ) -> None:

@@ -74,7 +74,9 @@ def test_a_threshold_of_the_user_stays(name: str, value: str, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("phase", ["decode", "picture"])
-@pytest.mark.parametrize(("room", "whole"), [(600_000_000, True), (280_000_000, False)])
+@pytest.mark.parametrize(
+    ("room", "whole"), [pytest.param(600_000_000, True, marks=pytest.mark.full_size), (280_000_000, False)]
+)
 def test_the_vae_stays_within_what_is_named(room: int, whole: bool, phase: str, diffusers_folder: Path) -> None:
     """768 x 512 in the tiny widths: 252 or 256 MB of maps as a whole."""
     peak, planned, ceiling, rows = printed(WITHIN, str(diffusers_folder), str(room), phase)

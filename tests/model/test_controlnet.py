@@ -49,7 +49,8 @@ def test_its_names_and_shapes_are_diffusers(diffusers_pipeline: Any, version: st
 
 
 @pytest.mark.parametrize(
-    "case", ["padded", *(pytest.param(case, marks=pytest.mark.slow) for case in ("whole", "guided"))]
+    "case",
+    ["padded", pytest.param("whole", marks=pytest.mark.full_size), pytest.param("guided", marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("version", KINDS)
 def test_it_is_diffusers(diffusers_pipeline: Any, model: Transformer, version: str, case: str) -> None:

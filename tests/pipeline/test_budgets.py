@@ -131,7 +131,7 @@ def test_too_small_a_budget_names_one_that_works(tiny: Path, exact_rss, refused,
     assert parse_bytes(smallest_named(line)) - 10**8 < max(peaks) <= parse_bytes(smallest_named(line))
 
 
-@pytest.mark.parametrize("controlled", [False, True])
+@pytest.mark.parametrize("controlled", [pytest.param(False, marks=pytest.mark.full_size), True])
 def test_the_peak_stays_under_the_budget(tmp_path: Path, controlled: bool) -> None:
     """A process of its own, a transformer of 440 MB, and a budget of 360 MB more than the process has at the start;
     beside a ControlNet of 180 MB of 400 MB."""
