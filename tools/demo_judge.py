@@ -67,7 +67,7 @@ def judge(picture: Image.Image, scene: Scene, font: str | None = None) -> Verdic
     ground = ground_pixels(scene, side).astype(np.float32)
     shapes_end = round(side * WORD_TOP) if scene.word else side
     upper, upper_ground = pixels[:shapes_end], ground[:shapes_end]
-    masks = {thing.colour: _thing_mask(upper, upper_ground, scene, thing.colour) for thing in scene.things}
+    masks = {thing.colour: thing_mask(upper, upper_ground, scene, thing.colour) for thing in scene.things}
     true = {colour: _distance(upper, COLOURS[colour])[mask] < COLOUR_REACH for colour, mask in masks.items()}
     solid = {colour: _largest_part(mask) for colour, mask in masks.items()}
     if scene.relation == "inside":  # what lies on top of the outer shape does not change its outline
@@ -96,7 +96,7 @@ def _shows_ground(pixels: Pixels, ground: Pixels) -> bool:
     return bool(np.mean(_distance(pixels, ground)[frame] < COLOUR_REACH) > 0.85)
 
 
-def _thing_mask(pixels: Pixels, ground: Pixels, scene: Scene, colour: str) -> Mask:
+def thing_mask(pixels: Pixels, ground: Pixels, scene: Scene, colour: str) -> Mask:
     """Pixels nearer to the colour than to the background and to the scene's other colours."""
     others = [thing.colour for thing in scene.things if thing.colour != colour]
     distance = _distance(pixels, COLOURS[colour])

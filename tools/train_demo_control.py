@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from demo_judge import LEAST_OVERLAP, LEAST_SIDE, _thing_mask
+from demo_judge import LEAST_OVERLAP, LEAST_SIDE, thing_mask
 from demo_scenes import Scene, caption, draw, ground_pixels, held_out_captions, random_scene, shape_mask
 from PIL import Image
 from safetensors.torch import save_file
@@ -186,7 +186,7 @@ def overlap(drawn: np.ndarray, scene: Scene) -> float:
     side = LEAST_SIDE
     pixels = np.asarray(Image.fromarray(drawn).resize((side, side), Image.Resampling.BICUBIC), np.float32)
     (thing,) = scene.things
-    mask = _thing_mask(pixels, ground_pixels(scene, side).astype(np.float32), scene, thing.colour)
+    mask = thing_mask(pixels, ground_pixels(scene, side).astype(np.float32), scene, thing.colour)
     wanted = np.asarray(shape_mask(thing, side)) > 0
     return float((mask & wanted).sum() / (mask | wanted).sum())
 

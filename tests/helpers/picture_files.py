@@ -11,6 +11,18 @@ import numpy as np
 from PIL import Image
 
 
+def smooth(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    """Smooth colours, so that a step aside would show."""
+    return Image.fromarray(noise(5, 4, seed=seed)).resize(size, Image.Resampling.BICUBIC)
+
+
+def hole(size: tuple[int, int]) -> Image.Image:
+    """A mask of the right two thirds, but for the bottom."""
+    found = Image.new("L", size)
+    found.paste(255, (size[0] // 3, 0, size[0], size[1] * 2 // 3))
+    return found
+
+
 def noise(width: int, height: int, channels: int = 3, seed: int = 0) -> np.ndarray:
     """[height, width, channels] uint8."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)

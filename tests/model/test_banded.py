@@ -17,6 +17,7 @@ import pytest
 import torch
 from live_bytes import LiveBytes
 from make_checkpoint import SIZES, random_weights
+from marking import always
 from oracles import bound, relative_error
 
 from zimage_lite.checkpoint.checkpoint import open_checkpoint
@@ -264,9 +265,7 @@ def test_what_the_whole_image_takes(config: VaeConfig, height: int, width: int, 
     assert used <= promised <= 1.02 * used + 2**15
 
 
-@pytest.mark.parametrize(
-    "size", [0, 3, *(pytest.param(size, marks=pytest.mark.full_size) for size in range(1, len(LATENTS)) if size != 3)]
-)
+@pytest.mark.parametrize("size", always(0, 3, of=range(len(LATENTS))))
 def test_small_pictures_take_what_is_predicted(size: int) -> None:
     """Where vectors count, and what lies beyond the edges of maps; in bands as narrow as there are."""
     height, width = (8 * side for side in LATENTS[size])

@@ -15,6 +15,7 @@ import torch
 from budgeted import CAT, difference, free, tight
 from control_files import save_control, tiny_config
 from marking import always
+from picture_files import smooth
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -48,8 +49,7 @@ def nets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def hint(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
-    noise = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+    return smooth(size, seed)
 
 
 HINT = hint()

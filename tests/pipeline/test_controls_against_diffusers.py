@@ -12,7 +12,7 @@ import pytest
 import torch
 from controls import KINDS, SCALE, as_authors, make_control, save_control
 from oracles import PROMPT, psnr
-from PIL import Image
+from picture_files import hole, smooth
 from torch import Tensor
 
 from zimage_lite.checkpoint.model_files import open_model
@@ -43,20 +43,9 @@ def saved(diffusers_pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> 
     return of
 
 
-def picture(size: tuple[int, int], seed: int) -> Image.Image:
-    noise = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
-
-
-def hole(size: tuple[int, int]) -> Image.Image:
-    found = Image.new("L", size)
-    found.paste(255, (size[0] // 3, 0, size[0], size[1] * 2 // 3))
-    return found
-
-
 def asked(size: tuple[int, int], folder: Path, **more: Any) -> GenerateOptions:
     """The hint has half of the image's size."""
-    hint = picture((size[0] // 2, size[1] // 2), 1)
+    hint = smooth((size[0] // 2, size[1] // 2), 1)
     return GenerateOptions(PROMPT, *size, steps=3, seed=3, controls=f"{folder}:{SCALE}", control_image=hint, **more)
 
 
@@ -99,7 +88,7 @@ def test_a_hint_and_a_mask(diffusers_pipeline, saved, pipeline, version, case) -
     from diffusers import ZImageControlNetInpaintPipeline
 
     (net, folder), (size, more) = saved(version), CASES[case]
-    image, mask = picture(size, 2), hole(size)
+    image, mask = smooth(size, 2), hole(size)
     request = asked(size, folder, image=image, mask=mask, control_math="diffusers", **more)
     parts = ZImageControlNetInpaintPipeline(**diffusers_pipeline.components, controlnet=net)
     truth = theirs(parts, request, image=image, mask_image=mask)

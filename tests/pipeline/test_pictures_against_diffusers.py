@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import PROMPT, psnr
-from PIL import Image
+from picture_files import hole, smooth
 from torch import Tensor
 
 from zimage_lite.checkpoint.model_files import open_model
@@ -33,18 +33,6 @@ def parts(diffusers_pipeline: Any) -> dict[str, Any]:
     return dict(diffusers_pipeline.components)
 
 
-def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    """Smooth colours, so that a step aside would show."""
-    noise = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
-
-
-def mask(size: tuple[int, int]) -> Image.Image:
-    found = Image.new("L", size)
-    found.paste(255, (size[0] // 3, 0, size[0], size[1] * 2 // 3))
-    return found
-
-
 def theirs(pipeline: Any, request: GenerateOptions, **more: Any) -> Tensor:
     result = pipeline(
         request.prompt,
@@ -63,7 +51,7 @@ def test_image_to_image(parts, pipeline, size, strength, guided) -> None:
     from diffusers import ZImageImg2ImgPipeline
 
     request = GenerateOptions(
-        PROMPT, steps=8, seed=3, image=picture(SIZES[size]), strength=strength, strength_mode="diffusers",
+        PROMPT, steps=8, seed=3, image=smooth(SIZES[size]), strength=strength, strength_mode="diffusers",
         **(GUIDED if guided else {}),
     )  # fmt: skip
     truth = theirs(ZImageImg2ImgPipeline(**parts), request, image=request.image, strength=strength)
@@ -79,7 +67,7 @@ def test_inpainting(parts, pipeline, size, strength, guided) -> None:
 
     width, height = (side // 16 * 16 for side in SIZES[size])
     request = GenerateOptions(
-        PROMPT, steps=8, seed=4, image=picture(SIZES[size]), mask=mask((width, height)), strength=strength,
+        PROMPT, steps=8, seed=4, image=smooth(SIZES[size]), mask=hole((width, height)), strength=strength,
         strength_mode="diffusers", **(GUIDED if guided else {}),
     )  # fmt: skip
     more = {"image": request.image, "mask_image": request.mask, "width": width, "height": height}

@@ -128,6 +128,30 @@ def test_adapters_change_and_weights_stay(tiny: Path, tmp_path: Path, first: int
     assert reads[0] - reads[3] == stays
 
 
+def test_a_block_that_never_came_is_read_whole_later(tiny: Path, tmp_path: Path) -> None:
+    """Passes may end early, as after numbers that are not finite. One staging buffer, so that little is read ahead."""
+    component, plan = made(tiny)
+    transformer = component.model
+    blocks = [*transformer.noise_refiner, *transformer.layers]
+    lora = save_lora(tmp_path / "a.safetensors", transformer.config)
+    adapters = AdapterLibrary(transformer.config, lambda _: None).of((Lora(str(lora)),))
+    room = max(plan.sizes.values()) + 2**20
+    staged = replace(
+        plan, homes=dict.fromkeys(plan.homes, DEVICE), sizes=dict.fromkeys(plan.sizes, room), staging=1,
+        staging_bytes=room,
+    )  # fmt: skip
+    with loading.opened(component, staged, CPU) as weights:
+        weights._arena.zero_()
+        with weights.passes(1) as stream:
+            next(iter(stream(blocks)))
+        weights.change(adapters)
+        with weights.passes(1) as stream:
+            list(stream(blocks))
+        found = blocks[-1].attention.to_q.packed.dequantize()
+    truth = component.checkpoint.tensors["layers.2.attention.to_q.weight"].read().dequantize()
+    assert torch.equal(found, truth)
+
+
 def packed(module: torch.nn.Module) -> int:
     return sum(isinstance(part, Linear) and part.packed is not None for part in module.modules())
 

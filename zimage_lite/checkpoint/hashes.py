@@ -64,12 +64,13 @@ class FileHash:
             _keep(path, self._folder, stamp, found)
 
 
-def sha256_of(path: Path) -> str:
-    """64 hexadecimal digits. Raises OSError."""
+def sha256_of(*paths: Path) -> str:
+    """Of files, one after another: 64 hexadecimal digits. Raises OSError."""
     digest, piece = hashlib.sha256(), memoryview(bytearray(_PIECE_BYTES))
-    with open(path, "rb", buffering=0) as file:
-        while n_bytes := file.readinto(piece):
-            digest.update(piece[:n_bytes])
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            while n_bytes := file.readinto(piece):
+                digest.update(piece[:n_bytes])
     return digest.hexdigest()
 
 

@@ -112,13 +112,13 @@ class Streamer(Generic[Module, Place, Event]):
         self._slot_free: dict[int, list[Event]] = {slot: [] for slot in range(route.slots)}
         self._staging_free: dict[int, list[Event]] = {buffer: [] for buffer in range(route.staging)}
         self._staged = 0
-        self._kept: set[str] = set()
+        self.kept: set[str] = set()  # that lie where they stay
         self._in_place: set[str] = set()  # of those that wait in RAM
 
     def __call__(self, blocks: Iterable[Module]) -> Iterator[Module]:
         for block in blocks:
             name = self.names[block]
-            if name in self._kept:
+            if name in self.kept:
                 yield block
                 continue
             self._ask_ahead()
@@ -128,7 +128,7 @@ class Streamer(Generic[Module, Place, Event]):
                 self.workers.wait(event)
             self.bind(name, block, self._destination(passage))
             if passage.slot is None:
-                self._kept.add(name)
+                self.kept.add(name)
                 yield block
                 continue
             try:

@@ -59,10 +59,12 @@ def settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def source_sha256(value: object) -> str | None:
     """Of a picture, mask or other file that is given as one; None for what is in memory in another way."""
+    from ..checkpoint.hashes import sha256_of  # numpy, which `--help` need not load
+
     if isinstance(value, bytes):
         return hashlib.sha256(value).hexdigest()
     if isinstance(value, str | Path) and Path(value).is_file():
-        return hashlib.sha256(Path(value).read_bytes()).hexdigest()
+        return sha256_of(Path(value))
     return None
 
 

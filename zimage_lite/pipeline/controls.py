@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,14 +12,13 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.container import file_stamp
 from ..checkpoint.controlnets import Settings, require_goes_with, said_of, settings
 from ..checkpoint.detect import CONTROLNET
+from ..checkpoint.hashes import sha256_of
 from ..config import ControlConfig, ControlUse, GenerateOptions, TransformerConfig
 from ..convert.catalog import stored_parts
 from ..convert.complete import open_complete
 from ..convert.synthetic import is_synthetic, open_synthetic_control
 from ..model.controlnet import CONTROLS, unrolled, unrolled_weights
 from ..plan.job import ControlSizes
-
-_PIECE_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,7 @@ class OpenControl:
     def sha256(self) -> str:
         """Of its file, or of all of a folder's weights one after another, by which model sites know it. Reads it all,
         once: 1 to 2 GB a second."""
-        digest = hashlib.sha256()
-        for path in sorted(self.checkpoint.stamps):
-            with open(path, "rb") as file:
-                while piece := file.read(_PIECE_BYTES):
-                    digest.update(piece)
-        return digest.hexdigest()
+        return sha256_of(*sorted(self.checkpoint.stamps))
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import chain
 
 from ..adapters.joined import AdapterSet
 from ..config import MOST_PER_ROUND, Lora
@@ -43,17 +45,14 @@ def grouped(
     waiting = sum(_pixel_bytes(task.enlarged) for task in tasks if task.enlarged)
     groups = []
     for sets in found.values():
-        own = [task for some in sets.values() for task in some]
-        job = replace(
-            _job(own, tokens, encoded, waiting),
-            adapters=tuple(adapters[loras] for loras in sets),
-            shares=tuple(map(len, sets.values())),
-        )
-        groups.append(Group(tuple(own), job))
+        own, beside = tuple(chain.from_iterable(sets.values())), [adapters[loras] for loras in sets]
+        groups.append(Group(own, _job(own, tokens, encoded, beside, waiting)))
     return groups
 
 
-def _job(tasks: Sequence[Task], tokens: Mapping[str, int], encoded: set[str], waiting: int) -> Job:
+def _job(
+    tasks: Sequence[Task], tokens: Mapping[str, int], encoded: set[str], adapters: Sequence[AdapterSet], waiting: int
+) -> Job:
     """encoded: all texts whose embeddings wait; waiting: bytes of images that are to be enlarged."""
     first = tasks[0]
     told = dict.fromkeys(words for task in tasks for words in all_words(task.request))
@@ -68,6 +67,8 @@ def _job(tasks: Sequence[Task], tokens: Mapping[str, int], encoded: set[str], wa
         len(tasks),
         tuple(tokens[words.text] for words in told),
         sum(tokens[text] for text in encoded - own),
+        adapters=tuple(adapters),
+        shares=tuple(Counter(task.request.loras for task in tasks).values()),
         evaluations=evaluations(first.request.sampler, first.steps),
         pictures=min(len(pictures), MOST_PER_ROUND * max(len(task.pictures) for task in tasks)),
         over=bool(sketches),

@@ -137,7 +137,6 @@ class Weights:
         route = Route(self.plan.homes, self.plan.slots, self._staging, count, idle)
         with self._streaming(route, self.plan.slot_bytes) as stream:
             yield stream
-        self._there |= self.plan.resident.intersection(route.visits())
 
     @contextmanager
     def _streaming(self, route: Route, slot_bytes: int) -> Iterator[Stream]:
@@ -161,6 +160,7 @@ class Weights:
             yield self._tidy(steps) if self.hardware.device.type == "cpu" else steps
         finally:
             self.moved.append(workers.close())
+            self._there |= stream.kept
             stream.end()
             self._homes = {}
 
@@ -176,7 +176,7 @@ class Weights:
 
     def _places(self, route: Route, slot_bytes: int) -> Places[Tensor]:
         """Cut from the two buffers: resident blocks, then slots; staging buffers, then what waits in RAM."""
-        sizes, homes = {**self._sizes, **self.plan.sizes}, route.homes
+        sizes, homes = self.plan.sizes, route.homes  # of the prelude none stays or waits
         arena, host = _cutter(self._arena), _cutter(self._host, -self._host.data_ptr() % PAGE_BYTES)
         return Places(
             home={name: arena(_rounded(sizes[name])) for name, home in homes.items() if home == DEVICE},

@@ -65,7 +65,3 @@ class ServeOptions:
             raise UserError("--idle-minutes", got=self.idle_minutes, expected="more than 0")
         if self.lora_dir and not self.lora_dir.is_dir():
             raise UserError(f"--lora-dir {self.lora_dir}: no such folder")
-
-    @property
-    def default_model(self) -> str:
-        return next(iter(self.models))
