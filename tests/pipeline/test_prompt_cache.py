@@ -242,7 +242,7 @@ def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
     one = torch.zeros(16, 64)
     PromptCache(tmp_path).put(keys[0], one)
     (file,) = tmp_path.iterdir()
-    cache = PromptCache(tmp_path, limit_bytes=3 * file.stat().st_size)
+    cache = PromptCache(tmp_path, limit_bytes=int(3.3 * file.stat().st_size))
     (tmp_path / "notes.txt").write_text("x" * 100_000)  # not ours, so it neither counts nor goes
     (tmp_path / "model.safetensors").write_bytes(b"x" * 100_000)
     leftover = tmp_path / f".{keys[3]}.safetensors.1.partial"  # of a run that was killed
@@ -274,6 +274,17 @@ for i in range(60):
     found = cache.get(key)
     assert found is None or torch.equal(found, put)
 """
+
+
+def test_thousands_of_prompts_do_not_count_the_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, iterdir = [], Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: (counts.append(path), iterdir(path))[1])
+    cache, sizes = PromptCache(tmp_path, limit_bytes=300_000), []
+    for i in range(200):
+        cache.put(f"{i:064x}", torch.zeros(1, 16))
+        sizes.append(sum(path.stat().st_size for path in iterdir(tmp_path)))
+    assert 290_000 < max(sizes) <= 300_000
+    assert len(counts) < 40  # 1/16 of the limit is 4 files
 
 
 @pytest.mark.slow  # several processes

@@ -56,6 +56,7 @@ class PromptCache:
 
     def __init__(self, folder: Path | None, limit_bytes: int = LIMIT_BYTES) -> None:
         self.folder, self.limit_bytes = folder, limit_bytes
+        self._room = -1  # bytes until the folder has to be counted again: thousands of prompts may come in a row
 
     def get(self, key: str) -> Tensor | None:
         """What was put under this key, on the CPU: [tokens, width], same dtype, same bits."""
@@ -87,12 +88,15 @@ class PromptCache:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with open_writer(self.folder / f"{key}.safetensors", header, offset + embedding.nbytes) as writer:
                 writer.write(offset, embedding)
-            self._trim()
+            self._room -= offset + embedding.nbytes
+            if self._room < 0:
+                self._trim()
         except (OSError, UserError) as error:
             _log.debug("an embedding cannot be kept: %s", error)
 
     def _trim(self) -> None:
-        """Other processes may do the same at once, so any file may be gone."""
+        """Count what is there; if that is too much, let some more go than must. Other processes may do the same at
+        once, so any file may be gone."""
         assert self.folder is not None
         found = []
         for path in self.folder.iterdir():
@@ -101,11 +105,13 @@ class PromptCache:
                     facts = path.stat()
                     found.append((facts.st_mtime_ns, facts.st_size, path))
         total = sum(size for _, size, _ in found)
+        goal = self.limit_bytes if total <= self.limit_bytes else self.limit_bytes * 15 // 16
         for _, size, path in sorted(found):
-            if total <= self.limit_bytes:
+            if total <= goal:
                 break
             _remove(path)
             total -= size
+        self._room = self.limit_bytes - total
 
 
 def _read(path: Path, key: str) -> Tensor:
