@@ -225,6 +225,7 @@ load("demo", device="cpu").generate([GenerateOptions("a cat", steps=1)])
 """
 
 
+@pytest.mark.slow
 def test_a_picture_on_the_cpu_needs_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -232,6 +233,7 @@ def test_a_picture_on_the_cpu_needs_no_triton(monkeypatch: pytest.MonkeyPatch) -
     assert "torch" in loaded and "triton" not in loaded
 
 
+@pytest.mark.slow
 def test_a_picture_needs_nothing_of_the_server() -> None:
     command = "['generate', 'x', '--steps', '1', '--device', 'cpu', '--no-cache', '-o', os.path.join(folder, 'x.png')]"
     loaded = loaded_by(

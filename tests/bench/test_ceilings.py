@@ -58,6 +58,7 @@ def test_operations_of_the_true_model() -> None:
     assert PhaseWork.of(denoise, Ceilings("bf16", 1.0)).pass_flops == linear + attention
 
 
+@pytest.mark.slow
 def test_operations_against_torchs_counter() -> None:
     """The whole image. Ours leave out embedders, adaLN and the last layer, which together are under 3 % even of a model
     as small as the demo; the counter knows convolutions and products, and is told what attention on a CPU is."""

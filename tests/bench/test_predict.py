@@ -68,6 +68,7 @@ def test_prediction_is_that_of_plan(capsys: pytest.CaptureFixture[str]) -> None:
         assert cell["seconds"]["range"][power] == pytest.approx(seconds, abs=0.01)
 
 
+@pytest.mark.slow
 def test_more_memory_is_never_slower() -> None:
     result = predicted("8gb")
     for one in result["sweeps"]:

@@ -90,6 +90,7 @@ def test_sizes(tiny: Path, fox: Path, out: Path, options: tuple, size: tuple[int
     assert Image.open(out).size == size
 
 
+@pytest.mark.slow
 def test_lines_of_a_file_have_their_own(tiny: Path, fox: Path, hole: Path, out: Path) -> None:
     lines = [
         {"prompt": "cat", "image": str(fox), "strength": 0.5},

@@ -99,6 +99,7 @@ def test_sources_that_are_none(model: Path, tmp_path: Path, refused) -> None:
     assert list(tmp_path.iterdir()) == [text]
 
 
+@pytest.mark.slow
 def test_no_output_over_its_own_source(model: Path, tmp_path: Path, refused) -> None:
     copy, link = tmp_path / "copy", tmp_path / "link"
     shutil.copytree(model, copy)
@@ -115,6 +116,7 @@ def test_no_output_over_its_own_source(model: Path, tmp_path: Path, refused) -> 
     assert files_below(copy) == before and {path.name for path in tmp_path.iterdir()} == {"copy", "link"}
 
 
+@pytest.mark.slow
 def test_an_existing_output_is_kept_unless_told_otherwise(model: Path, outputs, tmp_path: Path, refused) -> None:
     folder, file = tmp_path / "folder", tmp_path / "file.gguf"
     shutil.copytree(outputs["q4_0"], folder)

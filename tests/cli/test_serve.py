@@ -81,6 +81,7 @@ def until(holds: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_started_again(tmp_path: Path) -> None:
     with running(tmp_path) as (process, client, said):
         assert said == ""
@@ -101,6 +102,7 @@ def test_killed_in_the_middle_and_started_again(tmp_path: Path) -> None:
         until(lambda: client.get(f"/api/jobs/{again}").json()["state"] == "done")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signal to a process alone")
 def test_an_interrupt_ends_it_within_a_step(tmp_path: Path) -> None:
     with running(tmp_path) as (process, client, _):

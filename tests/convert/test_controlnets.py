@@ -90,6 +90,7 @@ def test_made_up_weights_are_a_controlnet() -> None:
     assert found.nbytes == n_bytes(planned("int8"))
 
 
+@pytest.mark.slow
 def test_8_bits_draw_nearly_the_same(
     diffusers_pipeline: Any, diffusers_folder: Path, source: Path, tmp_path: Path
 ) -> None:

@@ -40,6 +40,7 @@ def untouched(tmp_path: Path, command: list[str]) -> Callable[[], bool]:
     return lambda: files_below(tmp_path) == before and not list(tmp_path.rglob("*.partial"))
 
 
+@pytest.mark.slow
 def test_no_space(command, untouched, refused, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: object) -> None:
         raise AssertionError("opened a file for writing")

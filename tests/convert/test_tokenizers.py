@@ -53,6 +53,7 @@ def test_encoder_in_gguf_carries_it(tmp_path: Path, bare: Path) -> None:
     assert inside.encode(PROMPT) == Qwen3Tokenizer().encode(PROMPT)
 
 
+@pytest.mark.slow
 def test_tokenizer_of_a_gguf_outlives_its_container(tmp_path: Path, tiny: Path) -> None:
     """Safetensors have no room for it."""
     model = comfy_files(tmp_path / "model", 320)

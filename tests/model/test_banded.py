@@ -115,6 +115,7 @@ def test_bands_give_what_diffusers_gives(diffusers_pipeline, diffusers_folder) -
         assert relative_error(Banded(6, *way).encode(parts["encoder"], image), encoded) <= 1e-5
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_encoding_in_bands_is_as_exact_as_float32_is(diffusers_pipeline, diffusers_folder) -> None:
     """At ten sizes the bands are as near to what diffusers gives in float64 as its own float32 is: 0.78 to 1.02
@@ -174,6 +175,7 @@ def test_maps_may_lie_elsewhere(tiny_parts) -> None:
     assert_same(banded.encode(encoder, image), encoder(image))
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_bands_in_bf16_are_as_exact_as_the_whole() -> None:
     latent = torch.randn(16, 6, 8)
@@ -230,13 +232,12 @@ def encoding(encoder: Encoder, run: Callable[[torch.Tensor], torch.Tensor], heig
     return lambda: run(from_pixels(pixels, encoder.conv_in.weight.dtype))
 
 
-COUNTED = [(TINY, 128, 272, 9), (TINY, 208, 112, 16), (TRUE, 256, 512, 32)]
-COUNTED_TOO = [pytest.param(TRUE, 1024, 1024, 64, marks=pytest.mark.full_size)]
+COUNTED = [(TINY, 128, 272, 9), (TINY, 208, 112, 16), (TRUE, 256, 512, 32), (TRUE, 1024, 1024, 64)]
 
 
 @pytest.mark.slow  # large images
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("config", "height", "width", "rows"), [*COUNTED, *COUNTED_TOO])
+@pytest.mark.parametrize(("config", "height", "width", "rows"), always(*COUNTED[::2], of=COUNTED))
 def test_what_is_predicted_is_used(config: VaeConfig, height: int, width: int, rows: int, dtype: torch.dtype) -> None:
     """On the meta device, which counts tensors of any size; what a convolution takes inside is left out."""
     encoder, decoder = model(Encoder, config, dtype, "meta"), model(Decoder, config, dtype, "meta")
@@ -265,6 +266,7 @@ def test_what_the_whole_image_takes(config: VaeConfig, height: int, width: int, 
     assert used <= promised <= 1.02 * used + 2**15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", always(0, 3, of=range(len(LATENTS))))
 def test_small_pictures_take_what_is_predicted(size: int) -> None:
     """Where vectors count, and what lies beyond the edges of maps; in bands as narrow as there are."""

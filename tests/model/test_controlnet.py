@@ -68,6 +68,7 @@ def test_it_is_diffusers(diffusers_pipeline: Any, model: Transformer, version: s
     assert relative_error(our_answer(model, None, *given)[0], hooked[0]) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", KINDS)
 def test_a_control_that_adds_nothing_changes_no_bit(diffusers_pipeline: Any, model: Transformer, version: str) -> None:
     weights, given = their_weights(make_control(diffusers_pipeline.transformer, version)), inputs(version, "guided")
@@ -139,6 +140,7 @@ def test_several_are_merged_by_places() -> None:
     assert "".join(merged("012", beside)) == "".join(["a0", "b0", "0", "b1", "1", "a1", "2", "a2"])
 
 
+@pytest.mark.slow
 def test_a_state_beyond_float16_is_no_harm(
     diffusers_pipeline: Any, diffusers_folder: Path, model: Transformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

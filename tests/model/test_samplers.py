@@ -180,6 +180,7 @@ def test_the_ancestors_bias_goes_with_the_steps() -> None:
     assert biases[0] / biases[1] == pytest.approx(4, rel=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2), ("dpmpp_2m", 2), ("res_multistep", 2)])
 def test_order_of_convergence(name: str, order: int) -> None:
     """Twice the steps divide the error by 2^order, on the way to sigma 0.2: of the last steps to 0, which are Euler's

@@ -66,6 +66,7 @@ def test_heads_are_where_diffusers_has_them() -> None:
     torch.testing.assert_close(ours, torch.view_as_real(pairs).flatten(2).detach(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_shift_changes_no_softmax_and_shrinks_its_error() -> None:
     """Each sequence has its own shift, which adds one number to all its logits of a query and head. Keys have one
     channel 12 sigma from zero, in a pair that turns slowly: it alone makes their range 3 times as large."""

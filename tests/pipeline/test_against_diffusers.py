@@ -36,6 +36,7 @@ def test_transformer(diffusers_pipeline, diffusers_folder, pipeline, height, wid
         assert relative_error(value, wanted.squeeze(1)) <= 1e-5
 
 
+@pytest.mark.slow
 def test_transformer_in_bf16_is_as_exact_as_diffusers(diffusers_pipeline, diffusers_folder, pipeline) -> None:
     import copy
 

@@ -65,6 +65,7 @@ def drawn(model: Path, *requests: GenerateOptions, **options: str) -> list[Tenso
     return load(model, device="cpu", **options).generate(requests)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["2.1", pytest.param("1.0", marks=SLOW)])
 def test_one_that_gives_no_hints_changes_no_bit(tiny: Path, nets: dict[str, Path], version: str) -> None:
     request = replace(CAT, steps=1)
@@ -132,7 +133,7 @@ def test_the_order_of_several_does_not_matter_and_each_counts(tiny: Path, nets: 
 
 
 @SLOW
-@pytest.mark.parametrize("sampler", ["euler", "heun"])
+@pytest.mark.parametrize("sampler", always("euler", of=["euler", "heun"]))
 def test_parts_of_the_steps(tiny: Path, exact: None, nets, sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a ControlNet is not asked none of its blocks is read, and the step is that without."""
     reads, read = Counter[str](), loading.Weights._jobs
@@ -292,6 +293,7 @@ def test_the_command_says_and_writes_it_down(tiny: Path, nets, tmp_path: Path, c
     assert run([*again, *asked[:4]]) == 0 and recipe_of(tmp_path / "again.png") == recipe
 
 
+@pytest.mark.slow
 def test_full_size_ones_without_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     own = ("plan", "--gpu", "3060 laptop", "--json")
     blocks = {"1.0": 8, "2.0": 30, "2.1": 17, "2.1-lite": 5}

@@ -82,6 +82,7 @@ def test_a_hint_is_followed(diffusers_pipeline, saved, pipeline, version, case) 
     same(pipeline.generate([request])[0], truth)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["small", pytest.param("guided", marks=[SLOW, pytest.mark.full_size])])
 @pytest.mark.parametrize("version", ["2.1", *(pytest.param(one, marks=SLOW) for one in ("2.0", "2.1 lite"))])
 def test_a_hint_and_a_mask(diffusers_pipeline, saved, pipeline, version, case) -> None:

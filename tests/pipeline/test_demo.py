@@ -83,6 +83,7 @@ def test_it_is_the_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert judge(image, parse(caption)).all
 
 
+@pytest.mark.slow
 def test_no_note_for_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["quantize", DEMO, "--to", "q8_0", "-o", str(tmp_path / "small")]) == 0
     assert run(["generate", "a red circle", "--model", str(tmp_path / "small"), "-o", str(tmp_path / "image.png")]) == 0

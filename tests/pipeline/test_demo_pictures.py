@@ -66,6 +66,7 @@ def test_outside_a_hard_mask_every_byte_is_the_pictures(demo: Pipeline, red: Ten
     assert was_red.sum() > 200 and (changed[:, 2] > changed[:, 0]).float().mean() > 0.8
 
 
+@pytest.mark.slow
 def test_any_size_comes_back_with_what_the_mask_left(demo: Pipeline, red: Tensor) -> None:
     large = torch.from_numpy(np.array(Image.fromarray(red.numpy()).resize((203, 149))))
     mask = np.zeros((149, 203), np.uint8)
@@ -77,6 +78,7 @@ def test_any_size_comes_back_with_what_the_mask_left(demo: Pipeline, red: Tensor
         assert torch.equal(found[kept], large[kept]) and not torch.equal(found, large)
 
 
+@pytest.mark.slow
 def test_outpainting_goes_on_with_the_background(demo: Pipeline) -> None:
     (plain,) = demo.generate([GenerateOptions("a white circle on a green background", seed=3)])
     (found,) = demo.generate([GenerateOptions("a green background", seed=4, image=plain, outpaint=(0, 0, 0, 16))])
@@ -122,6 +124,7 @@ def test_latents_can_be_kept_and_given(demo: Pipeline, red: Tensor) -> None:
     assert (found.float() - red.float()).abs().mean() < 8
 
 
+@pytest.mark.slow
 def test_a_caller_sees_each_step_and_stops_it(demo: Pipeline) -> None:
     class Enough(Exception):
         pass

@@ -36,6 +36,7 @@ PROMPTS = (
 )
 
 
+@pytest.mark.slow
 def test_the_demo_previews_what_it_draws(demo: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the last step's guess, which is the final latent, each pixel is about the mean of 8 x 8 drawn ones: off by
     2 to 6 % of white on average, and by 1 to 2 % in the top row, where nothing but the background is."""

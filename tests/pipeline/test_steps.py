@@ -53,6 +53,7 @@ def test_noise_is_never_seen_in_tiles(tiny: Path, exact, small_tiles, monkeypatc
     assert torch.equal(whole, free(tiny).generate([GenerateOptions("a cat", WIDTH, HEIGHT, steps=2)])[0])
 
 
+@pytest.mark.slow
 def test_a_slight_change_leaves_no_seam(exact, small_tiles) -> None:
     """The demo over a plain ground: nothing at the places where tiles end that is not everywhere."""
     from zimage_lite import load

@@ -47,6 +47,7 @@ SILLY = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_as_sillytavern_asks(serve_options: Options) -> None:
     """It always sends Basic, asks for every list, waits until nothing is drawn, and takes images[0] as PNG."""
     lists = (
@@ -75,18 +76,21 @@ def test_as_sillytavern_asks(serve_options: Options) -> None:
         assert client.post("/sdapi/v1/interrupt").json() == {}
 
 
+@pytest.mark.slow
 def test_as_librechat_asks(client: TestClient) -> None:
     values = {"prompt": "x", "negative_prompt": "y", "cfg_scale": 4.5, "steps": 22, "width": 1024, "height": 1024}
     _, info = draw(client, **{**values, "width": 64, "height": 64})
     assert {"width", "height", "seed"} <= info.keys() and info["infotexts"][0].startswith("x\nNegative prompt: y\n")
 
 
+@pytest.mark.slow
 def test_a_server_may_obey(serve_options: Options) -> None:
     with serving(serve_options(obey=True)) as (client, _):
         _, info = draw(client, prompt="x", steps=12, cfg_scale=2, width=64, height=64)
         assert info["steps"] == 12 and info["cfg_scale"] == 2 and info["extra_generation_params"] == {}
 
 
+@pytest.mark.slow
 def test_what_is_not_known_is_euler(client: TestClient) -> None:
     _, info = draw(client, prompt="x", sampler_name="UniPC", scheduler="Align Your Steps", steps=1, cfg_scale=1)
     assert info["sampler_name"] == "Euler" and (info["width"], info["height"]) == (64, 64)  # the model's own
@@ -95,6 +99,7 @@ def test_what_is_not_known_is_euler(client: TestClient) -> None:
     assert info["sampler_name"] == "DPM++ 2M" and "Schedule type: Karras" in info["infotexts"][0]
 
 
+@pytest.mark.slow
 def test_img2img_keeps_what_the_mask_leaves(client: TestClient) -> None:
     mask = np.zeros((64, 64, 3), np.uint8)
     mask[16:48, 16:48] = 255
@@ -120,6 +125,7 @@ def test_a_picture_that_is_missing_or_wrong(client: TestClient) -> None:
         assert answer.status_code == 400 and answer.json()["detail"]
 
 
+@pytest.mark.slow
 def test_progress_and_interrupt(serve_options: Options) -> None:
     with serving(serve_options()) as (client, service):
         page = client.post("/api/jobs", json={"prompt": "x", "steps": 100, "width": 256, "height": 256}).json()["id"]
@@ -136,6 +142,7 @@ def test_progress_and_interrupt(serve_options: Options) -> None:
         assert finished(client, page)["state"] == "cancelled"
 
 
+@pytest.mark.slow
 def test_png_info(client: TestClient) -> None:
     answer, _ = draw(client, prompt="a red circle", steps=1)
     said = client.post("/sdapi/v1/png-info", json={"image": answer["images"][0]}).json()

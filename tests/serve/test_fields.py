@@ -65,6 +65,7 @@ def test_what_is_refused(serve_options: Options, tmp_path: Path, values: dict[st
     assert raised.value.param == param
 
 
+@pytest.mark.slow
 def test_pictures_are_not_enlarged_without_end(serve_options: Options) -> None:
     """What has no size of its own has its picture's; of a large one, twice the model's megapixel."""
     for size, most in (((256, 256), 8.0), ((2000, 2000), 1.4)):
@@ -82,6 +83,7 @@ def test_names_that_others_have(serve_options: Options) -> None:
     assert ask(serve_options(), seed=-1).seed != ask(serve_options(), seed=-1).seed
 
 
+@pytest.mark.slow
 def test_a_control_is_drawn_with(serve_options: Options, tiny: Path, tmp_path: Path) -> None:
     net = save_control(tmp_path / "2.1.safetensors", tiny_config("2.1"))
     options = serve_options(models={"tiny": str(tiny)}, controls={"union": str(net)})

@@ -233,6 +233,7 @@ def test_errors_tell_nothing_of_the_server(client: TestClient, monkeypatch: pyte
     assert answer.status_code == 500 and "secret" not in answer.text and "Traceback" not in answer.text
 
 
+@pytest.mark.slow
 def test_streams_without_number(serve_options: Options) -> None:
     with serving(serve_options(limits={"streams": 1})) as (client, _):
         job = client.post("/api/jobs", json=DRAW).json()["id"]

@@ -42,6 +42,7 @@ def test_the_openai_package_draws(real: tuple[openai.OpenAI, Service]) -> None:
     assert np.array_equal(np.asarray(picture(answer.data[0].b64_json)), wanted[0].numpy())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "format"), [("jpeg", "JPEG"), ("webp", "WEBP")])
 def test_other_formats_keep_the_recipe(kind: Any, format: str, client: TestClient) -> None:
     values = {"prompt": "x", "output_format": kind, "output_compression": 80, **SHORT}
@@ -53,6 +54,7 @@ def test_other_formats_keep_the_recipe(kind: Any, format: str, client: TestClien
     assert recipe_of(file.getvalue())["seed"] == 5
 
 
+@pytest.mark.slow
 def test_the_openai_package_streams(real: tuple[openai.OpenAI, Service]) -> None:
     client, _ = real
     stream = client.images.generate(
@@ -66,6 +68,7 @@ def test_the_openai_package_streams(real: tuple[openai.OpenAI, Service]) -> None
     assert all(picture(event.b64_json).format == "JPEG" for event in told)
 
 
+@pytest.mark.slow
 def test_the_openai_package_edits(real: tuple[openai.OpenAI, Service]) -> None:
     """A mask's transparent part is drawn anew, and the rest stays as it was, to the byte."""
     client, _ = real
@@ -79,6 +82,7 @@ def test_the_openai_package_edits(real: tuple[openai.OpenAI, Service]) -> None:
     assert picture(several.data[0].b64_json).size == (64, 64)
 
 
+@pytest.mark.slow
 def test_edits_in_json(client: TestClient) -> None:
     images = [{"image_url": f"data:image/png;base64,{base64_of(png())}"}]
     answer = client.post("/v1/images/edits", json={"prompt": "x", "images": images, **SHORT})
@@ -88,6 +92,7 @@ def test_edits_in_json(client: TestClient) -> None:
         assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.slow
 def test_who_gives_up_cancels_and_is_not_drawn_thrice(
     real: tuple[openai.OpenAI, Service], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +110,7 @@ def test_who_gives_up_cancels_and_is_not_drawn_thrice(
     assert {facts["state"] for facts in service.history.jobs(10)} == {"cancelled"}
 
 
+@pytest.mark.slow
 def test_a_stream_that_is_left_cancels(real: tuple[openai.OpenAI, Service]) -> None:
     client, service = real
     stream = client.images.generate(
@@ -134,6 +140,7 @@ def test_errors_are_those_that_the_package_knows(real: tuple[openai.OpenAI, Serv
             client.post("/images/generations", body={"prompt": "x", **wrong}, cast_to=object)
 
 
+@pytest.mark.slow
 def test_failures_are_not_asked_for_again(real: tuple[openai.OpenAI, Service], monkeypatch: pytest.MonkeyPatch) -> None:
     client, service = real
 
@@ -148,6 +155,7 @@ def test_failures_are_not_asked_for_again(real: tuple[openai.OpenAI, Service], m
         list(client.images.generate(prompt="x", stream=True))
 
 
+@pytest.mark.slow
 def test_as_open_webui_asks(client: TestClient) -> None:
     """b64_json, for it fetches URLs through a check that blocks this machine; edits by `image` and by `image[]`."""
     values = {"model": "demo", "prompt": "x", "n": 1, "size": "64x64", "response_format": "b64_json", **SHORT}
@@ -159,6 +167,7 @@ def test_as_open_webui_asks(client: TestClient) -> None:
         assert answer.status_code == 200, answer.text
 
 
+@pytest.mark.slow
 def test_as_librechat_asks(client: TestClient) -> None:
     values = {"model": "gpt-image-1", "prompt": "x", "quality": "auto", "size": "auto", "background": "auto", "n": 1}
     assert "b64_json" in client.post("/v1/images/generations", json=values).json()["data"][0]

@@ -42,6 +42,7 @@ def test_a_job_from_order_to_deletion(client: TestClient) -> None:
     assert client.get("/api/jobs").json() == {"jobs": []}
 
 
+@pytest.mark.slow
 def test_a_restart_finds_the_history(serve_options: Options) -> None:
     with serving(serve_options()) as (client, _):
         job = submit(client)
@@ -62,6 +63,7 @@ def test_a_job_says_what_was_asked_for_and_what_it_took(client: TestClient) -> N
     assert memory["place"] == "Memory" and 0 < memory["planned"] <= memory["limit"] and memory["used"] > 0
 
 
+@pytest.mark.slow
 def test_events_until_the_end(client: TestClient) -> None:
     job = submit(client, steps=4)
     told = [data for name, data in events(client.get(f"/api/jobs/{job}/events").text) if name == "job"]
@@ -71,6 +73,7 @@ def test_events_until_the_end(client: TestClient) -> None:
     assert client.get(f"/api/jobs/{job}/preview").status_code == 204  # it has gone with the job
 
 
+@pytest.mark.slow
 def test_previews_while_it_draws(client: TestClient) -> None:
     job, seen = submit(client, steps=60), None
     while seen is None or seen.status_code != 200:
@@ -82,6 +85,7 @@ def test_previews_while_it_draws(client: TestClient) -> None:
     assert client.post(f"/api/jobs/{job}/cancel").json()["state"] == "cancelled"
 
 
+@pytest.mark.slow
 def test_a_full_queue(serve_options: Options) -> None:
     with serving(serve_options(limits={"waiting": 2})) as (client, service):
         first = submit(client, steps=100)
@@ -98,6 +102,7 @@ def test_a_full_queue(serve_options: Options) -> None:
         assert len(client.get("/api/jobs").json()["jobs"]) == 3  # nothing of what was refused
 
 
+@pytest.mark.slow
 def test_pictures_in(client: TestClient) -> None:
     job = submit(client, image=base64_of(png()), mask=f"data:image/png;base64,{base64_of(png(mode='L'))}")
     facts = finished(client, job)
@@ -106,6 +111,7 @@ def test_pictures_in(client: TestClient) -> None:
     assert settings["image"].keys() == {"sha256"}  # not the picture itself
 
 
+@pytest.mark.slow
 def test_what_a_picture_says_of_itself(client: TestClient) -> None:
     facts = finished(client, submit(client))
     raw = client.get(f"/api/pictures/{facts['pictures'][0]['name']}").content

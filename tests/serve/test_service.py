@@ -49,6 +49,7 @@ def test_pictures_are_those_of_generate(service: Service) -> None:
     assert service.history.job(job.id)["settings"]["steps"] == 2
 
 
+@pytest.mark.slow
 def test_progress_and_previews_are_told(service: Service) -> None:
     seen = list[dict[str, Any]]()
     previews = set[bytes | None]()
@@ -70,6 +71,7 @@ def test_progress_and_previews_are_told(service: Service) -> None:
     assert [facts["version"] for facts in seen] == sorted(facts["version"] for facts in seen)
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_stops_within_a_step(service: Service) -> None:
     steps = list[int]()
 
@@ -98,6 +100,7 @@ class Breaking:
             raise error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "code", "says"),
     [
@@ -122,6 +125,7 @@ def test_the_worker_outlives_what_breaks(
     assert drawn(service, 2).state == DONE
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_as_that(serve_options: Options) -> None:
     from dataclasses import replace
 
@@ -134,6 +138,7 @@ def test_what_does_not_fit_is_told_as_that(serve_options: Options) -> None:
     service.stop()
 
 
+@pytest.mark.slow
 def test_a_full_disk_fails_the_job_alone(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -146,6 +151,7 @@ def test_a_full_disk_fails_the_job_alone(service: Service, monkeypatch: pytest.M
     assert drawn(service, 2).state == DONE
 
 
+@pytest.mark.slow
 def test_the_pipeline_is_opened_once_and_given_back(serve_options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     service = Service(serve_options())
     opened, given, back = list[weakref.ref[Pipeline]](), service.worker._give_back, Event()
