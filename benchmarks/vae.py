@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -146,19 +147,21 @@ def as_planned(half: Encoder | Decoder, dtype: torch.dtype, way: VaePlan, given:
     return decode_as_planned(half, given, way)
 
 
-def diffusers_half(half: str, dtype: torch.dtype, way: str, tile: int) -> Any:
+def diffusers_half(half: str, dtype: torch.dtype, way: str, tile: int, device: str = "cpu") -> Any:
     """tile: its edge in pixels; diffusers' own is 1024, which would not cut an image of that size or less."""
     from diffusers import AutoencoderKL
 
     c = VaeConfig()
     levels = len(c.block_out_channels)
-    vae = AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=16, block_out_channels=c.block_out_channels,
-        layers_per_block=c.layers_per_block, down_block_types=["DownEncoderBlock2D"] * levels,
-        up_block_types=["UpDecoderBlock2D"] * levels, norm_num_groups=c.norm_num_groups, use_quant_conv=False,
-        use_post_quant_conv=False,
-    )  # fmt: skip
-    getattr(vae, half).load_state_dict(weights(HALVES[half](c)))
+    with torch.device(device):
+        vae = AutoencoderKL(
+            in_channels=3, out_channels=3, latent_channels=16, block_out_channels=c.block_out_channels,
+            layers_per_block=c.layers_per_block, down_block_types=["DownEncoderBlock2D"] * levels,
+            up_block_types=["UpDecoderBlock2D"] * levels, norm_num_groups=c.norm_num_groups, use_quant_conv=False,
+            use_post_quant_conv=False,
+        )  # fmt: skip
+    if device != "meta":
+        getattr(vae, half).load_state_dict(weights(HALVES[half](c)))
     setattr(vae, "decoder" if half == "encoder" else "encoder", None)
     vae = vae.to(dtype).eval()
     if way == "diffusers tiled":
@@ -172,22 +175,25 @@ def diffusers_half(half: str, dtype: torch.dtype, way: str, tile: int) -> Any:
 def counted(half: str) -> list[dict[str, Any]]:
     """Bytes of tensors at their peak, weights not included."""
     rows, predict = [], predict_encode if half == "encoder" else predict_decode
-    for height, width in COUNTED:
-        for dtype in DTYPES.values():
-            made = HALVES[half](VaeConfig())
-            bound(made, {name: torch.empty(shape, device="meta") for name, shape in shapes(made).items()}, dtype)
-            for name, way in WAYS.items():
-                given = torch.empty_like(input_of(half, height, width), device="meta")
-                with torch.inference_mode(), LiveBytes() as live:
-                    as_planned(made, dtype, way, given)
-                predicted = predict(VaeConfig(), height, width, dtype.itemsize, way, no_convolution).device_bytes
-                rows.append(
-                    {
-                        "way": name, "size": f"{height}x{width}", "dtype": str(dtype).removeprefix("torch."),
-                        "peak_bytes": live.peak_bytes, "predicted_bytes": predicted,
-                    }
-                )  # fmt: skip
+    for (height, width), dtype in product(COUNTED, DTYPES.values()):
+        of = {"size": f"{height}x{width}", "dtype": str(dtype).removeprefix("torch.")}
+        given = torch.empty_like(input_of(half, height, width), device="meta")
+        for name in PEERS:
+            theirs = diffusers_half(half, dtype, name, min(height, width) // 2, "meta")
+            rows.append({"way": name, **of, "peak_bytes": peak_bytes(theirs, given)})
+        made = HALVES[half](VaeConfig())
+        bound(made, {name: torch.empty(shape, device="meta") for name, shape in shapes(made).items()}, dtype)
+        for name, way in WAYS.items():
+            peak = peak_bytes(partial(as_planned, made, dtype, way), given)
+            predicted = predict(VaeConfig(), height, width, dtype.itemsize, way, no_convolution).device_bytes
+            rows.append({"way": name, **of, "peak_bytes": peak, "predicted_bytes": predicted})
     return rows
+
+
+def peak_bytes(compute: Any, given: torch.Tensor) -> int:
+    with torch.inference_mode(), LiveBytes() as live:
+        compute(given)
+    return live.peak_bytes
 
 
 if __name__ == "__main__":
