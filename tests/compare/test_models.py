@@ -29,6 +29,8 @@ from zimage_lite.pictures.saving import recipe_of
 
 pytestmark = pytest.mark.slow  # pictures of several models
 
+HOURGLASS = Path(__file__).parent.parent / "data" / "hourglass_lora.safetensors"
+
 Refused = Callable[..., str]
 
 
@@ -80,16 +82,18 @@ def test_they_are_the_pictures_of_generate(models: Path, tmp_path: Path) -> None
     """The second model with the second prompt, in a process of its own would be the same."""
     prompts, picture = tmp_path / "p.jsonl", tmp_path / "red.png"
     Image.new("RGB", (70, 50), "red").save(picture)
-    lines = [{"prompt": RED}, {"prompt": BLUE, "seed": 9, "image": str(picture)}]
+    lines = [{"prompt": RED}, {"prompt": BLUE, "seed": 9, "image": str(picture), "loras": [str(HOURGLASS)]}]
     prompts.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     assert compare(DEMO, models / "q4_0", "--prompts", prompts, "-o", tmp_path / "out") == 0
     one = tmp_path / "one.png"
-    options = ["--seed", "9", "--image", str(picture), *map(str, SHORT)]
+    options = ["--seed", "9", "--image", str(picture), "--lora", str(HOURGLASS), *map(str, SHORT)]
     assert run(["generate", BLUE, "--model", str(models / "q4_0"), "-o", str(one), *options]) == 0
     ours, theirs = Image.open(tmp_path / "out" / "pictures" / "q4_0" / "0002.png"), Image.open(one)
     assert ours.size == (70, 50) and not ImageChops.difference(ours, theirs).getbbox()
     said, wanted = recipe_of(Path(ours.filename)), recipe_of(one)
     assert wanted["model"].pop("sha256") and said == wanted  # to compute it would disturb what is measured
+    asked = json.loads((tmp_path / "out" / "result.json").read_text())["images"]
+    assert [one["loras"] for one in asked] == [[], said["loras"]] and said["loras"]
 
 
 def test_one_file_takes_the_rest_from_the_reference(models: Path, tmp_path: Path) -> None:

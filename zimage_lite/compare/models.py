@@ -136,7 +136,7 @@ def compare(
         "machine": machine_facts(),
         "steps": requests[0].steps,
         "lpips": lpips,
-        "images": [{"prompt": r.prompt, "seed": r.seed, "size": sizes[i]} for i, r in enumerate(requests)],
+        "images": [{**_asked(request, first), "size": sizes[i]} for i, request in enumerate(requests)],
         "models": rows,
     }
 
@@ -148,6 +148,11 @@ def _named(label: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise type(error)(f"{label}: {error}") from error
+
+
+def _asked(request: GenerateOptions, pipeline: Pipeline) -> dict[str, Any]:
+    beside = {"loras": pipeline.adapters.told(request.loras), "controls": pipeline.controls.told(request)}
+    return {"prompt": request.prompt, "seed": request.seed, **beside}
 
 
 def _facts(files: ModelFiles) -> dict[str, Any]:
