@@ -30,7 +30,7 @@ def zimage(work: Path, server: HubServer, *args: object) -> subprocess.Completed
 @pytest.mark.parametrize(
     ("to", "runs"),
     [
-        ("q8_0", ([], [], ["--discard-source", "--revision", COMMIT])),
+        ("q8_0", ([], ["--discard-source", "--revision", COMMIT])),
         pytest.param("int8", (["--discard-source"],), marks=pytest.mark.full_size),
     ],
 )

@@ -127,7 +127,7 @@ def timed(draw: Callable[[], object]) -> float:
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer signals here")
-@pytest.mark.parametrize("moments", [4, pytest.param(50, marks=pytest.mark.full_size)])
+@pytest.mark.parametrize("moments", [3, pytest.param(50, marks=pytest.mark.full_size)])
 def test_a_signal_at_any_moment(tiny: Path, exact, moments: int) -> None:
     lasting: list[float] = []
 

@@ -22,6 +22,7 @@ from demo_scenes import (
     parse,
     random_scene,
 )
+from marking import always
 from PIL import Image, ImageFilter
 
 COUNT = 60  # scenes per level and size
@@ -73,7 +74,7 @@ def worn(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 @pytest.mark.slow  # hundreds of drawings
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("size", always(64, of=[64, 128]))
 @pytest.mark.parametrize("level", LEVELS)
 def test_truth_is_accepted_and_wrong_captions_are_refused(level: str, size: int) -> None:
     rng = np.random.default_rng(12)
