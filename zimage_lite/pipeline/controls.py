@@ -96,11 +96,16 @@ class ControlLibrary:
 
     def of(self, request: GenerateOptions) -> ControlSet:
         """Raises UserError for what is no ControlNet, or is one of another model."""
-        if not request.controls:
-            return UNCONTROLLED
-        nets = tuple(self._opened(use.path) for use in request.controls)
         copies = request.control_math == "diffusers"
-        return ControlSet(nets, request.controls, request.control_start, request.control_end, copies)
+        return self.of_uses(request.controls, request.control_start, request.control_end, copies)
+
+    def of_uses(
+        self, uses: tuple[ControlUse, ...], start: float = 0.0, end: float = 1.0, copies: bool = False
+    ) -> ControlSet:
+        """As fields of `ControlSet`. Raises UserError."""
+        if not uses:
+            return UNCONTROLLED
+        return ControlSet(tuple(self._opened(use.path) for use in uses), uses, start, end, copies)
 
     def told(self, request: GenerateOptions) -> list[dict[str, Any]]:
         """As plain data, for recipes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import cast
 
@@ -26,13 +26,16 @@ class Decode(VaePhase):
         """What there is to plan."""
         return partial(ways_to_decode, self.sizes, job)
 
-    def run(self, latents: Sequence[Tensor], done: int, plan: Plan) -> Iterator[Tensor]:
-        """-> images [height, width, 3] uint8 on the CPU, of latents[done:]."""
+    def run(
+        self, latents: Sequence[Tensor], done: int, plan: Plan, finish: Callable[[Tensor], Tensor] = to_pixels
+    ) -> Iterator[Tensor]:
+        """-> images [height, width, 3] uint8 on the CPU, of latents[done:]; or what `finish` makes of what the decoder
+        gives."""
 
         def pixels(decoder: Decoder, latent: Tensor, hardware: Hardware) -> Tensor:
             image = decode_as_planned(decoder, latent.to(hardware.device), plan.way)
             require_finite([image], self.model.vae, "the decoded image", hardware.dtype)
-            return to_pixels(image).cpu()
+            return finish(image).cpu()
 
         return self.each(latents[done:], pixels, plan)
 

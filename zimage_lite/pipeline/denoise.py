@@ -68,6 +68,10 @@ class Denoise:
         self.projecting = projecting
         self._beside: tuple[ControlSet, Component] | None = None
 
+    def twin(self) -> Denoise:
+        """The same with skeletons of its own, which are bound and released apart from these."""
+        return Denoise(self.model, self.sizes, self.compute, self.work, self.projecting)
+
     @cached_property
     def component(self) -> Component:
         return self._component(Transformer(self.model.transformer.config, self.compute), self.model.transformer, BLOCKS)

@@ -33,7 +33,7 @@ from .backends import choose_for
 from .controls import ControlLibrary, unusual
 from .decode import Decode
 from .denoise import Denoise, OnStep
-from .encode import Encode
+from .encode import Encode, Prompt
 from .grouping import Group, grouped, rounds
 from .levels import as_tensor
 from .picture import EncodePictures
@@ -97,7 +97,7 @@ class Pipeline:
         """-> one [height, width, 3] uint8 tensor per request, on the CPU. Raises UserError, BudgetError if it does not
         fit. progress(phase, done, total) is called as it goes, on_step after each step of each image: what it raises
         stops the run there, with all memory given back."""
-        with Clearing(self._release):  # an interrupt can come between `images` and what puts it in inference mode
+        with Clearing(self.release):  # an interrupt can come between `images` and what puts it in inference mode
             found = dict(self.images(requests, progress, on_step))
         return [found[index] for index in range(len(requests))]
 
@@ -109,7 +109,7 @@ class Pipeline:
         """The same as they come, each with its place in `requests`: of those that are alike, one after another; of
         several sizes or schedules, one group after another. on_latents: called with each place and its latents before
         they are decoded, [channels, height/8, width/8] float32."""
-        with Clearing(self._release):
+        with Clearing(self.release):
             if requests:
                 yield from self._drawn([self.complete(request) for request in requests], progress, on_step, on_latents)
 
@@ -200,12 +200,12 @@ class Pipeline:
         return self.model.scheduler.completed(request, self.model.default_size)
 
     @torch.inference_mode()
-    def encode(self, prompts: Sequence[str], progress: Progress = silent) -> list[Tensor]:
+    def encode(self, prompts: Sequence[Prompt], progress: Progress = silent) -> list[Tensor]:
         """-> the embedding of each: [tokens, width] on the CPU, in the dtype of the residual stream. Kept ones are not
         computed again."""
         found = self.encoding.kept(prompts)
         unknown = [text for text in dict.fromkeys(prompts) if text not in found]
-        with Clearing(self._release):
+        with Clearing(self.release):
             tokens = self.encoding.tokens(unknown)
             ways = self.work.planning.planned([self.encoding.ways(list(tokens.values()))] if unknown else [])
             self.work.begin()
@@ -218,7 +218,7 @@ class Pipeline:
         """latents: of one size. -> images [height, width, 3] uint8, on the CPU."""
         height, width = latents[0].shape[1:]
         job = Job(width * VAE_FACTOR, height * VAE_FACTOR, images=len(latents))
-        with Clearing(self._release):
+        with Clearing(self.release):
             (ways,) = self.work.planning.planned([self.decoding.ways(job)])
             self.work.begin()
             return list(self.work.planning.within(ways, partial(self.decoding.run, latents)))
@@ -229,7 +229,7 @@ class Pipeline:
         float32, on the CPU: the most likely ones, that `decode` takes."""
         height, width = pictures[0].shape[:2]
         job = Job(width, height, pictures=len(pictures))
-        with Clearing(self._release):
+        with Clearing(self.release):
             (ways,) = self.work.planning.planned([self.encoding_pictures.ways(job)])
             self.work.begin()
             means = [None] * len(pictures)
@@ -252,7 +252,8 @@ class Pipeline:
         device, dtype = str(self.hardware.device), self.hardware.dtype_name
         return {"device": device, "dtype": dtype, "backend": self.choice.backend, "compute": self.choice.bits}
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Let go of what an interrupted call may have left."""
         for phase in (self.encoding_pictures, self.encoding, self.denoising, self.decoding):
             phase.release()
         self.work.give_back()

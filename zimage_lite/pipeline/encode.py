@@ -1,9 +1,13 @@
-"""First phase: prompts -> embeddings. The same prompt is never encoded twice."""
+"""First phase: prompts -> embeddings. The same prompt is never encoded twice.
+
+A prompt is a text, or the tokens that somebody else made of one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
+from typing import TypeVar
 
 from torch import Tensor
 from zimage_kernels import Backend
@@ -22,6 +26,9 @@ from .prompt_cache import PromptCache, cache_folder, embedding_key
 from .weights import Component
 from .workspace import Progress, WaysOn, Workspace
 
+Prompt = str | tuple[int, ...]
+_Prompt = TypeVar("_Prompt", bound=Prompt)
+
 
 class Encode:
     """unpacking: what unpacks the encoder's weights, which are never multiplied in 8 bits."""
@@ -36,33 +43,33 @@ class Encode:
             TextEncoder(self.model.text_encoder.config, self.unpacking), self.model.text_encoder, ("layers",)
         )
 
-    def tokens(self, prompts: Iterable[str]) -> dict[str, int]:
+    def tokens(self, prompts: Iterable[_Prompt]) -> dict[_Prompt, int]:
         """How many each has, with the frame of a chat around it."""
-        return {text: len(self.model.tokenizer.encode(text)) for text in prompts}
+        return {prompt: len(self._ids(prompt)) for prompt in prompts}
 
-    def kept(self, prompts: Iterable[str]) -> dict[str, Tensor]:
+    def kept(self, prompts: Iterable[_Prompt]) -> dict[_Prompt, Tensor]:
         """The embeddings that are on the disk."""
-        found = {text: self.cache.get(self._key(text)) for text in prompts}
-        return {text: embedding for text, embedding in found.items() if embedding is not None}
+        found = {prompt: self.cache.get(self._key(prompt)) for prompt in prompts}
+        return {prompt: embedding for prompt, embedding in found.items() if embedding is not None}
 
     def ways(self, tokens: Sequence[int]) -> WaysOn:
         """What there is to plan. tokens: of each prompt."""
         return partial(ways_to_encode, self.sizes, tokens)
 
-    def embeddings(self, prompts: Sequence[str], ways: Ways, progress: Progress) -> dict[str, Tensor]:
+    def embeddings(self, prompts: Sequence[_Prompt], ways: Ways, progress: Progress) -> dict[_Prompt, Tensor]:
         """Of each [tokens, width] on the CPU, in the dtype of the residual stream; kept for the next time."""
         encoded = self.work.planning.within(ways, partial(self.run, prompts, progress))
         found = dict(zip(prompts, encoded, strict=True))
         self.model.text_encoder.require_unchanged()  # else they would be kept for other weights
-        for text, embedding in found.items():
-            self.cache.put(self._key(text), embedding)
+        for prompt, embedding in found.items():
+            self.cache.put(self._key(prompt), embedding)
         return found
 
-    def run(self, prompts: Sequence[str], progress: Progress, done: int, plan: Plan) -> Iterator[Tensor]:
+    def run(self, prompts: Sequence[Prompt], progress: Progress, done: int, plan: Plan) -> Iterator[Tensor]:
         """Of prompts[done:], as planned."""
         hardware, component = self.work.hardware_of(plan), self.component
         table = self.model.text_encoder.tensors["embed_tokens.weight"]
-        batches = batched([self.model.tokenizer.encode(text) for text in prompts[done:]], len)
+        batches = batched([self._ids(prompt) for prompt in prompts[done:]], len)
         kept = stream_dtype(self.work.hardware.dtype)  # also where the CPU encodes in float32 for the GPU
         with self.work.open(component, plan) as weights, weights.passes(len(batches)) as stream:
             for batch in batches:
@@ -77,5 +84,8 @@ class Encode:
         if "component" in vars(self):  # else it was never made
             release(self.component.model)
 
-    def _key(self, text: str) -> str:
-        return embedding_key(self.model.tokenizer.encode(text), self.model.text_encoder, self.work.hardware.dtype)
+    def _ids(self, prompt: Prompt) -> list[int]:
+        return self.model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def _key(self, prompt: Prompt) -> str:
+        return embedding_key(self._ids(prompt), self.model.text_encoder, self.work.hardware.dtype)

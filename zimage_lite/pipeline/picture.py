@@ -44,11 +44,22 @@ class EncodePictures(VaePhase):
         def latent(encoder: Encoder, given: tuple[Tensor, Tensor | None], hardware: Hardware) -> Tensor:
             picture, noise = given
             image = from_pixels(picture.to(hardware.device), hardware.dtype)
-            moments = encode_as_planned(encoder, image, plan.way)
-            require_finite([moments], self.model.vae, "the picture's latent", hardware.dtype)
-            return latent_of(moments.cpu(), encoder.config, noise)
+            return latent_of(self._moments(encoder, image, plan, hardware), encoder.config, noise)
 
         return self.each(list(zip(pictures, noises, strict=True))[done:], latent, plan)
+
+    def moments(self, images: Sequence[Tensor], done: int, plan: Plan) -> Iterator[Tensor]:
+        """As of `Encoder.forward`, float32 on the CPU, of images[done:], each [3, height, width] in [-1, 1]."""
+
+        def compute(encoder: Encoder, image: Tensor, hardware: Hardware) -> Tensor:
+            return self._moments(encoder, image.to(hardware.device, hardware.dtype), plan, hardware).float()
+
+        return self.each(images[done:], compute, plan)
+
+    def _moments(self, encoder: Encoder, image: Tensor, plan: Plan, hardware: Hardware) -> Tensor:
+        moments = encode_as_planned(encoder, image, plan.way)
+        require_finite([moments], self.model.vae, "the picture's latent", hardware.dtype)
+        return moments.cpu()
 
 
 def encode_as_planned(encoder: Encoder, image: Tensor, plan: VaePlan) -> Tensor:

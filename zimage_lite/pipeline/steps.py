@@ -47,15 +47,36 @@ class Schedule:
 def schedule(component: Component, sigmas: Tensor, hardware: Hardware) -> Schedule:
     """sigmas: [steps + 1] float32. Computed on the CPU, from weights that are read for it and are not needed
     afterwards."""
+    times = torch.cat([model_time(sigma) for sigma in sigmas[:-1]])
+    return Schedule(sigmas, *modulations(component, times, hardware))
+
+
+def modulations(
+    component: Component, times: Tensor, hardware: Hardware
+) -> tuple[list[Modulation], list[list[ControlModulation]]]:
+    """times: [T] float32. -> what evaluations at these times take, on the device; and of each ControlNet. The same
+    weights must not be open meanwhile."""
     model, dtype = component.model, hardware.dtype
     assert isinstance(model, Transformer)
     nets = model.controls if isinstance(model, ControlledTransformer) else ()
-    times = torch.cat([model_time(sigma) for sigma in sigmas[:-1]])
     with time_weights(component, hardware) as stream:
         found, condition = model.modulations(times, dtype, stream), model.condition(times)
         controls = [net.modulations(condition, dtype, stream) for net in nets]  # type: ignore[operator]
     there = [modulation.to(hardware.device) for modulation in found]
-    return Schedule(sigmas, there, [[own.to(hardware.device) for own in of_net] for of_net in controls])
+    return there, [[own.to(hardware.device) for own in of_net] for of_net in controls]
+
+
+class KnownRopes:
+    """Of the evaluation before, where they are the same."""
+
+    def __init__(self) -> None:
+        self._known: tuple[object, Ropes] | None = None  # with what they are of
+
+    def of(self, model: Transformer, inputs: list[Tensor], captions: list[Caption]) -> Ropes:
+        alike = [latent.shape for latent in inputs], [len(caption.tokens) for caption in captions]
+        if self._known is None or self._known[0] != alike:
+            self._known = alike, model.ropes(inputs, captions)
+        return self._known[1]
 
 
 @dataclass
@@ -76,7 +97,7 @@ class Batch:
     schedule: Schedule
     tiles: Sequence[Tile]
     controls: ControlSet = UNCONTROLLED
-    _ropes: tuple[object, Ropes] | None = field(default=None, init=False)  # and of what they are
+    _ropes: KnownRopes = field(default_factory=KnownRopes, init=False)
     _contexts: list[list[Tensor]] = field(default_factory=list, init=False)  # of each ControlNet, of each image
 
     @property
@@ -133,9 +154,9 @@ class Batch:
             for contexts in self._contexts
         ]
         captions = [self.captions[side] for own in told for side in own]
-        ropes = self._ropes_of(model, inputs, captions)
-        beside = self._beside(model, captions, seen, step)
-        outputs = iter(model(inputs, captions, self.schedule.modulations[step], stream, watch, ropes, beside))
+        ropes = self._ropes.of(model, inputs, captions)
+        controls = self._beside(model, captions, seen, step)
+        outputs = iter(model(inputs, captions, self.schedule.modulations[step], stream, watch, ropes, controls))
         sides = [[next(outputs).float() for _ in own] for own in told]
         return [-followed(image.request, *own) for image, own in zip(self.images, sides, strict=True)]
 
@@ -145,32 +166,33 @@ class Batch:
         """seen: by each ControlNet, of each sequence of the evaluation."""
         if not self.controls.runs(step, len(self.schedule)):
             return None
-        assert isinstance(model, ControlledTransformer)
-        kind: type[Control] = Control
-        more: dict[str, Any] = {}
-        if self.controls.copies:
-            kind, more = DiffusersControl, {"refiner": self.schedule.modulations[step].noise_refiner}
-        found = [
-            kind(
-                net=cast(ControlNet, net), contexts=contexts, captions=captions, modulation=times[step],
-                pad_token=model.x_pad_token, scale=scale, **more,
-            )
-            for net, contexts, times, scale in zip(
-                model.controls, seen, self.schedule.controls, self.controls.scales, strict=True
-            )
-        ]  # fmt: skip
-        return found[0] if len(found) == 1 else Several(found)
-
-    def _ropes_of(self, model: Transformer, inputs: list[Tensor], captions: list[Caption]) -> Ropes:
-        """Of the step before, where they are the same."""
-        alike = [latent.shape for latent in inputs], [len(caption.tokens) for caption in captions]
-        if self._ropes is None or self._ropes[0] != alike:
-            self._ropes = alike, model.ropes(inputs, captions)
-        return self._ropes[1]
+        times = [of_net[step] for of_net in self.schedule.controls]
+        return beside(model, self.controls, captions, seen, self.schedule.modulations[step], times)
 
     @property
     def _sampler(self) -> str:
         return self.images[0].request.sampler
+
+
+def beside(
+    model: Transformer, controls: ControlSet, captions: Sequence[Caption], seen: Sequence[Sequence[Tensor]],
+    modulation: Modulation, times: Sequence[ControlModulation],
+) -> Beside:  # fmt: skip
+    """What ControlNets do in an evaluation. captions: of each sequence; seen: by each ControlNet, of each sequence;
+    modulation: the transformer's, and times: that of each ControlNet."""
+    assert isinstance(model, ControlledTransformer)
+    kind: type[Control] = Control
+    more: dict[str, Any] = {}
+    if controls.copies:
+        kind, more = DiffusersControl, {"refiner": modulation.noise_refiner}
+    found = [
+        kind(
+            net=cast(ControlNet, net), contexts=contexts, captions=captions, modulation=own,
+            pad_token=model.x_pad_token, scale=scale, **more,
+        )
+        for net, contexts, own, scale in zip(model.controls, seen, times, controls.scales, strict=True)
+    ]  # fmt: skip
+    return found[0] if len(found) == 1 else Several(found)
 
 
 def followed(request: GenerateOptions, positive: Tensor, negative: Tensor | None = None) -> Tensor:
