@@ -22,7 +22,7 @@ StrPath = str | PathLike[str]
 
 
 def load(
-    model: StrPath = DEMO,
+    model: StrPath | None = DEMO,
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -37,7 +37,8 @@ def load(
     cache: bool = True,
     tell: Callable[[str], None] = silent,
 ) -> Pipeline:
-    """Open a model folder, one of the Hub, the built-in demo, or "synthetic:FORMAT". Raises UserError.
+    """Open a model folder, one of the Hub, the built-in demo, or "synthetic:FORMAT"; None if all parts are
+    named. Raises UserError.
 
     Nothing is loaded before `Pipeline.generate`. vram, ram: ceilings such as "6GB"; cache: keep prompt embeddings on
     the disk; tell: gets a line when memory ran out and less is used, or torch runs in the place of kernels; the other
