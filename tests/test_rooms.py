@@ -28,7 +28,7 @@ FLOORS = (
     ("cli",),
     ("report", "serve"),
     ("compare",),
-    ("bench",),
+    ("bench", "train"),
     ("api",),
     ("pipeline",),
     ("plan",),

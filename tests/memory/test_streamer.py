@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -191,6 +192,19 @@ def test_blocks_that_are_idle_are_not_sent() -> None:
             visited.append(block)
     assert visited == ["a", "b", "a", "b", "c", "d", "a", "b"] == list(route.visits())
     assert calls == ["copy a", "copy b", "copy b", "copy c", "copy d", "copy b"]
+
+
+def test_a_way_back_is_brought_backwards() -> None:
+    """Whatever stays, through however many slots: no block is overwritten before it was needed for the last time."""
+    for route in routes():
+        turning = replace(route, passes=4, turning=True, idle=[(), {"b0", "b1"}] * 2)
+        model, visited = Model(turning, passages_of(route, [(5, 3, 4, 2)] * 7)), list[str]()
+        for some in (list(route.homes), list(route.homes)[:1:-1]) * 2:
+            for block in model.stream(some):
+                assert model.clock.contents[model.bound[block]] == block, "overwritten while it was needed"
+                model.clock.compute(block)
+                visited.append(block)
+        assert visited == list(turning.visits()) and len(visited) == 2 * (7 + 5)
 
 
 def test_a_pass_that_fails_leaves_no_passing_block_bound() -> None:

@@ -52,19 +52,23 @@ class Workers(Protocol[_Place, Event]):
 @dataclass(frozen=True)
 class Route:
     """homes: block -> where it waits to be computed (`plan.DEVICE` ...), in the order they run, `passes` times.
-    idle: for each pass the blocks that do not run in it; empty: all run in all."""
+    idle: for each pass the blocks that do not run in it; empty: all run in all. turning: every second pass runs
+    backwards, as gradients do."""
 
     homes: Mapping[str, str]
     slots: int
     staging: int = 0
     passes: int = 1
     idle: Sequence[Container[str]] = ()
+    turning: bool = False
 
     def visits(self) -> Iterator[str]:
         """The blocks as they run, in all passes."""
         for number in range(self.passes):
-            idle = self.idle[number] if self.idle else ()
-            yield from (name for name in self.homes if name not in idle)
+            idle, names = self.idle[number] if self.idle else (), list(self.homes)
+            if self.turning and number % 2:
+                names.reverse()
+            yield from (name for name in names if name not in idle)
 
 
 @dataclass(frozen=True)

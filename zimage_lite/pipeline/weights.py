@@ -132,9 +132,10 @@ class Weights:
             yield stream
 
     @contextmanager
-    def passes(self, count: int, idle: Sequence[Container[str]] = ()) -> Iterator[Stream]:
-        """So many passes over the blocks, as planned. idle: for each pass the blocks that do not run in it."""
-        route = Route(self.plan.homes, self.plan.slots, self._staging, count, idle)
+    def passes(self, count: int, idle: Sequence[Container[str]] = (), turning: bool = False) -> Iterator[Stream]:
+        """So many passes over the blocks, as planned. idle: for each pass the blocks that do not run in it; turning:
+        every second one runs backwards."""
+        route = Route(self.plan.homes, self.plan.slots, self._staging, count, idle, turning)
         with self._streaming(route, self.plan.slot_bytes) as stream:
             yield stream
 

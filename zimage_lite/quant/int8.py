@@ -59,8 +59,18 @@ class Int8Codec(Codec):
         """
         if options["group"]:
             x = hadamard_rotate(x, options["group"])
-        fractions = parts[""].to(x.dtype).div_(2048)
-        return F.linear(x, fractions) * (parts["_scale"].squeeze(1) * 2048).to(x.dtype)
+        return F.linear(x, self._fractions(parts, x)) * self._scales(parts, x)
+
+    def linear_back(self, dy: Tensor, parts: Parts, options: Options) -> Tensor:
+        """dy @ W = ((dy s) codes) H: scales the few rows of dy, and rotates those of the result."""
+        dx = (dy * self._scales(parts, dy)) @ self._fractions(parts, dy)
+        return hadamard_rotate(dx, options["group"]) if options["group"] else dx
+
+    def _fractions(self, parts: Parts, x: Tensor) -> Tensor:
+        return parts[""].to(x.dtype).div_(2048)
+
+    def _scales(self, parts: Parts, x: Tensor) -> Tensor:
+        return (parts["_scale"].squeeze(1) * 2048).to(x.dtype)
 
 
 def codec(row: Format) -> Int8Codec:

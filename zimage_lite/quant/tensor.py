@@ -1,10 +1,12 @@
-"""A weight in whatever format it is stored in, and the two things one can do with it: unpack it, multiply by it."""
+"""A weight in whatever format it is stored in, and what one can do with it: unpack it, multiply by it, and, as it is
+frozen, by its transpose, which is all that a gradient takes to pass through it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -74,10 +76,23 @@ class QTensor:
 
     def linear(self, x: Tensor, backend: Backend = "reference") -> Tensor:
         """x @ W.T. x: [tokens, columns] in the compute dtype -> [tokens, rows] in the same. backend: that unpacks W,
-        if it can; else its codec does."""
+        if it can; else its codec does. A gradient of x comes by `linear_back`, from the bytes that are there then."""
+        if x.requires_grad and torch.is_grad_enabled():
+            return cast(Tensor, _Frozen.apply(x, self, backend))
         pieces = [self] if self.parts[""].dtype == x.dtype else self.pieces()
         products = [piece._linear(x, backend) for piece in pieces]
         return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+
+    def linear_back(self, dy: Tensor, backend: Backend = "reference") -> Tensor:
+        """dy @ W. dy: [tokens, rows] in the compute dtype -> [tokens, columns] in the same; what pieces of W give is
+        added up in float32."""
+        if self.parts[""].dtype == dy.dtype:
+            return self._linear_back(dy, backend)
+        total, at = torch.zeros(len(dy), self.shape[1], device=dy.device), 0
+        for piece in self.pieces():
+            total += piece._linear_back(dy[:, at : at + piece.shape[0]], backend)
+            at += piece.shape[0]
+        return total.to(dy.dtype)
 
     def pieces(self) -> Iterator[QTensor]:
         """So many rows as are unpacked at once, as views; the whole if its parts cannot be cut."""
@@ -93,6 +108,12 @@ class QTensor:
         if fused is not None:
             return fused(x, self.parts, self.options)
         return F.linear(x, self._unpacked(x, backend))
+
+    def _linear_back(self, dy: Tensor, backend: Backend) -> Tensor:
+        fused = getattr(self.format.codec, "linear_back", None)
+        if fused is not None:
+            return cast(Tensor, fused(dy, self.parts, self.options))
+        return dy @ self._unpacked(dy, backend)
 
     def _unpacked(self, x: Tensor, backend: Backend) -> Tensor:
         """As x is. The kernel does in one pass what takes torch dozens of launches and several bytes for a weight."""
@@ -123,3 +144,17 @@ class QTensor:
 
     def to(self, device: torch.device | str) -> QTensor:
         return replace(self, parts={suffix: part.to(device) for suffix, part in self.parts.items()})
+
+
+class _Frozen(torch.autograd.Function):
+    """A product with a weight that is not learned. Nothing is kept for the way back but where the weight lies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: QTensor, backend: Backend) -> Tensor:
+        ctx.weight, ctx.backend = weight, backend
+        return weight.linear(x.detach(), backend)
+
+    @staticmethod
+    def backward(ctx: Any, *given: Any) -> tuple[Tensor, None, None]:
+        (dy,) = given
+        return ctx.weight.linear_back(dy, ctx.backend), None, None

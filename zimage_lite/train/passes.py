@@ -1,0 +1,128 @@
+"""One step's gradients while blocks come and go: forwards with only the inputs of blocks kept, then backwards, where
+each block is computed once more and its gradients at once, while its weights are there.
+
+So memory holds one block's activations, and no weight has to stay. The numbers are those of plain backpropagation, bit
+for bit: the same operations in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PATCH_SIZE, SEQUENCE_MULTIPLE
+from ..model.linear import Stream
+from ..model.transformer import Caption, Modulation, Transformer
+from ..units import round_up
+from .lora import GROUP, TrainedLora
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The pictures of one step, each at its own time and in its own size. latents, noises: [channels, height/8,
+    width/8] float32; sigmas: of each; modulations: of their times, in the compute dtype."""
+
+    latents: Sequence[Tensor]
+    noises: Sequence[Tensor]
+    sigmas: Sequence[float]
+    captions: Sequence[Caption]
+    modulations: Sequence[Modulation]
+
+    def noisy(self, dtype: torch.dtype) -> list[Tensor]:
+        """What the model sees."""
+        triples = zip(self.latents, self.noises, self.sigmas, strict=True)
+        return [((1 - sigma) * latent + sigma * noise).to(dtype) for latent, noise, sigma in triples]
+
+    def loss(self, answers: Sequence[Tensor]) -> Tensor:
+        """Of flow matching, the mean over pictures: the model is to answer data - noise."""
+        triples = zip(answers, self.latents, self.noises, strict=True)
+        losses = [(answer.float() - (latent - noise)).square().mean() for answer, latent, noise in triples]
+        return torch.stack(losses).mean()
+
+    @property
+    def modulation(self) -> Modulation:
+        """Of several pictures, a row for each: [blocks, 4, pictures, dim], which `of_tokens` repeats, and for the final
+        layer [tokens, dim]."""
+        if len(self.modulations) == 1:
+            return self.modulations[0]
+        refiner, layers = (
+            torch.stack([getattr(own, name) for own in self.modulations], dim=2) for name in ("noise_refiner", GROUP)
+        )
+        final = torch.stack([own.final for own in self.modulations])
+        return Modulation(refiner, layers, of_tokens(final, self._lengths))
+
+    @property
+    def _lengths(self) -> list[int]:
+        """Tokens of each picture with its caption."""
+        images = [latent[0].numel() // PATCH_SIZE**2 for latent in self.latents]
+        pairs = zip(images, self.captions, strict=True)
+        return [round_up(image, SEQUENCE_MULTIPLE) + len(caption.tokens) for image, caption in pairs]
+
+
+def of_tokens(rows: Tensor, lengths: Sequence[int]) -> Tensor:
+    """[..., pictures, dim] -> [..., tokens, dim]: each picture's row for all of its tokens."""
+    return rows.repeat_interleave(torch.tensor(lengths, device=rows.device), dim=-2)
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """A block's input, and how its output comes of it."""
+
+    x: Tensor
+    forward: Callable[[Tensor], Tensor]
+
+
+class _Recorder:
+    """Brings blocks that compute without a graph, and keeps what the layers saw. last: what came out of the last one,
+    where the graph of what follows begins."""
+
+    def __init__(self, model: Transformer, lora: TrainedLora, dtype: torch.dtype, stream: Stream) -> None:
+        self.lora, self.dtype, self.stream = lora, dtype, stream
+        self.names = {block: f"{GROUP}.{i}" for i, block in enumerate(model.layers)}
+        self.visits: list[_Visit] = []
+        self.last = torch.empty(0)
+
+    def __call__(self, blocks: Iterable[nn.Module]) -> Iterator[Any]:
+        for block in self.stream(blocks):
+            yield partial(self._run, block)
+
+    def _run(self, block: nn.Module, x: Tensor, rope: Any, lengths: list[int], vectors: Tensor, compute: Any) -> Tensor:
+        if vectors.ndim == 3:
+            vectors = of_tokens(vectors, lengths)
+        name = self.names.get(block)
+
+        def forward(x: Tensor) -> Tensor:
+            with self.lora.beside(name, self.dtype) if name else nullcontext():
+                return block(x, rope, lengths, vectors, compute)
+
+        with torch.no_grad():
+            y = forward(x)
+        if name:
+            self.visits.append(_Visit(x, forward))
+        if len(self.visits) < len(self.names):
+            return y
+        self.last = y.requires_grad_()
+        return self.last
+
+
+def gradients(model: Transformer, lora: TrainedLora, batch: Batch, dtype: torch.dtype, stream: Stream) -> float:
+    """Add the loss's to the LoRA's parameters. stream: is asked for the blocks of one pass forwards, and for the layers
+    once more backwards. Returns the loss."""
+    recorder = _Recorder(model, lora, dtype, stream)
+    answers = model(batch.noisy(dtype), list(batch.captions), batch.modulation, recorder)
+    loss = batch.loss(answers)
+    loss.backward()
+    del answers
+    visits, grad = recorder.visits, recorder.last.grad
+    for _ in stream(list(model.layers)[::-1]):
+        visit = visits.pop()
+        x = visit.x.detach().requires_grad_(bool(visits))  # no gradient goes further back than the first layer
+        visit.forward(x).backward(grad)
+        grad = x.grad
+    return loss.item()
