@@ -26,7 +26,7 @@ HEAVY = {"torch", "transformers", "diffusers", "numpy", "PIL", "gguf", "safetens
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("report", "serve"),
+    ("report", "serve", "diffusers"),
     ("compare",),
     ("bench", "train"),
     ("api",),

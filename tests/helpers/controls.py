@@ -39,12 +39,11 @@ def make_control(transformer: Any, version: str) -> Any:
     """diffusers' own, of random float32 weights, for their transformer, from which it has what it shares."""
     from diffusers import ZImageControlNetModel
 
-    kind, torch_state = KINDS[version], torch.random.get_rng_state()
+    kind, torch_state, beside = KINDS[version], torch.random.get_rng_state(), transformer.config
     torch.manual_seed(4)
-    refined = None if kind["add_control_noise_refiner"] is None else [0, 1]
-    model = ZImageControlNetModel(
-        dim=256, n_heads=2, n_kv_heads=2, control_refiner_layers_places=refined, **kind
-    )  # fmt: skip
+    refined = None if kind["add_control_noise_refiner"] is None else list(range(beside.n_refiner_layers))
+    sizes = {name: beside[name] for name in ("dim", "n_heads", "n_kv_heads", "n_refiner_layers")}
+    model = ZImageControlNetModel(control_refiner_layers_places=refined, **sizes, **kind)
     randomize(model)  # before_proj and after_proj start at zero
     torch.random.set_rng_state(torch_state)
     return ZImageControlNetModel.from_transformer(model.eval(), transformer)

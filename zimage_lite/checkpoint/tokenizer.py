@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
-_CHAT_TEMPLATE = (  # the same for transformers
+CHAT_TEMPLATE = (  # the same for transformers
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -208,7 +208,7 @@ def save_tokenizer(folder: Path, prompts: PromptTokenizer) -> None:
         "pad_token": "<|endoftext|>",
         "eos_token": "<|im_end|>",
         "added_tokens_decoder": added,
-        "chat_template": _CHAT_TEMPLATE,
+        "chat_template": CHAT_TEMPLATE,
     }
     for name, values in (("vocab.json", described["model"]["vocab"]), ("tokenizer_config.json", config)):
         (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

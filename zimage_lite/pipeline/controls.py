@@ -86,6 +86,11 @@ class ControlSet:
 UNCONTROLLED = ControlSet()
 
 
+def open_control(path: str) -> Checkpoint:
+    """A ControlNet's file or folder, or "synthetic:VERSION/FORMAT". Raises UserError."""
+    return open_synthetic_control(path) if is_synthetic(path) else open_complete(Path(path), CONTROLNET)
+
+
 class ControlLibrary:
     """The ControlNets that a pipeline has met: opened once, and again when their files change. config: of the
     transformer that they are for. tell: takes a line for each: what it is."""
@@ -116,10 +121,9 @@ class ControlLibrary:
     def _opened(self, path: str) -> OpenControl:
         known = self._open.get(path)
         if known is None or any(file_stamp(file) != stamp for file, stamp in known.checkpoint.stamps.items()):
-            made_up, place = is_synthetic(path), Path(path)
-            checkpoint = open_synthetic_control(path) if made_up else open_complete(place, CONTROLNET)
+            checkpoint, place = open_control(path), Path(path)
             require_goes_with(checkpoint.config, self.config, path)
-            name = place.stem if place.is_file() else path if made_up else place.name
+            name = place.stem if place.is_file() else path if is_synthetic(path) else place.name
             known = OpenControl(name, checkpoint, settings(checkpoint.config, place.name))
             self._open[path] = known
             self.tell(f"{name}: {said_of(checkpoint.config, place.name)}")
