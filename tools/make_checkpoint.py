@@ -140,10 +140,12 @@ def write_shards(folder: Path, stem: str, wanted: Wanted, dtype: torch.dtype, se
         write_file(folder / name, shard, dtype, seed, component)
 
 
-def write_file(path: Path, wanted: Wanted, dtype: torch.dtype, seed: int, component: str) -> None:
+def write_file(
+    path: Path, wanted: Wanted, dtype: torch.dtype, seed: int, component: str, metadata: Mapping[str, str] | None = None
+) -> None:
     label = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[dtype]
     header, offsets = safetensors.encode_header(
-        [(name, label, shape) for name, (_, shape) in wanted.items()], {"format": "pt"}
+        [(name, label, shape) for name, (_, shape) in wanted.items()], {"format": "pt", **(metadata or {})}
     )
     total = offsets[-1] + math.prod(list(wanted.values())[-1][1]) * dtype.itemsize
     with open_writer(path, header, total) as writer:

@@ -6,10 +6,11 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import places
 from .generate import Generate
+from .loading import LoadEncoder, LoadModel, LoadVae
 from .more import AddControl, AddLora
 from .quantize import Quantize
 
-NODES: list[type[io.ComfyNode]] = [Generate, AddLora, AddControl, Quantize]
+NODES: list[type[io.ComfyNode]] = [Generate, AddLora, AddControl, LoadModel, LoadEncoder, LoadVae, Quantize]
 
 
 class Extension(ComfyExtension):

@@ -70,13 +70,17 @@ def model(name: str) -> str | Path | None:
 
 
 def sources() -> list[str]:
-    """What can be quantized: whole models by their names, files as FOLDER/NAME."""
-    kinds = ("transformer", "text_encoder", "control")
-    return [*models(), *(f"{_FOLDERS[kind]}/{name}" for kind in kinds for name in files(kind))]
+    """What can be quantized."""
+    return [*models(), *(name for kind in ("transformer", "text_encoder", "control") for name in _in_folder(kind))]
+
+
+def sources_of(kind: str) -> list[str]:
+    """What has such a part: whole models by their names, files as FOLDER/NAME."""
+    return [*_in_folder(kind), *models()]
 
 
 def source(name: str) -> Path:
-    """Raises UserError."""
+    """Of either list. Raises UserError."""
     folder, _, rest = name.partition("/")
     kind = next((kind for kind, own in _FOLDERS.items() if own == folder), None)
     return file(kind, rest) if kind else model_folder(model(name) or DEMO)
@@ -90,6 +94,10 @@ def is_whole(path: Path) -> bool:
 def model_home() -> Path:
     """Where a new model goes."""
     return Path(folder_paths.get_folder_paths(MODELS)[0])
+
+
+def _in_folder(kind: str) -> list[str]:
+    return [f"{_FOLDERS[kind]}/{name}" for name in files(kind)]
 
 
 def _gone(name: str, folder: str) -> UserError:

@@ -32,6 +32,11 @@ def alone() -> Iterator[None]:
         _give_back()
 
 
+def make_room(n_bytes: int) -> None:
+    """ComfyUI's models leave the GPU until so much is free, less what it keeps for itself."""
+    management.free_memory(n_bytes + management.minimum_inference_memory(), management.get_torch_device())
+
+
 def _give_back() -> None:
     gc.collect()
     management.soft_empty_cache()

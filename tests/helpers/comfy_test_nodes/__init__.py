@@ -1,0 +1,35 @@
+"""What only tests put into a ComfyUI."""
+
+import torch
+
+
+class RandomConditioning:
+    """As a text encoder's, so that none has to be there."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "tests", "make", ("CONDITIONING",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"tokens": ("INT", {"default": 40}), "width": ("INT", {"default": 2560}), "seed": ("INT",)}}
+
+    def make(self, tokens, width, seed):
+        made = torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(seed))
+        return ([[made, {}]],)
+
+
+class PatchedBlocks:
+    """As ControlNets of ComfyUI do: reaches into every block."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "tests", "patch", ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def patch(self, model):
+        patched = model.clone()
+        patched.set_model_double_block_patch(lambda given: {})
+        return (patched,)
+
+
+NODE_CLASS_MAPPINGS = {"TestRandomConditioning": RandomConditioning, "TestPatchedBlocks": PatchedBlocks}
