@@ -77,6 +77,7 @@ def test_operations_against_torchs_counter() -> None:
     assert sum(one["flops"] for one in work.values()) == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
+@pytest.mark.slow
 def test_ceiling_is_a_rate_of_this_device() -> None:
     """More than one core does with scalars, less than any CPU has."""
     found = measure(probe("cpu"))

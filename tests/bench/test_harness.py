@@ -57,6 +57,7 @@ def test_what_failed_is_kept_as_it_is() -> None:
     assert summary(raw) == raw
 
 
+@pytest.mark.slow
 def test_measured_tier_keeps_every_case(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a card that is large enough, here a pretended one: cases go to their processes with the tier's limits, the
     table holds those still to come from the start, and what ran out of memory stays."""

@@ -75,6 +75,7 @@ def test_every_type_is_passed_on(tmp_path: Path) -> None:
     assert set(gguf.encoded_values(source, "int")) == {"int8", "int16", "int32", "int64"}
 
 
+@pytest.mark.slow
 def test_quantizing_again_passes_on_the_tokenizer(encoder: dict[str, np.ndarray], tmp_path: Path) -> None:
     source, out = tmp_path / "a.gguf", tmp_path / "b.gguf"
     extra = {f"tokenizer.ggml.{key}": value for key, value in VALUES.items()}

@@ -74,6 +74,7 @@ def test_header_length_may_look_like_the_start_of_a_pickle(path: Path, header_by
     assert set(open_tensor_file(path).entries) == {"a"}
 
 
+@pytest.mark.slow
 @repeatable
 @given(arrays=st.dictionaries(names, st.tuples(st.sampled_from(sorted(BITS)), shapes), max_size=8), data=st.data())
 def test_library_reads_our_safetensors(

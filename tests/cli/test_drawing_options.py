@@ -107,6 +107,7 @@ def test_lines_of_a_file_have_their_own(tiny: Path, fox: Path, hole: Path, out: 
     assert sizes == [(70, 50), (70, 50), (64, 48), (96, 64), (80, 50)]
 
 
+@pytest.mark.slow
 def test_latents_and_a_preview_are_kept(tiny: Path, out: Path) -> None:
     preview = out.with_name("preview.png")
     assert generate(tiny, out, "--width", 64, "--height", 48, "--save-latents", "--preview", preview) == 0

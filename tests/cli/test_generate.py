@@ -71,6 +71,7 @@ def pixels(path: Path) -> list[int]:
     return list(Image.open(path).tobytes())
 
 
+@pytest.mark.slow
 def test_several_images_count_up_in_name_and_seed(tiny: Path, out: Path) -> None:
     assert generate("cat", "dog", "--model", tiny, "-o", out, "--seed", 7, "--count", 2) == 0
     names = sorted(path.name for path in out.parent.iterdir())

@@ -33,6 +33,7 @@ def outputs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return conversions(model, ("q8_0", "q4_0"), tmp_path_factory.mktemp("outputs"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["q8_0", "int8", "f16"])
 def test_progress_ends_at_the_total(model: Path, tmp_path: Path, target: str) -> None:
     reports: list[tuple[int, int]] = []

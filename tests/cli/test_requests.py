@@ -165,6 +165,7 @@ def test_a_drawn_seed_is_said_and_kept(
     assert recipe_of(out)["seed"] == drawn
 
 
+@pytest.mark.slow
 def test_words_without_quotes(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--model", str(tiny), "--width", "64", "--height", "64", "--steps", "1", "-o", str(tmp_path / "x.png")]
     assert run(["generate", "a", "red", "fox", *more]) == 0

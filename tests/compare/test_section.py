@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from comparing import RED, compare, table
 
 from zimage_lite.checkpoint.model_card import DEMO
@@ -14,6 +15,7 @@ from zimage_lite.report.ratios import compared
 from zimage_lite.report.sections import sections
 
 
+@pytest.mark.slow
 def test_report(models: Path, tmp_path: Path) -> None:
     assert compare(DEMO, models / "q8_0", "--prompt", RED, "-o", tmp_path / "s.png") == 0
     assert run(["report", str(tmp_path / "s.json"), "-o", str(tmp_path / "r.html")]) == 0

@@ -75,6 +75,7 @@ def fail_after(monkeypatch: pytest.MonkeyPatch, calls: int, error: BaseException
     monkeypatch.setattr(writer.TensorWriter, "_put", failing)
 
 
+@pytest.mark.slow
 def test_interrupt(command, untouched, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C reaches the main thread, where progress is reported, while others are writing."""
     report, calls = job.Meter.__call__, []

@@ -42,6 +42,7 @@ def test_generate_draws_what_the_pipeline_draws(nodes: Mapping[str, Any]) -> Non
     assert report.startswith("seed 3, 4\n") and "denoise: " in report
 
 
+@pytest.mark.slow
 def test_each_picture_of_a_batch_is_drawn_over(nodes: Mapping[str, Any]) -> None:
     node, pictures = nodes["ZImageLiteGenerate"], torch.rand(2, 64, 64, 3)
     mask = torch.zeros(1, 64, 64)
@@ -51,6 +52,7 @@ def test_each_picture_of_a_batch_is_drawn_over(nodes: Mapping[str, Any]) -> None
     assert not torch.equal(images[0], images[1])
 
 
+@pytest.mark.slow
 def test_stopping_goes_through_everything(nodes: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     node = nodes["ZImageLiteGenerate"]
     monkeypatch.setattr(Bar, "stops_at", 2)
@@ -58,6 +60,7 @@ def test_stopping_goes_through_everything(nodes: Mapping[str, Any], monkeypatch:
         node.execute(**{**defaults(node), "prompt": "a cat"})
 
 
+@pytest.mark.slow
 def test_parts_alone_have_to_be_all(nodes: Mapping[str, Any]) -> None:
     node = nodes["ZImageLiteGenerate"]
     with pytest.raises(UserError, match="the model has no Z-Image transformer"):

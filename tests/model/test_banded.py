@@ -103,6 +103,7 @@ def test_the_true_widths(way: tuple[bool, bool]) -> None:
     assert_same(Banded(5, *way).encode(encoder, image), encoder(image))
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_bands_give_what_diffusers_gives(diffusers_pipeline, diffusers_folder) -> None:
     parts: Any = torch.nn.ModuleDict({"encoder": Encoder(TINY), "decoder": Decoder(TINY)})

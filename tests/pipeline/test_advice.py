@@ -81,6 +81,7 @@ def test_base_is_drawn_as_base(model: ModelFiles) -> None:
     assert (complete.steps, complete.guidance, complete.shift) == (8, 0.0, 3.0)
 
 
+@pytest.mark.slow
 def test_whoever_draws_is_told_once(tiny: Path) -> None:
     """The same from Python as on the command line."""
     said: list[str] = []

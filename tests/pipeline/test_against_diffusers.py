@@ -67,6 +67,7 @@ def test_prompts_encoded_together_equal_prompts_encoded_alone(pipeline) -> None:
         assert relative_error(a, b) <= 1e-6  # the matrix product may split its sums differently
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (26, 42)])
 def test_vae(diffusers_pipeline, diffusers_folder, pipeline, height, width) -> None:
     config, vae = pipeline.model.vae.config, diffusers_pipeline.vae

@@ -305,6 +305,7 @@ def test_full_size_ones_without_a_file(capsys: pytest.CaptureFixture[str]) -> No
     assert "of the versions 1.0, 2.0, 2.1, 2.1-lite" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_weights_are_released(tiny: Path, nets: dict[str, Path]) -> None:
     pipeline = load(tiny, device="cpu")
     pipeline.generate([controlled(replace(CAT, steps=1), nets["2.1"])])

@@ -71,6 +71,7 @@ def same(ours: Tensor, truth: Tensor) -> None:
     assert psnr(ours, truth, 255) >= 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["small", pytest.param("guided", marks=SLOW)])
 @pytest.mark.parametrize("version", ["1.0", "2.1", *(pytest.param(one, marks=SLOW) for one in ("2.0", "2.1 lite"))])
 def test_a_hint_is_followed(diffusers_pipeline, saved, pipeline, version, case) -> None:

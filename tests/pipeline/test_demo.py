@@ -72,6 +72,7 @@ def test_diffusers_draws_the_same(images: list[torch.Tensor]) -> None:
         assert psnr(images[n], truth, 255) >= 45
 
 
+@pytest.mark.slow
 def test_it_is_the_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     caption = "a red circle on a blue background"
     assert run(["generate", caption, "-o", str(tmp_path / "image.png"), "--device", "cpu"]) == 0

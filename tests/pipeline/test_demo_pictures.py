@@ -115,6 +115,7 @@ def test_a_moved_prompt_draws_another_picture(demo: Pipeline) -> None:
     assert is_a_circle(moved, "red")
 
 
+@pytest.mark.slow
 def test_latents_can_be_kept_and_given(demo: Pipeline, red: Tensor) -> None:
     kept: dict[int, Tensor] = {}
     list(demo.images([GenerateOptions(RED, seed=1)], on_latents=kept.__setitem__))

@@ -77,6 +77,7 @@ def test_the_transformer_is_diffusers(diffusers_pipeline, modules) -> None:
         assert relative_error(ours, theirs[:, 0]) <= 1e-5
 
 
+@pytest.mark.slow
 def test_weights_stay_from_call_to_call(diffusers_folder, modules, counted) -> None:
     opened, refined = counted(Weights, "__init__"), counted(Weights, "prelude")
     both, other = asked(9, 40), asked(9, 40, time=0.6)
@@ -89,6 +90,7 @@ def test_weights_stay_from_call_to_call(diffusers_folder, modules, counted) -> N
     assert len(opened) == 2 and len(refined) == 1  # what is told stays what it is
 
 
+@pytest.mark.slow
 def test_prompts_in_turn_are_refined_once(diffusers_folder, modules, counted) -> None:
     """As of programs that ask for the two sides of guidance one after the other."""
     both, opened = asked(9, 40), counted(Weights, "__init__")
@@ -107,6 +109,7 @@ def test_a_prompt_that_is_changed_in_place(diffusers_folder, modules) -> None:
     assert relative_error(after[0], before) > 0.01
 
 
+@pytest.mark.slow
 def test_few_prompts_are_kept(modules) -> None:
     for tokens in range(3, 3 + 2 * denoiser._CAPTIONS):
         modules.denoise(asked(tokens))
@@ -119,6 +122,7 @@ def test_latents_at_several_times(diffusers_folder, modules) -> None:
     require_right(diffusers_folder, mixed, modules.denoise(mixed))
 
 
+@pytest.mark.slow
 def test_times_that_are_known_are_computed_at_once(diffusers_folder, modules, counted) -> None:
     modules.denoiser.ahead = lambda: (0.1, 0.3, 0.9)
     read = counted(denoiser, "modulations")
@@ -130,6 +134,7 @@ def test_times_that_are_known_are_computed_at_once(diffusers_folder, modules, co
     assert len(read) == 2
 
 
+@pytest.mark.slow
 def test_more_passes_than_are_planned_ahead(tiny: Path, exact, monkeypatch: pytest.MonkeyPatch) -> None:
     """With blocks that come and go."""
     wanted = Modules(free(tiny)).denoise(asked(9))[0]
@@ -185,6 +190,7 @@ def test_memory_that_runs_out_is_planned_again(diffusers_folder, exact, modules,
     assert len(told) == 1 and "memory ran out" in told[0]
 
 
+@pytest.mark.slow
 def test_adapters_come_and_go(diffusers_folder, modules, tmp_path: Path) -> None:
     config = modules.pipeline.model.transformer.config
     path = str(save_lora(tmp_path / "style.safetensors", config, rank=4))

@@ -89,6 +89,7 @@ def test_several_pictures_one_after_another(pipeline: Pipeline) -> None:
     assert len(rest) == 1 and torch.equal(rest[0], alone[2])
 
 
+@pytest.mark.slow
 def test_latents_do_not_depend_on_the_budget(pipeline: Pipeline) -> None:
     """From the whole picture at once to the smallest bands; less than that is refused."""
     picture = picture_of(208, 272)
@@ -154,6 +155,7 @@ def test_every_file_of_a_vae(tiny: Path, tmp_path: Path) -> None:
     assert all(torch.equal(first, other) for other in others)
 
 
+@pytest.mark.slow
 def test_a_synthetic_model_has_one() -> None:
     pipeline = Pipeline(open_synthetic("synthetic:q4_0"), RuntimeOptions("cpu"))
     assert pipeline.encode_pictures([picture_of(32, 32)])[0].isfinite().all()

@@ -47,6 +47,7 @@ def test_each_tile_is_a_pass(tiny: Path, exact, small_tiles, budget, monkeypatch
     assert tuple(found.shape) == (HEIGHT, WIDTH, 3)
 
 
+@pytest.mark.slow
 def test_noise_is_never_seen_in_tiles(tiny: Path, exact, small_tiles, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = free(tiny).generate([GenerateOptions("a cat", WIDTH, HEIGHT, steps=2)])[0]
     monkeypatch.undo()

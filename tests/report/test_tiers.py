@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from result_pages import require_self_contained
 
 from zimage_lite.bench.tiers import OOM
@@ -30,6 +31,7 @@ def test_tier_beside_its_predictions(tier: dict[str, Any]) -> None:
     assert len(pictures) == 2 and "one step of" in pictures[1].svg
 
 
+@pytest.mark.slow
 def test_all_tiers_in_one_table(tier: dict[str, Any]) -> None:
     """Predictions alone, the smallest tier first, for the cards that stand for them; one tier has no such table."""
     other = json.loads(json.dumps(tier))

@@ -26,6 +26,7 @@ def draw(client: TestClient, verb: str = "txt2img", **values: Any) -> tuple[dict
     return answer.json(), json.loads(answer.json()["info"])
 
 
+@pytest.mark.slow
 def test_as_open_webui_asks(client: TestClient) -> None:
     """50 steps that nobody asked for become the model's own, and it is said."""
     options = client.get("/sdapi/v1/options").json()

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 import httpx2 as httpx
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from served import base64_of, png, serving
@@ -66,6 +67,7 @@ def check(client: TestClient, path: str, values: dict[str, Any]) -> None:
         assert said["detail"] if path.startswith("/sdapi/") else said["error"]["message"]
 
 
+@pytest.mark.slow
 def test_no_request_is_the_servers_fault(serve_options: Callable[..., ServeOptions]) -> None:
     with serving(serve_options(limits={"waiting": 1000})) as (client, service):
         service.worker.opener = never_drawing
@@ -79,6 +81,7 @@ def test_no_request_is_the_servers_fault(serve_options: Callable[..., ServeOptio
         assert client.get("/health").json() == {"ok": True}
 
 
+@pytest.mark.slow
 def test_no_address_is_the_servers_fault(client: TestClient) -> None:
     @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(st.sampled_from(PREFIXES), st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=20))

@@ -80,6 +80,7 @@ def test_other_origins_read_nothing(client: TestClient) -> None:
     assert client.options("/api/jobs", headers={"origin": "http://evil.example"}).status_code == 405
 
 
+@pytest.mark.slow
 def test_stored_xss(client: TestClient) -> None:
     """Nothing of a client's is served as a page, and no browser guesses what it is."""
     job = client.post("/api/jobs", json={**DRAW, "prompt": "<script>alert(1)</script>"}).json()["id"]

@@ -55,6 +55,7 @@ def test_a_restart_finds_the_history(serve_options: Options) -> None:
         assert redrawn["state"] == "done"
 
 
+@pytest.mark.slow
 def test_a_job_says_what_was_asked_for_and_what_it_took(client: TestClient) -> None:
     job = submit(client)
     facts = finished(client, job)

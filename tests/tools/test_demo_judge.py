@@ -88,6 +88,7 @@ def test_truth_is_accepted_and_wrong_captions_are_refused(level: str, size: int)
     assert np.mean(refused) >= 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["one", "two"])
 def test_mild_blur_and_noise_do_not_matter(level: str) -> None:
     rng = np.random.default_rng(13)
