@@ -27,6 +27,7 @@ FLOORS = (
     ("__main__",),
     ("cli",),
     ("report", "serve", "diffusers"),
+    ("workers",),
     ("compare",),
     ("bench", "train"),
     ("api",),
@@ -240,7 +241,20 @@ def test_a_picture_needs_nothing_of_the_server() -> None:
         f"import os, tempfile\nfrom zimage_lite.cli import run\n"
         f"with tempfile.TemporaryDirectory() as folder:\n    assert run({command}) == 0"
     )
-    assert "torch" in loaded and not loaded & {"starlette", "uvicorn", "python_multipart", "httpx2", "sqlite3", "anyio"}
+    assert "torch" in loaded and not loaded & {
+        "starlette",
+        "uvicorn",
+        "python_multipart",
+        "httpx2",
+        "sqlite3",
+        "anyio",
+        "ray",
+    }
+
+
+def test_a_server_of_one_process_needs_nothing_of_ray() -> None:
+    loaded = loaded_by("import zimage_lite.cli.serve, zimage_lite.serve.running, zimage_lite.workers.drawer")
+    assert "uvicorn" in loaded and "ray" not in loaded and "zimage_lite.workers.cluster" not in loaded
 
 
 def test_importing_the_package_is_light() -> None:

@@ -70,7 +70,7 @@ def check(client: TestClient, path: str, values: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_no_request_is_the_servers_fault(serve_options: Callable[..., ServeOptions]) -> None:
     with serving(serve_options(limits={"waiting": 1000})) as (client, service):
-        service.worker.opener = never_drawing
+        service.workers[0].drawer.opener = never_drawing
 
         @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
         @given(requests())

@@ -19,10 +19,6 @@ def job(prompt: str = "x", state: str = QUEUED, created: float = 1.0) -> Job:
     return Job("demo", [GenerateOptions(prompt, seed=seed) for seed in (3, 4)], state=state, created=created)
 
 
-def write(path: Path) -> None:
-    path.write_bytes(b"picture")
-
-
 def test_a_restart_loses_nothing_that_was_done_and_says_what_was_not(tmp_path: Path) -> None:
     first, jobs = History(tmp_path), [job(str(n), created=n) for n in range(4)]
     for one, state in zip(jobs, (DONE, RUNNING, QUEUED, LOST), strict=True):
@@ -30,7 +26,7 @@ def test_a_restart_loses_nothing_that_was_done_and_says_what_was_not(tmp_path: P
         one.state = state
         first.put(one)
     for number in (0, 1):
-        first.add(jobs[0], number, (64, 48), write)
+        first.add(jobs[0], number, (64, 48), b"picture")
     second = History(tmp_path)  # the first was killed: nothing was closed
     assert sorted(second.lost()) == sorted(one.id for one in jobs[1:3])
     assert second.lost() == []
@@ -44,14 +40,15 @@ def test_a_restart_loses_nothing_that_was_done_and_says_what_was_not(tmp_path: P
     assert second.job(jobs[0].id)["settings"] == {"prompt": "0"} and second.job("none") is None
 
 
-def test_a_picture_that_cannot_be_written_is_told_of_nowhere(tmp_path: Path) -> None:
-    def full(path: Path) -> None:
-        raise UserError("the disk is full")
+def test_a_picture_that_cannot_be_written_is_told_of_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
 
     history, one = History(tmp_path), job()
     history.put(one, {})
-    with pytest.raises(StorageError, match="the picture cannot be kept: the disk is full"):
-        history.add(one, 0, (1, 1), full)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(StorageError, match=r"the picture cannot be kept: .* the disk is full"):
+        history.add(one, 0, (1, 1), b"picture")
     assert history.job(one.id)["pictures"] == []
 
 
@@ -74,7 +71,7 @@ def test_deleting(tmp_path: Path) -> None:
     history, one, other = History(tmp_path), job(), job()
     for each in (one, other):
         history.put(each, {})
-        history.add(each, 0, (1, 1), write)
+        history.add(each, 0, (1, 1), b"picture")
     assert history.delete(one.id) and not history.delete(one.id)
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == [f"{other.id}-1.png"]
     assert history.job(one.id) is None and len(history.jobs(10)) == 1

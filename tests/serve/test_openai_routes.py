@@ -188,7 +188,7 @@ def test_a_full_queue_says_when(serve_options: Options) -> None:
 
 def test_an_error_ends_a_stream_as_an_event(serve_options: Options) -> None:
     with serving(serve_options()) as (client, service):
-        service.worker.opener = lambda *_: (_ for _ in ()).throw(MemoryError())
+        service.workers[0].drawer.opener = lambda *_: (_ for _ in ()).throw(MemoryError())
         answer = client.post("/v1/images/generations", json={"prompt": "x", "stream": True})
         (name, data) = events(answer.text)[-1]
         assert name == "error" and "memory ran out" in data["error"]["message"]

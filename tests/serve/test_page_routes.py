@@ -18,6 +18,7 @@ from zimage_lite.serve.jobs import Job, Picture
 from zimage_lite.serve.own_routes import OwnRoutes
 
 FOLDER = Path(page_routes.__file__).parent / "page"
+MEMORY = FOLDER.parents[1] / "workers" / "memory_facts.py"
 SOURCES = {path.name: path.read_text(encoding="utf-8") for path in sorted(FOLDER.iterdir())}
 SCRIPTS = {name: text for name, text in SOURCES.items() if name.endswith(".js")}
 ALL_SCRIPTS = "\n".join(SCRIPTS.values())
@@ -139,7 +140,7 @@ def test_both_languages_have_all_texts() -> None:
     )
     spoken = {text for text in literals if not text.startswith("Arrow")} - NOT_SAID
     spoken |= set(re.findall(r'say\("([^"]+)"', ALL_SCRIPTS)) | PAGE.texts
-    spoken |= set(re.findall(r'"(GPU memory|Memory)"', (FOLDER.parent / "memory_facts.py").read_text()))
+    spoken |= set(re.findall(r'"(GPU memory|Memory)"', MEMORY.read_text()))
     said = {text for text in spoken if text not in NAMES and not re.fullmatch(r"[\d.]+", text)}
     tables = {text for text in CHINESE if f'"{text}"' in ALL_SCRIPTS.replace(SCRIPTS["texts.js"], "")}
     assert said - CHINESE.keys() == set()

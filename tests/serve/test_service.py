@@ -59,7 +59,7 @@ def test_progress_and_previews_are_told(service: Service) -> None:
             seen.append(job.facts())
             previews.add(job.preview)
 
-    with service.board.listening(look):
+    with service.board.listening(look), service.board.watching():
         job = drawn(service, 1, steps=4)
     steps = [facts["step"] for facts in seen if facts["phase"] == "denoise"]
     assert sorted(set(steps)) == [1, 2, 3, 4] and steps == sorted(steps)
@@ -69,6 +69,23 @@ def test_progress_and_previews_are_told(service: Service) -> None:
     shown = [Image.open(BytesIO(picture)) for picture in previews if picture]
     assert len(shown) == 4 and {picture.format for picture in shown} == {"JPEG"}
     assert [facts["version"] for facts in seen] == sorted(facts["version"] for facts in seen)
+
+
+def test_previews_are_made_for_those_who_look(service: Service) -> None:
+    """On a GPU each costs a wait for it, in every step."""
+    assert drawn(service, 1).previews == 0
+    with service.board.watching(Job("demo", requests(1))):  # another one
+        assert drawn(service, 1).previews == 0
+    with service.board.watching():
+        assert drawn(service, 1).previews == 2
+    job = Job("demo", requests(1))
+    with service.board.watching(job):
+        service.board.submit(job, lambda one: service.history.put(one, {}))
+        assert service.board.wait(job, MINUTE_S) and job.previews == 2
+    job = Job("demo", requests(1))
+    service.board.glance(job)
+    service.board.submit(job, lambda one: service.history.put(one, {}))
+    assert service.board.wait(job, MINUTE_S) and job.previews == 2
 
 
 @pytest.mark.slow
@@ -143,7 +160,7 @@ def test_a_full_disk_fails_the_job_alone(service: Service, monkeypatch: pytest.M
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("zimage_lite.pictures.saving.write", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     job = drawn(service, 1)
     assert job.state == FAILED and job.failure and job.failure.code == "storage" and "disk is full" in str(job.failure)
     assert list(service.history.folder.iterdir()) == [] and job.pictures == []
@@ -154,11 +171,11 @@ def test_a_full_disk_fails_the_job_alone(service: Service, monkeypatch: pytest.M
 @pytest.mark.slow
 def test_the_pipeline_is_opened_once_and_given_back(serve_options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     service = Service(serve_options())
-    opened, given, back = list[weakref.ref[Pipeline]](), service.worker._give_back, Event()
-    own = service._open
+    worker, back, opened = service.workers[0], Event(), list[weakref.ref[Pipeline]]()
+    own, given = worker.drawer.opener, worker.drawer.give_back
 
-    def opening(model: str, tell: Any) -> Pipeline:
-        pipeline = own(model, tell)
+    def opening(*asked: Any) -> Pipeline:
+        pipeline = own(*asked)
         opened.append(weakref.ref(pipeline))
         return pipeline
 
@@ -166,13 +183,13 @@ def test_the_pipeline_is_opened_once_and_given_back(serve_options: Options, monk
         given()
         back.set()
 
-    monkeypatch.setattr(service.worker, "opener", opening)
+    monkeypatch.setattr(worker.drawer, "opener", opening)
     service.start()
     drawn(service, 1)
     drawn(service, 2)
     assert len(opened) == 1 and opened[0]() is not None
-    monkeypatch.setattr(service.worker, "_give_back", giving_back)
-    monkeypatch.setattr(service.worker, "idle_s", 0.01)
+    monkeypatch.setattr(worker.drawer, "give_back", giving_back)
+    monkeypatch.setattr(worker, "idle_s", 0.01)
     back.clear()
     drawn(service, 3)  # the worker waits for the next one by the new time
     assert back.wait(MINUTE_S)

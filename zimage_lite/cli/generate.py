@@ -22,6 +22,7 @@ from ..units import format_gb, parse_bytes
 from . import leaving_at_once, print_json, say
 from .drawing_options import control_options, picture_options, sampling_options, watching_options
 from .like import Liked, liked
+from .many import Many, draw_many, is_folder, paths_in
 from .previews import previewing
 from .requests import Seed, requests_of
 
@@ -56,7 +57,14 @@ _PATH = click.Path(path_type=Path)
     type=_PATH,
     default=Path("image.png"),
     show_default=True,
-    help="PNG, JPEG or WebP file, by its end; several images count up from it.",
+    help="PNG, JPEG or WebP file, by its end; several images count up from it. A folder gets 00001.png and so on, of "
+    "which only those are drawn that are not there.",
+)
+@click.option(
+    "--workers",
+    metavar="WHERE",
+    help="Draw by several processes: a number, gpus (one on each GPU of this machine), or ray://HOST[:PORT][/NUMBER] "
+    "(one on each GPU of a Ray cluster). Needs the extra ray. --vram and --ram hold for each.",
 )
 @click.option(
     "--like",
@@ -145,7 +153,7 @@ def command(
     vram: str | None, ram: str | None, device: str, dtype: str, backend: str, compute: str, no_cache: bool,
     as_json: bool, like: Path | None, lora_dir: Path | None, transformer: Path | None, text_encoder: Path | None,
     vae: Path | None, tokenizer: Path | None, preview: str | None, preview_decoder: Path | None, save_latents: bool,
-    **image: Any,
+    workers: str | None, **image: Any,
 ) -> None:  # fmt: skip
     """Draw images from prompts, and over pictures.
 
@@ -166,6 +174,13 @@ def command(
         cache=not no_cache,
         compute=compute,
     )
+    if workers or is_folder(out):
+        if preview or preview_decoder or save_latents:
+            raise UserError("neither --workers nor a folder goes with previews and latents", fix="name a file with -o")
+        again = is_folder(out)
+        many = Many(model, parts, requests, (paths_in if again else _output_paths)(out, len(requests)))
+        result = draw_many(many, workers, options, again)
+        return print_json(result) if as_json else None
     paths = _output_paths(out, len(requests))
 
     with leaving_at_once():

@@ -73,3 +73,12 @@ def phase_progress() -> Iterator[Callable[[str, int, int], None]]:
     with _bars(*columns) as bars:
         tasks = {phase: bars.add_task(phase, total=None) for phase in ("encode", "denoise", "decode")}
         yield lambda phase, done, total: bars.update(tasks[phase], completed=done, total=total)
+
+
+@contextmanager
+def picture_progress(total: int) -> Iterator[Callable[[], None]]:
+    """Yields what is to be called after each picture."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with _bars(*columns) as bars:
+        task = bars.add_task("pictures", total=total)
+        yield lambda: bars.advance(task)

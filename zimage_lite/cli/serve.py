@@ -12,7 +12,8 @@ from ..checkpoint.model_card import DEMO
 from ..config import BACKENDS, COMPUTES, DEVICES, DTYPES, RuntimeOptions
 from ..errors import UserError
 from ..serve.options import Limits, ServeOptions
-from ..units import parse_bytes
+from ..units import counted, parse_bytes
+from ..workers.places import Workers
 from . import leaving_at_once, say
 
 KEY_VARIABLE = "ZIMAGE_LITE_API_KEY"
@@ -51,6 +52,13 @@ _NEEDED = ("starlette", "uvicorn", "python_multipart")
     "50 steps and a cfg of 7 unasked.",
 )
 @click.option("--no-browser", is_flag=True, help="Do not open the page in the browser.")
+@click.option(
+    "--workers",
+    metavar="WHERE",
+    help="Draw several jobs at once, each in a process of its own: a number, gpus (one on each GPU of this machine), "
+    "or ray://HOST[:PORT][/NUMBER] (one on each GPU of a Ray cluster). Needs the extra ray. --vram and --ram hold for "
+    "each.",
+)
 @click.option("--vram", metavar="SIZE", help="Ceiling for the GPU's memory, such as 6GB.  [default: what is free]")
 @click.option("--ram", metavar="SIZE", help="Ceiling for the process's memory, such as 8GB.  [default: what is free]")
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
@@ -62,7 +70,7 @@ def command(
     models: tuple[str, ...], controls: tuple[str, ...], lora_dir: Path | None, folder: Path | None, host: str,
     port: int, api_key: str | None, no_auth: bool, hosts: tuple[str, ...], idle_minutes: float, queue: int, obey: bool,
     no_browser: bool, vram: str | None, ram: str | None, device: str, dtype: str, backend: str, compute: str,
-    no_cache: bool,
+    no_cache: bool, workers: str | None,
 ) -> None:  # fmt: skip
     """A page to draw with, and for other programs an API of our own, OpenAI's for images, and A1111's.
 
@@ -76,9 +84,16 @@ def command(
         folder or _data_folder(), _named(models or (DEMO,)), runtime, lora_dir, host, port, key, no_auth, hosts,
         idle_minutes, obey, limits, _named(controls, "--control"),
     )  # fmt: skip
+    where = Workers.of(workers) if workers else None
     with leaving_at_once():
         from ..serve.running import run
-    run(options, say, browse=not no_browser)
+    if where is None:
+        return run(options, say, not no_browser)
+    from ..workers.cluster import hired
+
+    with hired(where, runtime) as drawers:
+        say(f"{counted(len(drawers), 'worker')} by Ray")
+        run(options, say, not no_browser, drawers)
 
 
 def _require_extra() -> None:

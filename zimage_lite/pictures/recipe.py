@@ -51,6 +51,11 @@ def asked(request: GenerateOptions) -> dict[str, Any]:
     return found
 
 
+def sources_told(request: GenerateOptions) -> dict[str, Any]:
+    """What of that is about the files that it is made from."""
+    return {name: value for name, value in asked(request).items() if name in SOURCES}
+
+
 def settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What of it GenerateOptions takes as it is: all but files, which are known by name only."""
     names = _FIELDS.keys() - {*BESIDE, *SOURCES}

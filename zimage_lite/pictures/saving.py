@@ -40,6 +40,12 @@ def save(path: Path, pixels: Tensor, recipe: Mapping[str, Any]) -> None:
         write(file, path.suffix, pixels, recipe)
 
 
+def save_file(path: Path, file: bytes) -> None:
+    """A picture that is a file already, as `write` makes it. Raises UserError."""
+    with replacing(path) as partial:
+        partial.write_bytes(file)
+
+
 def write(file: IO[bytes], suffix: str, pixels: Tensor, recipe: Mapping[str, Any], **options: Any) -> None:
     """options: of Pillow, in the place of ours."""
     from PIL import Image

@@ -95,6 +95,8 @@ class A1111Routes:
         facts = board.facts(job) if job else None
         done, total = (facts["step"] or 0, facts["steps"] or 0) if facts else (0, 0)
         wanted = request.query_params.get("skip_current_image", "false").lower() != "true"
+        if job and wanted:
+            board.glance(job)
         preview = base64.b64encode(job.preview).decode() if job and job.preview and wanted else None
         waiting = board.waiting()
         state = {
@@ -110,8 +112,9 @@ class A1111Routes:
 
     async def interrupt(self, request: Request) -> Response:
         """What was ordered here and is drawn now: not what a page or another client waits for."""
-        if (job := self.service.board.running) and job.client == CLIENT:
-            self.service.board.cancel(job)
+        for job in list(self.service.board.all_running):
+            if job.client == CLIENT:
+                self.service.board.cancel(job)
         return JSONResponse({})
 
     async def options(self, request: Request) -> Response:

@@ -17,6 +17,7 @@ from ..errors import UserError
 from .jobs import CANCELLED, QUEUED, RUNNING, Failure, Job
 
 KEPT = 100  # jobs that are over; the history has all
+GLANCE_S = 10.0  # after it was looked at, a client that polls is taken to look still
 _FIRST_GUESS_S = 20.0  # for a job, before one was drawn
 
 
@@ -42,7 +43,14 @@ class Board:
         self._jobs: dict[str, Job] = {}
         self._listeners: set[Callable[[], object]] = set()
         self._job_seconds = _FIRST_GUESS_S
-        self.running: Job | None = None
+        self._watching = 0  # those who listen to all jobs
+        self.all_running: list[Job] = []  # the one that started first is first
+
+    @property
+    def running(self) -> Job | None:
+        """The one that started first, of those that run."""
+        with self._lock:
+            return self.all_running[0] if self.all_running else None
 
     def submit(self, job: Job, accepted: Callable[[Job], object] = _ignored) -> Job:
         """accepted: called when there is a place for it, before anybody sees it. Raises QueueFullError."""
@@ -64,11 +72,25 @@ class Board:
             self._lock.wait_for(lambda: self._waiting or self.closed, timeout_s)
             if self.closed or not self._waiting:
                 return None
-            job = self.running = self._waiting.popleft()
+            job = self._waiting.popleft()
+            self.all_running.append(job)
             job.state, job.started = RUNNING, time.time()
             self.record(job)
             self._changed(job, *self._waiting)
             return job
+
+    def put_back(self, job: Job) -> None:
+        """One that ran and is to be drawn by another worker, before all that wait."""
+        with self._lock:
+            self.all_running.remove(job)
+            job.state, job.phase, job.seconds_left, job.preview = QUEUED, None, None, None
+            self._waiting.appendleft(job)
+            if self.closed or job.cancelled.is_set():
+                self._waiting.remove(job)
+                self.finish(job, CANCELLED)
+            else:
+                self.record(job)
+            self._changed(*self._waiting)
 
     def change(self, job: Job, **values: Any) -> None:
         with self._lock:
@@ -81,8 +103,8 @@ class Board:
             job.state, job.finished, job.failure, job.preview = state, time.time(), failure, None
             job.phase = job.seconds_left = None
             self.record(job)
-            if self.running is job:
-                self.running = None
+            if job in self.all_running:
+                self.all_running.remove(job)
                 if job.started and state != CANCELLED:
                     self._job_seconds = 0.7 * self._job_seconds + 0.3 * (job.finished - job.started)
             self._changed(job)
@@ -131,6 +153,30 @@ class Board:
             with self._lock:
                 self._listeners.discard(listener)
 
+    @contextmanager
+    def watching(self, job: Job | None = None) -> Iterator[None]:
+        """Somebody looks at the job, or at all of them: so long, previews are made."""
+        with self._lock:
+            self._watch(job, 1)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._watch(job, -1)
+
+    def _watch(self, job: Job | None, count: int) -> None:
+        if job:
+            job.watching += count
+        else:
+            self._watching += count
+
+    def glance(self, job: Job) -> None:
+        """Somebody looks now, and soon again."""
+        job.watched_until = time.monotonic() + GLANCE_S
+
+    def is_watched(self, job: Job) -> bool:
+        return bool(self._watching or job.watching) or time.monotonic() < job.watched_until
+
     def wait(self, job: Job, timeout_s: float | None = None) -> bool:
         """Whether it was over in time. For scripts and tests."""
         with self._lock:
@@ -141,8 +187,8 @@ class Board:
         with self._lock:
             self.closed, left = True, list(self._waiting)
             self._waiting.clear()
-            if self.running:
-                self.running.cancelled.set()
+            for job in self.all_running:
+                job.cancelled.set()
             self._changed()  # who listens sees that it is closed
             return left
 
@@ -155,7 +201,7 @@ class Board:
             listener()
 
     def _position(self, job: Job) -> int | None:
-        return self._waiting.index(job) + (self.running is not None) if job.state == QUEUED else None
+        return self._waiting.index(job) + len(self.all_running) if job.state == QUEUED else None
 
     def _wait_s(self) -> int:
         """Until one more is drawn, about. Clients of OpenAI's package give up where they are told more than 120."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
 from ..errors import UserError
+from ..pictures.saving import save_file
 from .jobs import LOST, OPEN, Job, Picture
 
 _SCHEMA = """
@@ -80,13 +81,13 @@ class History:
     def _write(self, job_id: str, state: str, facts: Mapping[str, Any]) -> None:
         self._db.execute("UPDATE jobs SET state = ?, facts = ? WHERE id = ?", (state, json.dumps(facts), job_id))
 
-    def add(self, job: Job, number: int, size: tuple[int, int], save: Callable[[Path], None]) -> Picture:
-        """save: writes the file, whole or not at all; its name is made here. Raises StorageError."""
+    def add(self, job: Job, number: int, size: tuple[int, int], file: bytes) -> Picture:
+        """file: what is in it; its name is made here. Raises StorageError."""
         picture = Picture(f"{job.id}-{number + 1}.png", *size, job.requests[number].seed)
         path = self.folder / picture.name
         try:
-            save(path)
-            row = picture.name, job.id, *size, picture.seed, path.stat().st_size
+            save_file(path, file)
+            row = picture.name, job.id, *size, picture.seed, len(file)
             with self._lock:
                 self._db.execute("INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?, ?, ?)", row)
         except (UserError, OSError, sqlite3.Error) as error:

@@ -65,6 +65,10 @@ class Job:
     notes: list[str] = field(default_factory=list)
     version: int = 0
     cancelled: Event = field(default_factory=Event)
+    drawn: set[int] = field(default_factory=set)  # places among the requests
+    losses: int = 0  # workers that ended while they drew it
+    watching: int = 0  # clients that listen to it
+    watched_until: float = 0.0  # by clients that ask again and again, by time.monotonic
 
     @property
     def over(self) -> bool:

@@ -126,7 +126,7 @@ class OpenAIRoutes:
 
     async def _streamed(self, job: Job, answer: Answer, kind: str, path: str) -> AsyncIterator[str]:
         shown, sent = 0, 0
-        async for facts in job_events(self.service.board, job, leaving=True):
+        async for facts in job_events(self.service.board, job, True, answer.partial > 0):
             if facts is None:
                 yield COMMENT
                 continue

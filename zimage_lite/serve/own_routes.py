@@ -45,7 +45,7 @@ class OwnRoutes:
         ]
 
     async def health(self, request: Request) -> Response:
-        return JSONResponse({"ok": self.service.worker.is_alive()})
+        return JSONResponse({"ok": any(worker.is_alive() for worker in self.service.workers)})
 
     async def openapi(self, request: Request) -> Response:
         return JSONResponse(document(self.service.options.limits))
@@ -58,6 +58,7 @@ class OwnRoutes:
             "loras": sorted(service.catalog.loras()), "controls": list(service.catalog.controls),
             "control_sources": CONTROL_SOURCES,
             "samplers": SAMPLERS, "schedules": SCHEDULES, "waiting": board.waiting(), "places": board.places,
+            "workers": sum(worker.is_alive() for worker in service.workers),
             "running": running.id if running else None, "lost": service.lost, "changes": board.version,
             "limits": vars(service.options.limits),
         })  # fmt: skip
@@ -95,9 +96,10 @@ class OwnRoutes:
         return JSONResponse(self.service.board.facts(job))
 
     async def preview(self, request: Request) -> Response:
-        """204 while there is none, before the first step and after the last."""
+        """204 while there is none: before the first step, after the last, and where nobody looked before."""
         if not (job := self.service.board.get(request.path_params["job"])):
             return _no_such(request, "job")
+        self.service.board.glance(job)
         if not job.preview:
             return Response(status_code=204)
         return Response(job.preview, media_type="image/jpeg", headers={"cache-control": "no-store"})
@@ -135,7 +137,7 @@ class OwnRoutes:
     async def _of_all(self, since: int) -> AsyncIterator[str]:
         board = self.service.board
         since = since if since <= board.version else 0  # of a server before this one
-        with woken_by(board) as event:
+        with woken_by(board) as event, board.watching():
             while not board.closed:
                 for facts in board.since(since):
                     since = facts["version"]

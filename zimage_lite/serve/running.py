@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import Thread
 
 import uvicorn
@@ -17,17 +17,20 @@ from ..units import counted
 from .app import app_of
 from .options import LOOPBACK, ServeOptions
 from .service import Service
+from .worker import Drawer
 
 _KEEP_ALIVE_S = 30
 _BACKLOG, _CONNECTIONS = 128, 256
 
 
-def run(options: ServeOptions, say: Callable[[str], None], browse: bool = False) -> None:
-    """say: takes lines for people; browse: also opens the page. Raises UserError."""
+def run(
+    options: ServeOptions, say: Callable[[str], None], browse: bool = False, drawers: Sequence[Drawer] = ()
+) -> None:
+    """say: takes lines for people; browse: also opens the page; drawers: see Service. Raises UserError."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     listening = _socket(options.host, options.port)
     with listening:
-        service = Service(options)
+        service = Service(options, drawers)
         if service.lost:
             say(
                 f"note: {counted(len(service.lost), 'job')} of the last time had not been drawn; the history names them"

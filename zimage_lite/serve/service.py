@@ -5,47 +5,45 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..config import GenerateOptions
-from ..pictures.recipe import asked, recipe
-from ..pictures.saving import save
+from ..config import GenerateOptions, RuntimeOptions
+from ..pictures.recipe import asked
+from ..workers.orders import Drawn, Order
 from .board import Board
 from .catalog import Catalog
 from .history import History, StorageError
 from .jobs import LOST, Failure, Job
 from .options import ServeOptions
-from .worker import Tell, Worker
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..checkpoint.hashes import FileHash
-    from ..pipeline.drawing import Pipeline
+from .worker import Drawer, Worker
 
 _STOPPING_S = 30.0  # at most, for the step that runs
 _log = logging.getLogger(__name__)
 
 
 class Service:
-    """lost: jobs that the last server did not finish. Raises UserError for a folder that cannot be used."""
+    """drawers: who draws, each by itself; by default one, in this process. lost: jobs that the last server did not
+    finish. Raises UserError for a folder that cannot be used."""
 
-    def __init__(self, options: ServeOptions) -> None:
+    def __init__(self, options: ServeOptions, drawers: Sequence[Drawer] = ()) -> None:
         self.options, self.catalog, self.history = options, Catalog(options), History(options.folder)
         self.lost = self.history.lost()
         self.board = Board(options.limits.waiting, self._record)
-        self.worker = Worker(self.board, self._open, self._keep, options.idle_minutes * 60)
-        self._hashes: dict[str, FileHash] = {}
+        idle_s = options.idle_minutes * 60
+        drawers = drawers or [_here(options.runtime)]
+        self.workers = [Worker(self.board, drawer, self._order, self._keep, idle_s) for drawer in drawers]
 
     def start(self) -> None:
-        self.worker.start()
+        for worker in self.workers:
+            worker.start()
 
     def stop(self) -> None:
         """Those that wait are lost, the one that runs stops within a step."""
         for job in self.board.close():
             self.board.finish(job, LOST, Failure("lost", "the server stopped before this was drawn"))
-        if self.worker.is_alive():
-            self.worker.join(_STOPPING_S)
+        for worker in self.workers:
+            if worker.is_alive():
+                worker.join(_STOPPING_S)
         self.history.close()
 
     def submit(self, model: str, requests: Sequence[GenerateOptions], client: str = "api", leaves: bool = False) -> Job:
@@ -73,21 +71,12 @@ class Service:
             self.board.forget(job)
         return self.history.delete(job_id)
 
-    def _open(self, model: str, tell: Tell) -> Pipeline:
-        from ..api import open_named
-        from ..checkpoint.hashes import FileHash
-        from ..pipeline.drawing import Pipeline
+    def _order(self, job: Job, places: list[int]) -> Order:
+        requests = [job.requests[place] for place in places]
+        return Order(self.catalog.place_of(job.model), requests)
 
-        runtime = self.options.runtime
-        pipeline = Pipeline(open_named(self.catalog.place_of(model), {}), runtime, tell)
-        self._hashes[model] = FileHash(list(pipeline.model.transformer.stamps), keep=runtime.cache).start()
-        return pipeline
-
-    def _keep(self, job: Job, number: int, pixels: Tensor, pipeline: Pipeline) -> None:
-        request, size = pipeline.complete(job.requests[number]), (pixels.shape[1], pixels.shape[0])
-        beside = pipeline.adapters.told(request.loras), pipeline.controls.told(request)
-        said = recipe(request, pipeline.model, size, *beside, self._hashes[job.model].result())
-        picture = self.history.add(job, number, size, lambda path: save(path, pixels, said))
+    def _keep(self, job: Job, place: int, drawn: Drawn) -> None:
+        picture = self.history.add(job, place, (drawn.width, drawn.height), drawn.file)
         self.board.change(job, pictures=sorted([*job.pictures, picture], key=lambda one: one.seed))
 
     def _record(self, job: Job) -> None:
@@ -95,3 +84,9 @@ class Service:
             self.history.put(job)
         except StorageError as error:  # it is drawn all the same, and what cannot be kept is known
             _log.error("%s", error)
+
+
+def _here(runtime: RuntimeOptions) -> Drawer:
+    from ..workers.drawer import Drawer  # torch, which a server whose workers are elsewhere does not need
+
+    return Drawer(runtime)

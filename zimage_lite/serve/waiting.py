@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -99,12 +99,14 @@ def event_text(name: str | None, data: Mapping[str, Any], number: int | None = N
 COMMENT = ": still here\n\n"
 
 
-async def job_events(board: Board, job: Job, leaving: bool = False) -> AsyncIterator[dict[str, Any] | None]:
+async def job_events(
+    board: Board, job: Job, leaving: bool = False, previews: bool = True
+) -> AsyncIterator[dict[str, Any] | None]:
     """Its facts whenever they change, None now and then when they do not; the last are those of the end. leaving:
-    whoever goes before is the one who wanted it."""
+    whoever goes before is the one who wanted it; previews: they are looked at."""
     seen = -1
     try:
-        with woken_by(board) as event:
+        with woken_by(board) as event, board.watching(job) if previews else nullcontext():
             while True:
                 facts = board.facts(job)
                 if facts["version"] != seen:

@@ -1,134 +1,111 @@
-"""The one thread that draws. It owns the pipeline: opens it for the first job that wants its model, gives it back when
-nobody has come for a while, and outlives whatever a job raises."""
+"""A thread that takes jobs from the board and has them drawn, one after another, by a drawer that is its own: in this
+process or in another. Loads no torch."""
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from io import BytesIO
 from threading import Thread
-from typing import TYPE_CHECKING, cast
+from typing import Any, Protocol
 
-from ..errors import BudgetError, UserError
-from ..memory.failures import forget, is_out_of_memory
+from ..workers.orders import CancelledError, DrawError, Drawn, LostError, Order, Watch
 from .board import Board
 from .history import StorageError
 from .jobs import CANCELLED, DONE, FAILED, Failure, Job
-from .memory_facts import memory_facts
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..memory.plan import Budgets
-    from ..pipeline.denoise import Step
-    from ..pipeline.drawing import Pipeline
-    from ..pipeline.previews import Previewer
-
-Tell = Callable[[str], None]
-Opener = Callable[[str, Tell], "Pipeline"]  # of a model, by its name
-Keep = Callable[[Job, int, "Tensor", "Pipeline"], None]  # a picture, and its place among those asked for
+MOST_LOSSES = 2  # workers, that one job may take with it
 _log = logging.getLogger(__name__)
 
 
-class CancelledError(Exception):
-    """Raised in the middle of a run, which gives all memory back."""
+class Drawer(Protocol):
+    """`workers.drawer.Drawer`, or `workers.cluster.RayDrawer`."""
+
+    def draw(self, order: Order, watch: Watch) -> Iterator[Drawn]: ...
+    def give_back(self) -> None: ...
+    def renew(self) -> None: ...
 
 
 class Worker(Thread):
-    def __init__(self, board: Board, opener: Opener, keep: Keep, idle_s: float) -> None:
+    """order: of the pictures of a job that are still to be drawn; keep: takes one, with its place in the job."""
+
+    def __init__(
+        self, board: Board, drawer: Drawer, order: Callable[[Job, list[int]], Order],
+        keep: Callable[[Job, int, Drawn], None], idle_s: float,
+    ) -> None:  # fmt: skip
         super().__init__(name="drawing", daemon=True)
-        self.board, self.opener, self.keep, self.idle_s = board, opener, keep, idle_s
-        self.pipeline: Pipeline | None = None
-        self._model: str | None = None
-        self._previewer: Previewer | None = None
-        self._job: Job | None = None
-        self._budgets: Budgets | None = None  # of the job that runs
+        self.board, self.drawer, self.order, self.keep, self.idle_s = board, drawer, order, keep, idle_s
 
     def run(self) -> None:
         while not self.board.closed:
-            if job := self.board.next(self.idle_s):
-                self._draw(job)
-            else:
-                self._give_back()
+            if not (job := self.board.next(self.idle_s)):
+                self.drawer.give_back()
+            elif not self._drawn(job) and not self._renewed():
+                return
 
-    def _draw(self, job: Job) -> None:
-        self._job = job
+    def _drawn(self, job: Job) -> bool:
+        """False if the drawer was lost: what is missing is drawn by another."""
         try:
             self._images(job)
-        except CancelledError as error:
-            forget(error)
+        except CancelledError:
             self.board.finish(job, CANCELLED)
-        except UserError as error:
-            self.board.finish(job, FAILED, Failure(_code(error), str(error)))
-        except Exception as error:  # noqa: BLE001 - whatever it was, the next one is drawn
-            if is_out_of_memory(error):
-                failure = Failure("out_of_memory", "memory ran out; close other programs, or draw something smaller")
+        except StorageError as error:
+            self.board.finish(job, FAILED, Failure("storage", str(error)))
+        except DrawError as error:
+            message = error.message
+            if error.detail:
+                _log.error("job %s failed\n%s", job.id, error.detail)
+                message = f"{message}: the server's log has more"
+            self.board.finish(job, FAILED, Failure(error.code, message))
+        except LostError as error:
+            _log.error("job %s: %s", job.id, error)
+            job.losses += 1
+            if job.losses < MOST_LOSSES:
+                self.board.put_back(job)
             else:
-                _log.error("job %s failed", job.id, exc_info=error)
-                failure = Failure("internal", f"{type(error).__name__}: the server's log has more")
-            forget(error)
-            self._give_back()
-            self.board.finish(job, FAILED, failure)
+                self.board.finish(job, FAILED, Failure("internal", f"{job.losses} workers ended while they drew it"))
+            return False
+        except Exception as error:  # noqa: BLE001 - whatever it was, the next one is drawn
+            _log.error("job %s failed", job.id, exc_info=error)
+            self.board.finish(job, FAILED, Failure("internal", f"{type(error).__name__}: the server's log has more"))
         else:
             self.board.finish(job, DONE)
-        self._job = None
+        return True
 
     def _images(self, job: Job) -> None:
-        watch = _Watch(self.board, job)
-        pipeline = self._opened(job.model)
-        self._budgets = pipeline.work.planning.budgets()
-        drawn = pipeline.images(job.requests, watch.progress, self._on_step)
-        with closing(cast("Generator[tuple[int, Tensor], None, None]", drawn)) as images:
-            for index, pixels in images:
-                self.board.change(job, memory=memory_facts(pipeline, self._budgets))
-                self.keep(job, index, pixels, pipeline)
-                watch.check()
+        watch, todo = _OfJob(self.board, job), [place for place in range(len(job.requests)) if place not in job.drawn]
+        with closing(self.drawer.draw(self.order(job, todo), watch)) as images:  # type: ignore[type-var]
+            for drawn in images:
+                place = todo[drawn.place]
+                self.keep(job, place, drawn)
+                job.drawn.add(place)
 
-    def _on_step(self, step: Step) -> None:
-        assert self._job and self._previewer and self.pipeline and self._budgets
-        if self._job.cancelled.is_set():
-            raise CancelledError
-        picture = _jpeg(self._previewer(step.x0))
-        memory = memory_facts(self.pipeline, self._budgets)
-        self.board.change(self._job, preview=picture, previews=self._job.previews + 1, memory=memory)
-
-    def _opened(self, model: str) -> Pipeline:
-        from ..pipeline.previews import previewer
-
-        if self.pipeline is None or self._model != model:
-            self._give_back()
-            self.pipeline, self._model = self.opener(model, self._tell), model
-            self._previewer = previewer(self.pipeline.model)
-        return self.pipeline
-
-    def _tell(self, line: str) -> None:
-        if self._job:
-            self.board.change(self._job, notes=[*self._job.notes, line])
-
-    def _give_back(self) -> None:
-        if self.pipeline is not None:
-            self.pipeline = self._model = self._previewer = None
-            gc.collect()
+    def _renewed(self) -> bool:
+        try:
+            self.drawer.renew()
+        except LostError as error:
+            _log.error("one worker less: %s", error)
+            return False
+        return True
 
 
-def _code(error: UserError) -> str:
-    if isinstance(error, StorageError):
-        return "storage"
-    return "too_large" if isinstance(error, BudgetError) else "invalid_request"
-
-
-class _Watch:
-    """How far a job is, and how long it may still take: by the steps so far."""
+class _OfJob(Watch):
+    """Tells the board how far a job is, and how long it may still take: by the steps so far."""
 
     def __init__(self, board: Board, job: Job) -> None:
         self.board, self.job = board, job
         self.first: tuple[float, int] | None = None
 
+    @property
+    def cancelled(self) -> bool:  # type: ignore[override]
+        return self.job.cancelled.is_set()
+
+    @property
+    def watched(self) -> bool:  # type: ignore[override]
+        return self.board.is_watched(self.job)
+
     def progress(self, phase: str, done: int, total: int) -> None:
-        self.check()
         left = None
         if phase == "denoise":
             now = time.monotonic()
@@ -138,14 +115,11 @@ class _Watch:
             left = (now - start) / (done - steps) * (total - done) if done > steps else None
         self.board.change(self.job, phase=phase, done=done, total=total, seconds_left=left)
 
-    def check(self) -> None:
-        if self.job.cancelled.is_set():
-            raise CancelledError
+    def memory(self, facts: Mapping[str, Any]) -> None:
+        self.board.change(self.job, memory=dict(facts))
 
+    def preview(self, jpeg: bytes) -> None:
+        self.board.change(self.job, preview=jpeg, previews=self.job.previews + 1)
 
-def _jpeg(pixels: Tensor) -> bytes:
-    from PIL import Image
-
-    file = BytesIO()
-    Image.fromarray(pixels.numpy()).save(file, format="JPEG", quality=85)
-    return file.getvalue()
+    def note(self, line: str) -> None:
+        self.board.change(self.job, notes=[*self.job.notes, line])
