@@ -29,6 +29,7 @@ _INTERRUPTED = "interrupted; nothing was left half-written"
 _VERBS = {
     "generate": "Draw images from prompts.",
     "serve": "Draw for other programs, over HTTP: OpenAI's API, A1111's, and our own.",
+    "train-lora": "Teach a model what some pictures show, as a LoRA.",
     "quantize": "Turn a checkpoint into a smaller one.",
     "plan": "Predict memory and time, for any GPU.",
     "bench": "Measure time and memory, or predict them for a tier of hardware.",
@@ -50,7 +51,7 @@ class _Verbs(click.Group):
         if name not in _VERBS:
             return None
         with leaving_at_once():
-            return import_module(f".{name}", __package__).command
+            return import_module(f".{name.replace('-', '_')}", __package__).command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -67,11 +67,11 @@ def byte_progress(title: str, extra: str) -> Iterator[tuple[Callable[[int, int],
 
 
 @contextmanager
-def phase_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Yields progress(phase, done, total): one bar per phase."""
+def phase_progress(*phases: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Yields progress(phase, done, total): one bar per phase, if not named those of drawing."""
     columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with _bars(*columns) as bars:
-        tasks = {phase: bars.add_task(phase, total=None) for phase in ("encode", "denoise", "decode")}
+        tasks = {phase: bars.add_task(phase, total=None) for phase in phases or ("encode", "denoise", "decode")}
         yield lambda phase, done, total: bars.update(tasks[phase], completed=done, total=total)
 
 

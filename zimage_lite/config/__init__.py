@@ -45,6 +45,7 @@ from .models import (
     from_mapping,
 )
 from .runtime import RuntimeOptions
+from .training import OPTIMIZERS, TIMESTEPS, TrainOptions
 
 __all__ = [
     "BACKENDS",
@@ -62,6 +63,7 @@ __all__ = [
     "MAX_PROMPT_TOKENS",
     "MAX_STEPS",
     "MOST_PER_ROUND",
+    "OPTIMIZERS",
     "PATCH_SIZE",
     "PREVIEW_BYTES",
     "RANDOM_SEED",
@@ -71,6 +73,7 @@ __all__ = [
     "SIZE_MULTIPLE",
     "STRENGTH_MODES",
     "TILED_PIXELS",
+    "TIMESTEPS",
     "TOKENS_PER_PASS",
     "VAE_FACTOR",
     "VAE_QUERIES",
@@ -82,6 +85,7 @@ __all__ = [
     "RuntimeOptions",
     "SchedulerConfig",
     "TextEncoderConfig",
+    "TrainOptions",
     "TransformerConfig",
     "VaeConfig",
     "from_mapping",

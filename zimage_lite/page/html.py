@@ -7,6 +7,7 @@ and tells the browser to refuse whatever would.
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -25,12 +26,13 @@ th{color:var(--soft);font-weight:600}td.text,th.text{text-align:left}td.bad{colo
 td.long{white-space:normal;min-width:10rem;text-align:left}figure{margin:1.5rem 0}
 figcaption{color:var(--soft);font-size:.875rem}svg{display:block;width:100%}svg text{fill:var(--ink)}
 svg.plot{max-width:34rem}.timeline svg{min-width:44rem}.timeline rect[fill="#f4f4f4"]{fill:var(--track)}
+.pictures{display:flex;flex-wrap:wrap;gap:.75rem}.pictures figure{margin:0}.pictures img{max-width:16rem}
 .grid{stroke:var(--line);stroke-width:1}.line{fill:none;stroke-width:1.5;opacity:.6}.bar{stroke-width:5;opacity:.45}
 """
 _COLOURS = "".join(
     f".c{i}{{stroke:var(--c{i})}}.dot.c{i}{{fill:var(--c{i});stroke:var(--paper)}}" for i in range(6)
 )  # fmt: skip
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _MARKDOWN = re.compile(r"([\\`*_\[\]#|~!])")
 _LONG = 40  # characters
 
@@ -57,22 +59,33 @@ class Figure:
     wide: bool = False  # may be scrolled on a phone
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """shown: JPEG, and what stands below it. They become part of the page; Markdown shows what stands below."""
+
+    shown: Sequence[tuple[bytes, str]]
+
+
+Part = str | Table | Figure | Pictures
+
+
 @dataclass
 class Section:
-    """parts: paragraphs as text, tables and figures, in order."""
+    """parts: paragraphs as text, tables, figures and pictures, in order."""
 
     title: str
-    parts: list[str | Table | Figure] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
 
 
-def as_html(title: str, sections: Sequence[Section]) -> str:
-    """A page that needs nothing else."""
+def as_html(title: str, sections: Sequence[Section], refresh_s: int | None = None) -> str:
+    """A page that needs nothing else. refresh_s: is read again so often, as long as it is open."""
+    again = f'<meta http-equiv="refresh" content="{refresh_s}">\n' if refresh_s else ""
     body = "\n".join(f"<h2>{escape(one.title)}</h2>\n" + "\n".join(map(_html, one.parts)) for one in sections)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}{_COLOURS}</style>\n</head>\n"
+        f"{again}<title>{escape(title)}</title>\n<style>{_STYLE}{_COLOURS}</style>\n</head>\n"
         f"<body>\n<h1>{escape(title)}</h1>\n{body}\n</body>\n</html>\n"
     )
 
@@ -84,9 +97,11 @@ def as_markdown(title: str, sections: Sequence[Section]) -> str:
     return "\n\n".join(found) + "\n"
 
 
-def _html(part: str | Table | Figure) -> str:
+def _html(part: Part) -> str:
     if isinstance(part, str):
         return f"<p>{escape(part)}</p>"
+    if isinstance(part, Pictures):
+        return f'<div class="pictures">{"".join(_picture(*one) for one in part.shown)}</div>'
     if isinstance(part, Figure):
         kind = ' class="timeline"' if part.wide else ""
         caption = f"<figcaption>{escape(part.caption)}</figcaption>"
@@ -103,14 +118,21 @@ def _html(part: str | Table | Figure) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{lines}\n</tbody></table></div>'
 
 
+def _picture(jpeg: bytes, text: str) -> str:
+    data = f"data:image/jpeg;base64,{b64encode(jpeg).decode()}"
+    return f'<figure><img src="{data}" alt="{escape(text)}"><figcaption>{escape(text)}</figcaption></figure>'
+
+
 def _kind(table: Table, column: int, text: str = "", bad: bool = False) -> str:
     names = ["text"] * (column < table.texts) + ["long"] * (len(text) > _LONG) + ["bad"] * bad
     return f' class="{" ".join(names)}"' if names else ""
 
 
-def _markdown(part: str | Table | Figure) -> str:
+def _markdown(part: Part) -> str:
     if isinstance(part, str):
         return _plain(part)
+    if isinstance(part, Pictures):
+        return f"*{_plain(', '.join(text for _, text in part.shown))} (pictures in the HTML page)*"
     if isinstance(part, Figure):
         return f"*{_plain(part.caption)} (the picture is in the HTML page)*"
     lines = [part.header, ["---" if i < part.texts else "---:" for i in range(len(part.header))], *part.rows]

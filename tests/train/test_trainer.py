@@ -1,0 +1,59 @@
+"""Whole trainings: the loss of diffusers and peft, step by step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from learning import Peft
+from lessons import FEW, pipeline_of, write_lessons
+from marking import always
+
+from zimage_lite.config import TrainOptions
+from zimage_lite.train.dataset import examples_in
+from zimage_lite.train.passes import Batch
+from zimage_lite.train.trainer import LONGEST_GRADIENT, WEIGHT_DECAY, Trainer
+
+FIFTY = replace(FEW, steps=50, rate=5e-3)
+
+
+def trainer_of(model: Path, folder: Path, options: TrainOptions) -> Trainer:
+    made = Trainer(pipeline_of(model), examples_in(write_lessons(folder), options.trigger), options)
+    made.prepare()
+    made.begin()
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("timesteps", always("sigmoid", of=("sigmoid", "uniform")))
+def test_losses_are_those_of_diffusers_and_peft(tiny: Path, tmp_path: Path, timesteps: str) -> None:
+    """50 steps from the same start, with the same draws: pictures of two sizes, two at a time. 1e-4 of a loss near 2
+    is what rounding came to after steps that halve it."""
+    ours = trainer_of(tiny, tmp_path / "lessons", replace(FIFTY, timesteps=timesteps))
+    theirs = Peft(tiny, ours.lora)
+    optimizer = torch.optim.AdamW(theirs.parameters, FIFTY.rate, weight_decay=WEIGHT_DECAY)
+    told = ours.pipeline.encode([example.caption for example in ours.examples])
+    losses = list(ours.steps(0, 50))
+    for step, loss in enumerate(losses):
+        chosen, sigmas = ours.draws.chosen(step), ours.draws.sigmas(step)
+        latents = [ours._latents[place] for place in chosen]
+        noises = ours.draws.noises(step, latents)
+        optimizer.zero_grad()
+        expected = theirs.loss(Batch(latents, noises, sigmas, [], []), [told[place].clone() for place in chosen])
+        expected.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters, LONGEST_GRADIENT)
+        optimizer.step()
+        assert abs(loss - expected.item()) <= 1e-4 * expected.item(), step
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])  # else little would have been compared
+
+
+@pytest.mark.full_size
+def test_8_bits_learn_alike(tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    plain, small = (
+        list(trainer_of(tiny, tmp_path / name, replace(FEW, optimizer=name)).steps(0, 7))
+        for name in ("adamw", "adamw8bit")
+    )
+    assert small != plain and small == pytest.approx(plain, rel=0.02)

@@ -1,0 +1,184 @@
+"""zimage-lite train-lora FOLDER"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..checkpoint.model_card import DEMO
+from ..config import DEVICES, OPTIMIZERS, TIMESTEPS, Lora, RuntimeOptions, TrainOptions
+from ..errors import EXIT_INTERRUPTED
+from ..units import counted, format_gb, parse_bytes
+from . import leaving_at_once, print_json, say
+
+if TYPE_CHECKING:
+    from ..pipeline.drawing import Pipeline
+    from ..train.session import Session
+
+_DEFAULT = TrainOptions()
+_PATH = click.Path(path_type=Path)
+
+
+@click.command(name="train-lora")
+@click.argument("folder", type=_PATH)
+@click.option(
+    "--model", default=DEMO, show_default=True, help="Model to teach: folder, all-in-one file, or Hub id OWNER/NAME."
+)
+@click.option("-o", "--output", "out", type=_PATH, default=Path("my.safetensors"), show_default=True, help="LoRA file.")
+@click.option(
+    "--trigger", default="", metavar="WORD", help="Comes in front of every caption that does not have it yet."
+)
+@click.option(
+    "--preserve",
+    multiple=True,
+    metavar="WORD",
+    help="What the trigger is a kind of, such as dog: pictures of it, drawn beforehand, are learned in turn, so that "
+    "it stays as it was. Once for each.",
+)
+@click.option("--steps", type=int, default=_DEFAULT.steps, show_default=True, help="Of the optimizer.")
+@click.option("--rank", type=int, default=_DEFAULT.rank, show_default=True, help="Its size: 4.4 MB for each.")
+@click.option("--rate", type=float, default=_DEFAULT.rate, show_default=True, help="How far a step goes.")
+@click.option("--batch", type=int, default=_DEFAULT.batch, show_default=True, help="Pictures a step.")
+@click.option(
+    "--resolution",
+    type=int,
+    help="Pictures are trained at about its square in pixels, in their own shape.  [default: 512, or the model's own]",
+)
+@click.option(
+    "--timesteps",
+    type=click.Choice(TIMESTEPS),
+    default=_DEFAULT.timesteps,
+    show_default=True,
+    help="Which noise levels are learned: mostly middle ones, or all alike.",
+)
+@click.option("--shift", type=float, default=_DEFAULT.shift, show_default=True, help="Moves them towards noise.")
+@click.option("--optimizer", type=click.Choice(OPTIMIZERS), default=_DEFAULT.optimizer, show_default=True)
+@click.option("--seed", type=int, default=_DEFAULT.seed, show_default=True)
+@click.option(
+    "--assistant",
+    "assistants",
+    multiple=True,
+    metavar="PATH[:STRENGTH]",
+    help="A LoRA that is there while training and not afterwards: for Turbo ostris/zimage_turbo_training_adapter.",
+)
+@click.option(
+    "--sample", "prompts", multiple=True, metavar="PROMPT", help="Draw this on the way.  [default: the first caption]"
+)
+@click.option(
+    "--every", type=int, default=250, show_default=True, help="Save, draw samples and write the page every N steps."
+)
+@click.option("--resume", is_flag=True, help="Go on where it was stopped or killed.")
+@click.option("--overwrite", is_flag=True, help="Begin anew, replace the file.")
+@click.option("--vram", metavar="SIZE", help="Ceiling for the GPU's memory, such as 8GB.  [default: what is free]")
+@click.option("--ram", metavar="SIZE", help="Ceiling for the process's memory, such as 16GB.  [default: what is free]")
+@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+def command(
+    folder: Path, model: str, out: Path, trigger: str, preserve: tuple[str, ...], resolution: int | None,
+    assistants: tuple[str, ...], prompts: tuple[str, ...], every: int, resume: bool, overwrite: bool,
+    vram: str | None, ram: str | None, device: str, as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Teach the model what the pictures in FOLDER show, as a LoRA.
+
+    Captions lie beside them, 1.txt beside 1.png, or in one JSON Lines file of {"file_name": ..., "caption": ...}.
+    Ctrl-C saves; --resume goes on.
+    """
+    vram_bytes, ram_bytes = (parse_bytes(size) if size else None for size in (vram, ram))
+    runtime = RuntimeOptions(device, vram_bytes=vram_bytes, ram_bytes=ram_bytes)
+    given = TrainOptions(**options, resolution=resolution or _DEFAULT.resolution, trigger=trigger)
+
+    with leaving_at_once():
+        from ..api import open_named
+        from ..pipeline.drawing import Pipeline
+        from ..train.dataset import examples_in
+        from ..train.session import Goal, Session
+    from .progress import phase_progress
+
+    examples = examples_in(folder, trigger)
+    pipeline = Pipeline(open_named(model, {}), runtime, tell=lambda line: say(f"note: {line}"))
+    if resolution is None:
+        given = replace(given, resolution=min(given.resolution, *pipeline.model.default_size))
+    assistant = Lora.several(assistants)
+    goal = Goal(out, examples, given, assistant, preserve, prompts or (examples[0].caption,), every)
+    session = Session(pipeline, goal, resume, overwrite)
+    _introduce(pipeline, session)
+    with phase_progress("denoise", "encode", "pictures", "train", "decode") as progress, stopping() as stop:
+        finished = session.run(progress, stop)
+    result = _measured(session, finished)
+    say(_summary(result))
+    if as_json:
+        print_json(result)
+    if not finished:
+        say(f"stopped after step {session.done.step}, all of it is saved; go on with --resume")
+        click.get_current_context().exit(EXIT_INTERRUPTED)
+
+
+@contextmanager
+def stopping() -> Iterator[Callable[[], bool]]:
+    """Yields what says whether somebody wants it to stop: asked for once, it may end its step; the second time it is
+    interrupted at once."""
+    asked = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: Any) -> None:
+        if asked.is_set():
+            signal.default_int_handler(number, frame)
+        asked.set()
+        say("stopping after this step; once more stops at once")
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield asked.is_set
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
+
+
+def _introduce(pipeline: Pipeline, session: Session) -> None:
+    """What will be done, and how much memory it takes."""
+    goal, plan = session.goal, session.trainer.ways.plan
+    if not pipeline.model.scheduler.undistilled and not goal.assistant:
+        say(
+            "note: of a distilled model, such as Turbo, long trainings without --assistant undo the distillation; "
+            "Z-Image Base needs none"
+        )
+    stay = f"{len(plan.resident)} of {len(plan.homes)} blocks stay, the others pass through"
+    gpu = f"{format_gb(plan.peak_vram_bytes)} of GPU memory, " if plan.device == "gpu" else ""
+    say(
+        f"{counted(len(goal.examples), 'picture')}, {goal.options.steps} steps; planned: {gpu}"
+        f"{format_gb(plan.peak_ram_bytes)} of RAM; {'all blocks stay' if not plan.streamed else stay}"
+    )
+
+
+def _measured(session: Session, finished: bool) -> dict[str, Any]:
+    work, done = session.trainer.work, session.done
+    plan, measured = session.trainer.ways.plan, work.meter.phases.get("train", {})
+    return {
+        "lora": str(session.goal.out) if finished else None,
+        "steps": done.step,
+        "loss": done.losses[-1] if done.losses else None,
+        "page": str(session.goal.folder / "index.html"),
+        "planned_vram_bytes": plan.peak_vram_bytes if plan.device == "gpu" else None,
+        "planned_ram_bytes": plan.peak_ram_bytes,
+        "plan": plan.facts(),
+        "measured": measured,
+    }
+
+
+def _summary(result: dict[str, Any]) -> str:
+    measured, planned = result["measured"], [f"{format_gb(result['planned_ram_bytes'])} of RAM"]
+    peaks = [f"{format_gb(measured.get('peak_rss_bytes', 0))} of RAM"]
+    if result["planned_vram_bytes"]:
+        planned.insert(0, f"{format_gb(result['planned_vram_bytes'])} of GPU memory")
+        peaks.insert(0, f"{format_gb(measured.get('peak_reserved_bytes', 0))} of GPU memory")
+    where = result["lora"] or result["page"]
+    seconds = f"{measured.get('seconds', 0):.0f} s of training"
+    return f"{where}  ({seconds}; memory: {', '.join(peaks)}, planned: {', '.join(planned)})"
