@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 NODES = ROOT / "integrations" / "comfyui"
@@ -94,7 +96,7 @@ class Comfy:
         """-> its id. Raises FailedError for what is refused at once."""
         return str(self.post("prompt", {"prompt": prompt, "client_id": uuid.uuid4().hex})["prompt_id"])
 
-    def wait(self, ordered: str, seconds: float = 600) -> dict[str, Any]:
+    def wait(self, ordered: str, seconds: float = 300) -> dict[str, Any]:
         """-> what each output node showed, by its id. Raises FailedError."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -115,6 +117,11 @@ class Comfy:
             with urllib.request.urlopen(f"{self.url}/view?{query}", timeout=60) as answer:
                 found.append(np.asarray(Image.open(BytesIO(answer.read()))))
         return found
+
+    def latent(self, shown: Mapping[str, Any]) -> Tensor:
+        """Of SaveLatent: [batch, channels, h, w]."""
+        (place,) = shown["latents"]
+        return load_file(self.base / "output" / place["subfolder"] / place["filename"])["latent_tensor"]
 
     def _outputs(self, found: Mapping[str, Any]) -> dict[str, Any]:
         if found["status"]["status_str"] == "success":

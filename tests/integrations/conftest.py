@@ -26,7 +26,7 @@ def comfy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def comfy(comfy_folder: Path) -> Iterator[Comfy]:
-    nodes = {"zimage-lite": NODES}
+    nodes = {"zimage-lite": NODES, "tests": Path(__file__).parents[1] / "helpers" / "comfy_test_nodes"}
     if gguf := os.environ.get("COMFYUI_GGUF"):
         nodes["ComfyUI-GGUF"] = Path(gguf)
     with running(comfy_folder, nodes) as server:

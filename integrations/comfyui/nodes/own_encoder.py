@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from comfy.sd import CLIP
-from zimage_lite.pipeline.modules import Modules
 
 from zimage_lite.errors import UserError
 from zimage_lite.pipeline.drawing import Pipeline
+from zimage_lite.pipeline.modules import Modules
 
 from .running import make_room
 
@@ -62,6 +62,9 @@ class OurEncoder(CLIP):
 
     def clip_layer(self, layer_idx: int) -> None:
         raise UserError("another layer of the text encoder: Z-Image is made for the last but one, and takes no other")
+
+    def is_dynamic(self) -> bool:
+        return False
 
     def load_model(self, tokens: Any = None) -> None:
         """It comes when it encodes."""

@@ -19,14 +19,14 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from comfy.supported_models import ZImage
 from torch import Tensor
-from zimage_lite.pipeline.denoiser import Asked
-from zimage_lite.pipeline.modules import Modules
 
 from zimage_lite.adapters.joined import AdapterSet
 from zimage_lite.checkpoint.names import NATIVE_TRANSFORMER
 from zimage_lite.config import PATCH_SIZE
 from zimage_lite.errors import UserError
+from zimage_lite.pipeline.denoiser import Asked
 from zimage_lite.pipeline.drawing import Pipeline
+from zimage_lite.pipeline.modules import Modules
 
 from .patches import Written, written
 

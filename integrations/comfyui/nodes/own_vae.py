@@ -8,11 +8,12 @@ import torch
 from comfy.latent_formats import Flux
 from comfy.sd import VAE
 from torch import Tensor
-from zimage_lite.pipeline.modules import Modules
 
 from zimage_lite.config import VAE_FACTOR
 from zimage_lite.errors import UserError
+from zimage_lite.model.vae import latent_of
 from zimage_lite.pipeline.drawing import Pipeline
+from zimage_lite.pipeline.modules import Modules
 
 from .running import make_room
 
@@ -20,7 +21,8 @@ _ROOM_BYTES = 2 * 10**9  # that ComfyUI is asked for; with less the bands are lo
 
 
 class OurVae(VAE):
-    """What ComfyUI's nodes call. Tiles are not needed: who asks for them gets the whole picture."""
+    """What ComfyUI's nodes call. Tiles are not needed: who asks for them gets the whole picture. Latents outside are on
+    the scale that ComfyUI's Z-Image takes, whatever that of this VAE is; of the true one it is the same."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self.modules, self.scale = Modules(pipeline), Flux()
@@ -43,14 +45,18 @@ class OurVae(VAE):
         """[batch, h, w, 3] in 0..1 -> [batch, 16, h / 8, w / 8], the most likely latents, float32 on the CPU."""
         make_room(_ROOM_BYTES)
         pixels = self.vae_encode_crop_pixels(pixel_samples)[..., :3].movedim(-1, 1) * 2 - 1
-        moments = torch.stack(self.modules.moments(list(pixels)))
-        return moments.chunk(2, dim=1)[0].contiguous()
+        config = self.modules.pipeline.model.vae.config
+        latents = [latent_of(moments, config) for moments in self.modules.moments(list(pixels))]
+        return self.scale.process_out(torch.stack(latents))
 
     def decode_tiled(self, samples: Tensor, *args: Any, **more: Any) -> Tensor:
         return self.decode(samples)
 
     def encode_tiled(self, pixel_samples: Tensor, *args: Any, **more: Any) -> Tensor:
         return self.encode(pixel_samples)
+
+    def is_dynamic(self) -> bool:
+        return False
 
     def throw_exception_if_invalid(self) -> None:
         """It was opened."""

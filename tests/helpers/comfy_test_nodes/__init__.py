@@ -17,4 +17,19 @@ class RandomConditioning:
         return ([[made, {}]],)
 
 
-NODE_CLASS_MAPPINGS = {"TestRandomConditioning": RandomConditioning}
+class PatchedBlocks:
+    """As ControlNets of ComfyUI do: reaches into every block."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "tests", "patch", ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def patch(self, model):
+        patched = model.clone()
+        patched.set_model_double_block_patch(lambda given: {})
+        return (patched,)
+
+
+NODE_CLASS_MAPPINGS = {"TestRandomConditioning": RandomConditioning, "TestPatchedBlocks": PatchedBlocks}
