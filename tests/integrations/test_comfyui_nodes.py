@@ -85,3 +85,10 @@ def test_workflows_name_what_there_is(nodes: Mapping[str, Any], file: Path) -> N
         known, required = {own.id for own in inputs}, {own.id for own in inputs if not own.said.get("optional")}
         given = set(one["inputs"]) if isinstance(one["inputs"], dict) else {own["name"] for own in one["inputs"]}
         assert given <= known and required <= given
+
+
+def test_all_is_said_in_chinese(nodes: Mapping[str, Any]) -> None:
+    texts = json.loads((NODES / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
+    assert set(texts) == set(nodes)
+    for name, node in nodes.items():
+        assert set(texts[name]["inputs"]) == {own.id for own in node.define_schema().said["inputs"]}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from comfy_server import Comfy
 from make_checkpoint import renamed, write_file
-from oracles import psnr
+from oracles import psnr, relative_error
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -84,8 +84,9 @@ def agreement(found: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.parametrize("cfg", [1.0, 4.0])
 def test_ksampler_on_our_model_is_ksampler_on_theirs(comfy: Comfy, wide: Path, cfg: float) -> None:
-    found, wanted = (sampled(comfy, loader, cfg=cfg) for loader in (ours(comfy, PLAIN), theirs(comfy, PLAIN)))
-    assert agreement(found, wanted) >= 45
+    found = agreement(*(sampled(comfy, loader, cfg=cfg) for loader in (ours(comfy, PLAIN), theirs(comfy, PLAIN))))
+    print(f"cfg {cfg}: {found:.1f} dB")
+    assert found >= 45
 
 
 def test_a_lora_changes_as_much(comfy: Comfy, wide: Path) -> None:
@@ -93,7 +94,9 @@ def test_a_lora_changes_as_much(comfy: Comfy, wide: Path) -> None:
         sampled(comfy, loader, lora=0.8) - sampled(comfy, loader)
         for loader in (ours(comfy, PLAIN), theirs(comfy, PLAIN))
     ]
-    assert float((changes[0] - changes[1]).norm() / changes[1].norm()) <= 0.01
+    found = relative_error(*changes)
+    print(f"the change of a LoRA: {found:.2e}")
+    assert found <= 0.01
 
 
 @pytest.mark.parametrize(
