@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-from comfy_server import Comfy, FailedError
+from comfy_server import NODES, Comfy, FailedError
 from PIL import Image
 
 from zimage_lite.cli import run
@@ -71,6 +72,12 @@ def test_a_picture_is_drawn_over_where_the_mask_says(comfy: Comfy, tmp_path: Pat
     picture, names = tmp_path / "given.png", tmp_path / "mask.png"
     wanted = by_command_line(tmp_path, "--image", picture, "--mask", names, "--strength", 0.8)
     assert np.array_equal(found[0], wanted) and np.array_equal(found[0][mask == 0], pixels[mask == 0])
+
+
+def test_the_example_runs(comfy: Comfy, tmp_path: Path) -> None:
+    prompt = json.loads((NODES / "example_workflows" / "api" / "generate.json").read_text(encoding="utf-8"))
+    found = comfy.pictures(comfy.run(prompt)["2"])
+    assert np.array_equal(found[0], by_command_line(tmp_path, "--seed", 3))
 
 
 def test_loras_add_up_and_seeds_count_up(comfy: Comfy, tmp_path: Path) -> None:

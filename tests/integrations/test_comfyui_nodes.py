@@ -14,7 +14,7 @@ from comfy_stand_in import NODES, Bar, Interrupted, our_nodes
 from zimage_lite import GenerateOptions, load
 from zimage_lite.errors import UserError
 
-WORKFLOWS = sorted((NODES / "example_workflows").glob("*.json"))
+WORKFLOWS = sorted((NODES / "example_workflows").rglob("*.json"))
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_quantize_writes_a_model_that_is_listed(nodes: Mapping[str, Any], tmp_pa
     assert "demo-q8_0" in listed.args[0]
 
 
-@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_workflows_name_what_there_is(nodes: Mapping[str, Any], file: Path) -> None:
     """In the API's format {id: {class_type, inputs}}; in the page's, values lie in the order of the widgets."""
     workflow = json.loads(file.read_text(encoding="utf-8"))
@@ -88,3 +88,10 @@ def test_workflows_name_what_there_is(nodes: Mapping[str, Any], file: Path) -> N
         known, required = {own.id for own in inputs}, {own.id for own in inputs if not own.said.get("optional")}
         given = set(one["inputs"]) if isinstance(one["inputs"], dict) else {own["name"] for own in one["inputs"]}
         assert given <= known and required <= given
+
+
+def test_all_is_said_in_chinese(nodes: Mapping[str, Any]) -> None:
+    texts = json.loads((NODES / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
+    assert set(texts) == set(nodes)
+    for name, node in nodes.items():
+        assert set(texts[name]["inputs"]) == {own.id for own in node.define_schema().said["inputs"]}

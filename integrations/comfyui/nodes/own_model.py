@@ -7,7 +7,7 @@ how they lie: at the first step they are planned within what is free by then, an
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import comfy.model_management as management
@@ -20,7 +20,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 from comfy.supported_models import ZImage
 from torch import Tensor
 
-from zimage_lite.adapters.joined import AdapterSet
+from zimage_lite.adapters.joined import NOTHING, AdapterSet
 from zimage_lite.checkpoint.names import NATIVE_TRANSFORMER
 from zimage_lite.config import PATCH_SIZE
 from zimage_lite.errors import UserError
@@ -42,18 +42,19 @@ class OurTransformer(torch.nn.Module):
         super().__init__()
         self.pipeline, self.computing = pipeline, Modules(pipeline)
         self.dtype = pipeline.hardware.dtype
-        self._known: tuple[tuple[Any, ...], AdapterSet] = (), pipeline.adapters.of(())
+        self._patches: tuple[Written, ...] = ()  # whose files are read as long as they go along
+        self._adapters: AdapterSet = NOTHING
         weakref.finalize(self, self.computing.close).atexit = False
 
     @property
     def names(self) -> list[str]:
         return list(NATIVE_TRANSFORMER.to_foreign(self.pipeline.model.transformer.tensors))
 
-    def take(self, patches: Sequence[Written]) -> None:
+    def take(self, patches: tuple[Written, ...]) -> None:
         """What goes along from now on."""
-        loras = tuple(patch.lora for patch in patches)
-        if loras != self._known[0]:
-            self._known = loras, self.pipeline.adapters.of(loras)
+        if patches != self._patches:
+            self.close()
+            self._patches, self._adapters = patches, self.pipeline.adapters.of([patch.lora for patch in patches])
 
     def close(self) -> None:
         self.computing.close()
@@ -81,7 +82,7 @@ class OurTransformer(torch.nn.Module):
         self.computing.denoiser.ahead = lambda: [] if sigmas is None else _times(sigmas)[:-1]
         height, width = x.shape[2:]
         latents = F.pad(x, (0, -width % PATCH_SIZE, 0, -height % PATCH_SIZE), mode="circular")
-        asked = Asked(list(latents), _times(timesteps), list(context), self._known[1])
+        asked = Asked(list(latents), _times(timesteps), list(context), self._adapters)
         found = torch.stack(self.computing.denoise(asked)).to(x)
         return -found[:, :, :height, :width]
 

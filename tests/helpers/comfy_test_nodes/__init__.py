@@ -1,6 +1,10 @@
 """What only tests put into a ComfyUI."""
 
+from pathlib import Path
+
+import folder_paths
 import torch
+from safetensors.torch import save_file
 
 
 class RandomConditioning:
@@ -32,4 +36,23 @@ class PatchedBlocks:
         return (patched,)
 
 
-NODE_CLASS_MAPPINGS = {"TestRandomConditioning": RandomConditioning, "TestPatchedBlocks": PatchedBlocks}
+class SaveConditioning:
+    """To a file of that name among the outputs."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "tests", "save", (), True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"conditioning": ("CONDITIONING",), "name": ("STRING",)}}
+
+    def save(self, conditioning, name):
+        made = {"conditioning": conditioning[0][0].float().contiguous()}
+        save_file(made, Path(folder_paths.get_output_directory()) / name)
+        return {}
+
+
+NODE_CLASS_MAPPINGS = {
+    "TestRandomConditioning": RandomConditioning,
+    "TestPatchedBlocks": PatchedBlocks,
+    "TestSaveConditioning": SaveConditioning,
+}
