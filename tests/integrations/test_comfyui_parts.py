@@ -8,13 +8,9 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-<<<<<<< HEAD
-from comfy_server import Comfy, FailedError, Prompt
-=======
 import torch
 from comfy_server import Comfy, FailedError, Prompt
 from oracles import psnr
->>>>>>> h-comfy
 
 pytestmark = pytest.mark.slow
 
@@ -54,36 +50,22 @@ def generated(comfy: Comfy, more: Prompt | None = None, **inputs: Any) -> np.nda
     )[0]
 
 
-<<<<<<< HEAD
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    error = float(((a.astype(float) - b) ** 2).mean())
-    return float("inf") if not error else 10 * float(np.log10(255**2 / error))
-=======
 def agreement(a: np.ndarray, b: np.ndarray) -> float:
     """In decibels."""
     return psnr(torch.from_numpy(a), torch.from_numpy(b), 255)
->>>>>>> h-comfy
 
 
 @pytest.mark.parametrize("cfg", [1.0, 4.0])
 def test_ksampler_draws_what_generate_draws(comfy: Comfy, cfg: float) -> None:
     """At cfg 1 to the last bit of a pixel; guided, float32 adds up in another order."""
-<<<<<<< HEAD
-    assert psnr(sampled(comfy, cfg=cfg), generated(comfy, cfg=cfg, negative=NEGATIVE)) >= 50
-=======
     assert agreement(sampled(comfy, cfg=cfg), generated(comfy, cfg=cfg, negative=NEGATIVE)) >= 50
->>>>>>> h-comfy
 
 
 def test_loras_of_comfyuis_loader_are_ours(comfy: Comfy) -> None:
     loader = comfy.node("LoraLoaderModelOnly", model=["model", 0], lora_name=LORA, strength_model=0.7)
     own = {"lora": comfy.node("ZImageLiteAddLora", lora=LORA, strength=0.7)}
     with_lora, wanted = sampled(comfy, loader), generated(comfy, own, loras=["lora", 0])
-<<<<<<< HEAD
-    assert psnr(with_lora, wanted) >= 50 > psnr(with_lora, sampled(comfy))
-=======
     assert agreement(with_lora, wanted) >= 50 > agreement(with_lora, sampled(comfy))
->>>>>>> h-comfy
 
 
 @pytest.mark.parametrize(
@@ -113,11 +95,7 @@ def test_what_was_encoded_is_decoded(comfy: Comfy) -> None:
     prompt["second"] = comfy.node("SaveImage", images=["twice", 0])
     shown = comfy.run(prompt)
     first, second = (comfy.pictures(shown[name])[0] for name in ("image", "second"))
-<<<<<<< HEAD
-    assert psnr(first, second) >= 30
-=======
     assert agreement(first, second) >= 30
->>>>>>> h-comfy
 
 
 def test_it_stops_and_samples_again_without_growth(comfy: Comfy) -> None:
