@@ -3,6 +3,7 @@ They see names, never paths, and a name that is not in the list finds nothing.""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,8 +19,15 @@ class UnknownError(UserError):
     """There is nothing of that name."""
 
 
+def _nothing(sha256: object) -> None:
+    """Is kept."""
+
+
 class Catalog:
-    def __init__(self, options: ServeOptions) -> None:
+    """kept: the file of a picture that was sent before, by its hash."""
+
+    def __init__(self, options: ServeOptions, kept: Callable[[object], Path | None] = _nothing) -> None:
+        self._kept = kept
         self._models, self.controls, self._lora_dir = dict(options.models), dict(options.controls), options.lora_dir
 
     @property
@@ -51,6 +59,12 @@ class Catalog:
             few = ", ".join(sorted(known)[:10]) or "none, as the server has no folder of them"
             raise UnknownError("LoRA", got=repr(name)[:60], expected=f"one of {few}")
         return known[name]
+
+    def picture(self, sha256: object) -> Path:
+        """One that was sent before. Raises UnknownError."""
+        if (path := self._kept(sha256)) is None:
+            raise UnknownError("a picture that is kept no longer, or never was; send it again")
+        return path
 
     def tagged(self, request: GenerateOptions) -> GenerateOptions:
         """With the adapters that its prompt names as <lora:NAME:STRENGTH>. Raises UnknownError."""

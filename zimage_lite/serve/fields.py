@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from ..config import (
@@ -81,6 +82,15 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_picture(value: Any) -> bool:
+    return _is_text(value) or (isinstance(value, dict) and set(value) == {"sha256"} and _is_text(value["sha256"]))
+
+
+def _is_pictures(value: Any) -> bool:
+    several = isinstance(value, list) and 0 < len(value) <= _MOST_SEVERAL
+    return _is_picture(value) or (several and all(map(_is_picture, value)))
+
+
 def _texts(value: Any) -> bool:
     return _is_text(value) or (
         isinstance(value, list) and 0 < len(value) <= _MOST_SEVERAL and all(map(_is_text, value))
@@ -102,6 +112,8 @@ def _named(number: str, example: str) -> Kind:
 
 _MOST_SEVERAL = 8
 _BASE64 = {"type": "string", "contentEncoding": "base64"}
+_KEPT = {"type": "object", "required": ["sha256"], "properties": {"sha256": {"type": "string"}}}
+_PICTURE = {"anyOf": [_BASE64, {**_KEPT, "additionalProperties": False}]}  # the hash of one that was sent before
 _KINDS = {
     "int": Kind("a whole number", _is_whole, {"type": "integer"}),
     "float": Kind("a number", _is_number, {"type": "number"}),
@@ -110,10 +122,11 @@ _KINDS = {
 _OWN = {
     "loras": _named("strength", "ink"),
     "controls": _named("scale", "union"),
-    "image": Kind("a picture in base64", _is_text, _BASE64),
-    "mask": Kind("a picture in base64", _is_text, _BASE64),
+    "image": Kind("a picture in base64", _is_picture, _PICTURE),
+    "mask": Kind("a picture in base64", _is_picture, _PICTURE),
     "control_image": Kind(
-        "a picture in base64, or a list of them", _texts, {"anyOf": [_BASE64, {"type": "array", "items": _BASE64}]}
+        "a picture in base64, or a list of them", _is_pictures,
+        {"anyOf": [_PICTURE, {"type": "array", "items": _PICTURE}]},
     ),
     "control_from": Kind(
         f"one of {', '.join(CONTROL_SOURCES)}, or a list of them", _texts,
@@ -161,7 +174,7 @@ def asked_for(
     _require_short(given, limits)
     try:
         for name in given.keys() & set(PICTURES):
-            given[name] = _pictures(given[name], name, limits)
+            given[name] = _pictures(given[name], name, limits, catalog)
         loras = _files(given.get("loras", []), "loras", "strength", limits.loras)
         nets = _files(given.get("controls", []), "controls", "scale", limits.controls)
         given["loras"] = [Lora(str(catalog.lora(name)), 1.0 if number is None else number) for name, number in loras]
@@ -190,7 +203,7 @@ def _require_short(given: Mapping[str, Any], limits: Limits) -> None:
 def _require_small(request: GenerateOptions, limits: Limits) -> None:
     """As it is named, or as the picture that it is made from is, which is drawn in at most twice the model's size."""
     width, height = request.width or 16, request.height or 16
-    if isinstance(request.image, bytes) and request.hires and not request.width:
+    if isinstance(request.image, bytes | Path) and request.hires and not request.width:
         own = size_of(request.image)
         part = min(1.0, (2 * DEFAULT_SIZE**2 / (own[0] * own[1])) ** 0.5)
         width, height = (max(round(side * part), 16) for side in own)
@@ -203,10 +216,12 @@ def _require_small(request: GenerateOptions, limits: Limits) -> None:
         raise FieldError(f"width, height: got {width} x {height}{times}, expected {most}", "width")
 
 
-def _pictures(value: str | list[str], name: str, limits: Limits) -> bytes | list[bytes]:
+def _pictures(value: Any, name: str, limits: Limits, catalog: Catalog) -> Any:
     if isinstance(value, list):
-        return [picture_of(one, name, limits.picture_pixels) for one in value]
-    return picture_of(value, name, limits.picture_pixels)
+        return [_pictures(one, name, limits, catalog) for one in value]
+    return (
+        catalog.picture(value["sha256"]) if isinstance(value, dict) else picture_of(value, name, limits.picture_pixels)
+    )
 
 
 def _files(values: list[Any], name: str, number: str, most: int) -> list[tuple[object, Any]]:

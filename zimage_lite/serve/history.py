@@ -18,6 +18,7 @@ from typing import Any
 from ..errors import UserError
 from ..pictures.saving import save_file
 from .jobs import LOST, OPEN, Job, Picture
+from .kept import KeptPictures
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -56,6 +57,7 @@ class History:
         if version > _VERSION:
             raise UserError(f"{folder}: a history of a newer version", fix="name another --folder, or update")
         self._clear_partial()
+        self.kept = KeptPictures(folder / "given", self._db, self._lock)
 
     def lost(self) -> list[str]:
         """The jobs that were not over when the last server stopped; they are over now."""
@@ -114,13 +116,14 @@ class History:
             return self._told(*row) if row else None
 
     def delete(self, job_id: str) -> bool:
-        """With its pictures. False if there is none."""
+        """With its pictures, and those that it alone was made from. False if there is none."""
         with self._lock:
             names = self._db.execute("SELECT name FROM pictures WHERE job = ?", (job_id,)).fetchall()
             self._db.execute("DELETE FROM pictures WHERE job = ?", (job_id,))
             gone = self._db.execute("DELETE FROM jobs WHERE id = ?", (job_id,)).rowcount
         for (name,) in names:
             (self.folder / name).unlink(missing_ok=True)
+        self.kept.release(job_id)
         return bool(gone)
 
     def close(self) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from ..config import GenerateOptions, RuntimeOptions
+from ..errors import UserError
 from ..pictures.recipe import asked
 from ..workers.orders import Drawn, Order
 from .board import Board
 from .catalog import Catalog
 from .history import History, StorageError
 from .jobs import LOST, Failure, Job
+from .kept import told
 from .options import ServeOptions
 from .worker import Drawer, Worker
 
@@ -26,7 +29,8 @@ class Service:
     finish. Raises UserError for a folder that cannot be used."""
 
     def __init__(self, options: ServeOptions, drawers: Sequence[Drawer] = ()) -> None:
-        self.options, self.catalog, self.history = options, Catalog(options), History(options.folder)
+        self.options, self.history = options, History(options.folder)
+        self.catalog = Catalog(options, self.history.kept.path)
         self.lost = self.history.lost()
         self.board = Board(options.limits.waiting, self._record)
         idle_s = options.idle_minutes * 60
@@ -51,11 +55,25 @@ class Service:
         self.catalog.place_of(model)
         names = {str(path): name for name, path in self.catalog.loras().items()}
         named = [{"name": names.get(lora.path), "strength": lora.strength} for lora in requests[0].loras]
-        settings = {"model": model, "count": len(requests), **asked(requests[0]), "loras": named}
-        if requests[0].controls:
+        first = requests[0]
+        settings = {"model": model, "count": len(requests), **asked(first), **told(first), "loras": named}
+        if first.controls:
             nets = {path: name for name, path in self.catalog.controls.items()}
-            settings["controls"] = [{"name": nets.get(net.path), "scale": net.scale} for net in requests[0].controls]
-        return self.board.submit(Job(model, requests, client, leaves), partial(self.history.put, settings=settings))
+            settings["controls"] = [{"name": nets.get(net.path), "scale": net.scale} for net in first.controls]
+        job = Job(model, requests, client, leaves)
+        try:
+            self._keep_pictures(job)
+            return self.board.submit(job, partial(self.history.put, settings=settings))
+        except UserError:
+            self.history.kept.release(job.id)
+            raise
+
+    def _keep_pictures(self, job: Job) -> None:
+        """So that it does not hold them while it waits."""
+        try:
+            job.requests = self.history.kept.of(job.id, job.requests)
+        except (UserError, OSError, sqlite3.Error) as error:
+            raise StorageError(f"the pictures cannot be kept: {error}") from error
 
     def facts(self, job_id: str) -> dict[str, Any] | None:
         """Of a job: how it is, and what was asked for, which the history knows."""
@@ -73,7 +91,7 @@ class Service:
 
     def _order(self, job: Job, places: list[int]) -> Order:
         requests = [job.requests[place] for place in places]
-        return Order(self.catalog.place_of(job.model), requests)
+        return Order(self.catalog.place_of(job.model), requests, told=[told(requests[0])] * len(requests))
 
     def _keep(self, job: Job, place: int, drawn: Drawn) -> None:
         picture = self.history.add(job, place, (drawn.width, drawn.height), drawn.file)

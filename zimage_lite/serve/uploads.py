@@ -7,6 +7,7 @@ import base64
 import binascii
 import re
 from io import BytesIO
+from pathlib import Path
 
 from ..errors import UserError
 
@@ -29,13 +30,16 @@ def picture_of(value: object, name: str, most_pixels: int) -> bytes:
     return checked(raw, name, most_pixels)
 
 
-def size_of(raw: bytes, name: str = "the picture") -> tuple[int, int]:
+def size_of(source: bytes | Path, name: str = "the picture") -> tuple[int, int]:
     """Width and height, as its file has them. Raises UserError for what is no picture."""
     from PIL import Image
 
     from ..pictures.reading import decoding
 
-    with decoding(name), Image.open(BytesIO(raw), formats=FORMATS) as picture:
+    with (
+        decoding(name),
+        Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture,
+    ):
         return picture.size
 
 

@@ -7,7 +7,6 @@ import * as picture from "./picture.js";
 import { language, say, setLanguage, translate } from "./texts.js";
 
 const SHAPES = [[1, 1], [4, 3], [3, 4], [3, 2], [2, 3], [16, 9], [9, 16]];
-const FROM_FILES = ["image", "mask", "control_image", "controls", "latents"]; // which a recipe only names
 const TOLD = ["version", "size", "model", "count", "loras", "shift", "unknown"]; // of a recipe, but not asked for
 const FALLBACK = { width: 1024, height: 1024, steps: 8, guidance: 0 }; // of a model that does not say
 const order = by("order");
@@ -86,10 +85,7 @@ const fits = (one, value) => one.tagName !== "SELECT" || [...one.options].some((
 
 /** The same with another seed. */
 function again(job) {
-  const { settings } = job;
-  const missing = FROM_FILES.filter((name) => settings[name]);
-  if (missing.length) return reuse(settings);
-  send({ ...settings, seed: crypto.getRandomValues(new Uint32Array(1))[0] });
+  send({ ...job.settings, seed: crypto.getRandomValues(new Uint32Array(1))[0] });
 }
 
 // LoRAs
