@@ -13,8 +13,9 @@ from marking import always
 
 from zimage_lite.config import TrainOptions
 from zimage_lite.train.dataset import examples_in
+from zimage_lite.train.optimizer import WEIGHT_DECAY
 from zimage_lite.train.passes import Batch
-from zimage_lite.train.trainer import LONGEST_GRADIENT, WEIGHT_DECAY, Trainer
+from zimage_lite.train.trainer import LONGEST_GRADIENT, Trainer
 
 FIFTY = replace(FEW, steps=50, rate=5e-3)
 

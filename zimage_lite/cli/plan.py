@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..config import DEFAULT_SIZE, SAMPLERS, GenerateOptions, Lora, SchedulerConfig
+from ..config import DEFAULT_SIZE, SAMPLERS, GenerateOptions, Lora, SchedulerConfig, TrainOptions
 from ..errors import UserError
 from ..units import format_gb, parse_bytes
 from . import print_json, say, table_printer
@@ -66,11 +66,15 @@ class _Prediction:
 @click.option("--sampler", type=click.Choice(SAMPLERS), default="euler", show_default=True)
 @picture_options
 @control_options
+@click.option("--train", is_flag=True, help="What train-lora would take, at --width as its resolution.")
+@click.option("--rank", type=int, help="Of the LoRA, with --train.  [default: 16]")
+@click.option("--batch", type=int, help="Pictures a step, with --train.  [default: 1]")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw one step as a picture.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 def command(
     model: str | None, format_name: str | None, gpu_name: str | None, vram: str | None, ram: str | None, count: int,
-    loras: tuple[str, ...], plot: Path | None, as_json: bool, **image: Any,
+    loras: tuple[str, ...], train: bool, rank: int | None, batch: int | None, plot: Path | None, as_json: bool,
+    **image: Any,
 ) -> None:  # fmt: skip
     """Predict where the weights would live, the memory peaks, the time, and what bounds it, for any GPU.
 
@@ -82,11 +86,16 @@ def command(
         raise UserError("--plot", got=str(plot), expected="a name that ends in .svg")
     if count < 1:
         raise UserError("--count", got=count, expected="at least 1")
+    limits = parse_bytes(vram) if vram else None, parse_bytes(ram) if ram else None
+    sizes, schedule = _sizes(model, format_name or "int8")
+    if train:
+        _train(sizes, gpu_name, limits, {"resolution": image["width"], "rank": rank, "batch": batch}, as_json)
+        return
+    if rank or batch:
+        raise UserError("--rank and --batch are of a training", fix="add --train")
     if image["controls"] and not image["control_image"]:
         image["control_image"] = _any_picture()
     wanted = GenerateOptions(loras=Lora.several(loras), **image)
-    limits = parse_bytes(vram) if vram else None, parse_bytes(ram) if ram else None
-    sizes, schedule = _sizes(model, format_name or "int8")
     prediction = _predict(sizes, gpu_name, limits, schedule.completed(wanted, (DEFAULT_SIZE, DEFAULT_SIZE)), count)
     _describe(prediction, table_printer(as_json))
     if plot:
@@ -100,6 +109,22 @@ def command(
         say(f"{plot}  one step")
     if as_json:
         print_json(_as_json(prediction))
+
+
+def _train(
+    sizes: Model,
+    gpu_name: str | None,
+    limits: tuple[int | None, int | None],
+    asked: dict[str, Any],
+    as_json: bool,
+) -> None:
+    from .plan_training import predict_training
+
+    options = TrainOptions(**{name: value for name, value in asked.items() if value is not None})
+    gpu, machines = _machines(gpu_name, *limits)
+    found = predict_training(sizes, gpu.name, machines, limits, options, table_printer(as_json))
+    if as_json:
+        print_json(found)
 
 
 def _any_picture() -> Any:

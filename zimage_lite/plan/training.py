@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 from ..adapters.joined import NOTHING, AdapterSet
 from ..adapters.load import Load, load_of
-from ..config import TOKENS_PER_PASS, VAE_FACTOR
+from ..config import TOKENS_PER_PASS, VAE_FACTOR, TransformerConfig
 from ..convert.catalog import Part
+from ..memory.heap import KEPT_BYTES
 from ..memory.machine import Machine, Work
 from ..memory.plan import Block, Phase, activation_bytes
 from ..memory.workers import READERS
@@ -24,9 +25,10 @@ from .model_sizes import Model
 
 STEPS_AT_ONCE = 100  # whose adaLN vectors are computed together: 1 MB each in bfloat16
 _STATE_BYTES = {"adamw": 8, "adamw8bit": 3}  # of each parameter; of the latter with its scales
+_BITSANDBYTES_BYTES = 200_000_000  # of RAM, with torch's compiler, which it loads
 # Of one block, for each token and each value of its width: what its graph keeps and the gradients under way, as counted
 # on tensors (tools/live_bytes.py), attention by a kernel that keeps no scores.
-_GRAPH_BYTES = {"bf16": 84, "fp32": 116}
+_GRAPH_BYTES = {"bf16": 88, "fp32": 120}
 _TRAFFIC = 30  # of a block's element-wise work, in tokens x width values
 
 
@@ -62,7 +64,7 @@ def ways_to_train(model: Model, job: TrainJob, machine: Machine) -> list[Phase]:
         names = [f"{group}.{i}" for i in range(count)]
         return tuple(_block(name, of_blocks[name], load, tokens, job, c.dim, products, device) for name in names)
 
-    learned = parameters(model, job.rank)
+    learned = parameters(c, job.rank)
     of_block = max(learned // c.n_layers, 1)
     unpacking = max(unpacking_bytes(part, device, dtype) for own in of_blocks.values() for part in own)
     host, pads = _host_bytes(model, job, dtype, load), min(sum(map(padded, job.caption_tokens)), TOKENS_PER_PASS)
@@ -89,20 +91,23 @@ def ways_to_train(model: Model, job: TrainJob, machine: Machine) -> list[Phase]:
                 "block inputs": c.n_layers * tokens * c.dim * stream,
                 "activations": activations,
                 "unpacking": unpacking,
-                **({**host, **holes(activations, unpacking)} if device == "cpu" else {}),
+                **(
+                    {**host, **holes(activations, unpacking), "kept by the heap": KEPT_BYTES} if device == "cpu" else {}
+                ),
             },
             ram_fixed={**host, "time weights": time_bytes(times) + load.time} if device == "gpu" else {},
         )
     ]
 
 
-def parameters(model: Model, rank: int) -> int:
-    """Of the LoRA."""
-    return sum(
-        rank * (part.rows + part.columns)
-        for part in model.transformer
-        if part.name.startswith("layers.") and part.rows > 1 and not is_time_weight(part.name)
-    )
+def _holes(activations: int, unpacking: int) -> dict[str, int]:
+    """A graph goes piece by piece: beside what other phases leave, the heap keeps what it is not made to give back."""
+    return {name: n_bytes + KEPT_BYTES for name, n_bytes in holes(activations, unpacking).items()}
+
+
+def parameters(config: TransformerConfig, rank: int) -> int:
+    """Of the LoRA: four square linears and three of the feed-forward in each layer."""
+    return config.n_layers * rank * (4 * 2 * config.dim + 3 * (config.dim + config.ffn_dim))
 
 
 def _block(
@@ -132,5 +137,6 @@ def _host_bytes(model: Model, job: TrainJob, dtype: str, load: Load) -> dict[str
         "latents": latent * (job.pictures + 3 * job.batch),
         "captions": STREAM_BYTES[dtype] * tokens * (c.dim + c.cap_feat_dim) + 4 * tokens * c.head_dim,
         "adaLN vectors": ITEM_BYTES[dtype] * steps * (4 * (c.n_refiner_layers + c.n_layers) + 1) * c.dim,
+        **({"bitsandbytes": _BITSANDBYTES_BYTES} if job.optimizer == "adamw8bit" else {}),
         **({"assistant in the making": READERS * load.making} if load.making else {}),
     }

@@ -115,9 +115,10 @@ class Session:
         save_lora(path, self.trainer.lora, self.goal.options, self.done.step, len(self.goal.examples))
 
     def _show(self) -> None:
-        """The LoRA as it is, what it draws, and the page. While it draws, the training lies on the disk: drawing has
-        all the memory."""
-        goal, trainer = self.goal, self.trainer
+        """A line, the LoRA as it is, what it draws, and the page. While it draws, the training lies on the disk:
+        drawing has all the memory."""
+        goal, trainer, lately = self.goal, self.trainer, self.done.losses[-self.goal.every :]
+        self.pipeline.tell(f"step {self.done.step}: loss {sum(lately) / len(lately):.4f}")
         lora = goal.folder / f"step-{self.done.step:06}.safetensors"
         self._save(lora)
         for old in sorted(goal.folder.glob("step-??????.safetensors"))[:-KEPT]:

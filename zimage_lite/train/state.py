@@ -14,6 +14,7 @@ from torch import Tensor
 from ..checkpoint.output import replacing
 from ..errors import FileFormatError, UserError
 from .lora import TrainedLora
+from .optimizer import Optimizer
 
 _LORA, _OPTIMIZER, _LOSSES = "lora.", "optimizer.", "losses"
 
@@ -31,7 +32,7 @@ class Done:
         return len(self.losses)
 
 
-def save_state(path: Path, done: Done, lora: TrainedLora, optimizer: torch.optim.Optimizer) -> None:
+def save_state(path: Path, done: Done, lora: TrainedLora, optimizer: Optimizer) -> None:
     from safetensors.torch import save_file
 
     tensors, numbers = _optimizer_state(optimizer)
@@ -42,7 +43,7 @@ def save_state(path: Path, done: Done, lora: TrainedLora, optimizer: torch.optim
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {"state": json.dumps(said)})
 
 
-def load_state(path: Path, settings: Mapping[str, Any], lora: TrainedLora, optimizer: torch.optim.Optimizer) -> Done:
+def load_state(path: Path, settings: Mapping[str, Any], lora: TrainedLora, optimizer: Optimizer) -> Done:
     """Puts the LoRA and the optimizer where they were. Raises UserError if it was another training."""
     from safetensors import SafetensorError, safe_open
 
@@ -63,7 +64,7 @@ def load_state(path: Path, settings: Mapping[str, Any], lora: TrainedLora, optim
     return Done(settings, tensors[_LOSSES].tolist())
 
 
-def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What it keeps of each parameter: tensors, "optimizer.3.exp_avg", and other numbers, "3.step"."""
     tensors, numbers = dict[str, Tensor](), dict[str, Any]()
 
@@ -81,9 +82,7 @@ def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor
     return tensors, numbers
 
 
-def _load_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
-) -> None:
+def _load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
     state = dict[int, Any]()
     kept = {name.removeprefix(_OPTIMIZER): value for name, value in tensors.items() if name.startswith(_OPTIMIZER)}
     for path, value in [*kept.items(), *numbers.items()]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -32,12 +32,10 @@ from ..plan.training import STEPS_AT_ONCE, TrainJob, ways_to_train
 from .dataset import Example
 from .draws import Draws
 from .lora import TrainedLora
+from .optimizer import Optimizer, optimizer_for
 from .passes import Batch, gradients
 
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
-WEIGHT_DECAY, LONGEST_GRADIENT = 1e-4, 1.0
+LONGEST_GRADIENT = 1.0
 _PICTURES_AT_ONCE = 16
 
 
@@ -95,7 +93,7 @@ class Trainer:
     def begin(self) -> None:
         """Untrained."""
         self.lora = TrainedLora(self.model, self.options.rank, self.options.seed, self.hardware.device)
-        self.optimizer = optimizer_for(self.options, self.lora)
+        self.optimizer = optimizer_for(self.options, self.lora.parameters)
 
     def put_away(self) -> None:
         """Give back what `begin` made, for something else to have its memory."""
@@ -188,20 +186,6 @@ class Trainer:
 def hardware_for(drawing: Hardware) -> Hardware:
     """Where pictures are drawn in float16, gradients take float32: many are below what float16 holds."""
     return Hardware(drawing.device, torch.float32) if drawing.dtype == torch.float16 else drawing
-
-
-def optimizer_for(options: TrainOptions, lora: TrainedLora) -> Optimizer:
-    """Raises UserError."""
-    if options.optimizer == "adamw":
-        # Not all parameters at once: that takes as much memory as they do.
-        return torch.optim.AdamW(lora.parameters, options.rate, weight_decay=WEIGHT_DECAY, foreach=False)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except (ImportError, RuntimeError) as error:
-        raise UserError(
-            "--optimizer adamw8bit needs bitsandbytes, which cannot be loaded here", fix="use --optimizer adamw"
-        ) from error
-    return cast("Optimizer", AdamW8bit(lora.parameters, options.rate, weight_decay=WEIGHT_DECAY))
 
 
 def _on(device: torch.device, caption: Caption) -> Caption:

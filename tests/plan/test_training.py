@@ -1,0 +1,71 @@
+"""What training a LoRA is planned to take, against what it is made of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from live_bytes import LiveBytes
+from packing import packed_as
+
+from zimage_lite.cli import run
+from zimage_lite.config import TransformerConfig
+from zimage_lite.memory.gpus import find_gpu
+from zimage_lite.memory.machine import machine
+from zimage_lite.memory.planner import budgets_in_force, plan_phases
+from zimage_lite.model.linear import bind
+from zimage_lite.model.rope import rope_angles
+from zimage_lite.model.transformer import Transformer
+from zimage_lite.plan.model_sizes import true_model
+from zimage_lite.plan.training import _GRAPH_BYTES, TrainJob, parameters, ways_to_train
+from zimage_lite.train.lora import TrainedLora
+
+GIB = 2**30
+
+
+def test_the_lora_has_as_many_parameters() -> None:
+    config = TransformerConfig(dim=256, n_layers=3, n_refiner_layers=2, n_heads=2)
+    lora = TrainedLora(Transformer(config), 5, 0, torch.device("cpu"))
+    assert parameters(config, 5) == sum(own.numel() for own in lora.parameters)
+    assert parameters(TransformerConfig(), 16) == 35_020_800  # 210 modules
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_graph_takes_what_is_planned(name: str, dtype: torch.dtype) -> None:
+    """All tensors of one block's graph and of the way back through it, on the CPU: at most 10 % less than planned."""
+    config, tokens = replace(TransformerConfig(), dim=384, n_heads=3, n_layers=1), 256
+    model = Transformer(config)
+    block, plain = model.layers[0], {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+    weights = {name: torch.randn(own.shape) * own.shape[-1] ** -0.5 for name, own in block.named_parameters()}
+    bind(block, {name: packed_as(plain, weight) for name, weight in weights.items()}, dtype)
+    lora = TrainedLora(model, 4, 0, torch.device("cpu"))
+    for own in lora.parameters:
+        own.grad = torch.zeros_like(own)
+    rope = rope_angles(torch.arange(tokens)[:, None].expand(-1, 3), config.axes_dims, config.rope_theta)
+    vectors, x = torch.randn(4, 384).to(dtype), torch.randn(tokens, 384).to(dtype).requires_grad_()
+    with LiveBytes() as live, lora.beside("layers.0", dtype):
+        block(x, rope, [tokens], vectors, model.compute).backward(torch.ones_like(x))
+    planned = _GRAPH_BYTES[name] * tokens * 384 + 2 * dtype.itemsize * parameters(config, 4)
+    assert 0.9 * planned <= live.peak_bytes <= planned
+
+
+@pytest.mark.parametrize(("gpu", "gib"), [("RTX 3060 Laptop", 6), ("RTX 4060 Laptop", 8)])
+@pytest.mark.parametrize("resolution", [512, 1024])
+def test_a_laptop_trains_the_true_model(gpu: str, gib: int, resolution: int) -> None:
+    """With 16 GB of RAM; what does not fit passes through."""
+    there = machine(find_gpu(gpu), 16 * 10**9)
+    ways = ways_to_train(true_model("int8"), TrainJob(resolution, 16), there)
+    (plan,) = plan_phases([ways], there, budgets_in_force(there))
+    assert plan.peak_vram_bytes < gib * GIB
+    wide = ways_to_train(true_model("int8"), TrainJob(resolution, 64), there)
+    (wider,) = plan_phases([wide], there, budgets_in_force(there))
+    assert len(wider.resident) <= len(plan.resident)
+
+
+def test_it_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "--train", "--gpu", "RTX 3060 Laptop", "--width", "512", "--rank", "8", "--batch", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "a LoRA of rank 8, 512x512, 2 a step, RTX 3060 Laptop 6GB" in out and "1000 steps: " in out
+    assert run(["plan", "--rank", "8", "--gpu", "RTX 3060 Laptop"]) == 2
+    assert "--rank and --batch are of a training; add --train" in capsys.readouterr().err
