@@ -12,9 +12,10 @@ from demo_scenes import held_out_captions, parse
 from evaluate_demo import FIRST_SEED, diffusers_sampler
 from oracles import psnr
 from PIL import Image
+from train_demo_control import judged
 
 from zimage_lite import GenerateOptions, load, quantize
-from zimage_lite.checkpoint.model_card import DEMO, default_size, model_folder
+from zimage_lite.checkpoint.model_card import DEMO, control_place, default_size, model_folder
 from zimage_lite.cli import run
 
 CAPTIONS = held_out_captions("one", 24)
@@ -98,4 +99,13 @@ def test_parts_without_a_model_are_not_mixed_with_the_demo(tmp_path: Path, refus
 
 
 def test_it_is_small() -> None:
-    assert sum(file.stat().st_size for file in model_folder(DEMO).rglob("*") if file.is_file()) <= 32_000_000
+    sizes = {file: file.stat().st_size for file in model_folder(DEMO).rglob("*") if file.is_file()}
+    control = sizes.pop(control_place(DEMO))
+    assert sum(sizes.values()) <= 32_000_000 and control <= 8_000_000
+
+
+@pytest.mark.slow  # many pictures
+def test_its_controlnet_is_followed() -> None:
+    """Place and outline; of 100 such captions 98 are, and 3 without it."""
+    found = judged(DEMO, 12, None)
+    assert found["followed"] >= 80 and found["without"] <= 25

@@ -57,9 +57,9 @@ def said_of(config: ControlConfig, file_name: str) -> str:
     found = settings(config, file_name)
     takes = "a picture to follow" + (", a mask and the picture to change" if config.inpaints else "")
     low, high = found.scales
-    model = "Base" if found.base else "Turbo"
+    model, count = "Base" if found.base else "Turbo", len(config.control_layers_places)
     return (
-        f"version {config.version}, {len(config.control_layers_places)} blocks; takes {takes}; by its name made for "
+        f"version {config.version}, {count} block{'s' * (count > 1)}; takes {takes}; by its name made for "
         f"{model} in {found.steps} steps, at a scale of {low:.2f} to {high:.2f}"
     )
 

@@ -20,6 +20,11 @@ def model_folder(model: str | PathLike[str]) -> Path:
     return Path(str(files("zimage_lite") / "demo")) if fspath(model) == DEMO else Path(model)
 
 
+def control_place(control: str) -> Path:
+    """The file or folder that a ControlNet's name means: that of `DEMO` follows edges."""
+    return model_folder(DEMO) / "controlnet" / "edges-8steps.safetensors" if control == DEMO else Path(control)
+
+
 def default_size(folder: Path | None) -> tuple[int, int]:
     """Width and height that the model draws best: what its card says, or those of the true model. Raises UserError."""
     values = _card(folder)

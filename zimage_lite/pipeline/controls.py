@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
@@ -13,6 +12,7 @@ from ..checkpoint.container import file_stamp
 from ..checkpoint.controlnets import Settings, require_goes_with, said_of, settings
 from ..checkpoint.detect import CONTROLNET
 from ..checkpoint.hashes import sha256_of
+from ..checkpoint.model_card import control_place
 from ..config import ControlConfig, ControlUse, GenerateOptions, TransformerConfig
 from ..convert.catalog import stored_parts
 from ..convert.complete import open_complete
@@ -87,8 +87,8 @@ UNCONTROLLED = ControlSet()
 
 
 def open_control(path: str) -> Checkpoint:
-    """A ControlNet's file or folder, or "synthetic:VERSION/FORMAT". Raises UserError."""
-    return open_synthetic_control(path) if is_synthetic(path) else open_complete(Path(path), CONTROLNET)
+    """A ControlNet's file or folder, "demo", or "synthetic:VERSION/FORMAT". Raises UserError."""
+    return open_synthetic_control(path) if is_synthetic(path) else open_complete(control_place(path), CONTROLNET)
 
 
 class ControlLibrary:
@@ -121,7 +121,7 @@ class ControlLibrary:
     def _opened(self, path: str) -> OpenControl:
         known = self._open.get(path)
         if known is None or any(file_stamp(file) != stamp for file, stamp in known.checkpoint.stamps.items()):
-            checkpoint, place = open_control(path), Path(path)
+            checkpoint, place = open_control(path), control_place(path)
             require_goes_with(checkpoint.config, self.config, path)
             name = place.stem if place.is_file() else path if is_synthetic(path) else place.name
             known = OpenControl(name, checkpoint, settings(checkpoint.config, place.name))
