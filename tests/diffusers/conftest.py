@@ -21,14 +21,24 @@ def theirs() -> Any:
     return pipe
 
 
-@pytest.fixture
-def ours() -> Any:
+@pytest.fixture(scope="session")
+def opened() -> Any:
     pytest.importorskip("diffusers")
     from zimage_lite.diffusers import load_pipeline
 
     pipe = load_pipeline(DEMO, device="cpu", cache=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def ours(opened: Any) -> Any:
+    """As if it was just opened."""
+    scheduler = opened.scheduler
+    yield opened
+    opened.scheduler = scheduler
+    opened.unload_lora_weights()
+    opened.transformer.ours.close()
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +59,8 @@ def draw() -> Callable[..., torch.Tensor]:
             "prompt": "a red circle on a blue background",
             "height": 64,
             "width": 64,
-            "num_inference_steps": 3,
+            "num_inference_steps": 2,
+            "max_sequence_length": 64,  # theirs pads to it
             "guidance_scale": 0.0,
             "generator": torch.Generator("cpu").manual_seed(42),
             "output_type": "np",

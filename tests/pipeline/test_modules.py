@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from budgeted import free, held_bytes, tight
-from marking import always
 from oracles import PROMPT, relative_error, run_transformer, transformer_inputs
 from torch import Tensor
 from trained_loras import save_lora
@@ -26,6 +25,7 @@ from zimage_lite.pipeline.modules import Modules
 from zimage_lite.pipeline.weights import Weights
 
 TIME = 0.3
+SLOW = pytest.mark.slow  # evaluated again and again
 
 
 @pytest.fixture
@@ -78,6 +78,7 @@ def test_the_transformer_is_diffusers(diffusers_pipeline, modules) -> None:
 
 
 @pytest.mark.slow
+@SLOW
 def test_weights_stay_from_call_to_call(diffusers_folder, modules, counted) -> None:
     opened, refined = counted(Weights, "__init__"), counted(Weights, "prelude")
     both, other = asked(9, 40), asked(9, 40, time=0.6)
@@ -110,10 +111,12 @@ def test_a_prompt_that_is_changed_in_place(diffusers_folder, modules) -> None:
 
 
 @pytest.mark.slow
-def test_few_prompts_are_kept(modules) -> None:
-    for tokens in range(3, 3 + 2 * denoiser._CAPTIONS):
+@SLOW
+def test_few_prompts_are_kept(modules, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(denoiser, "_CAPTIONS", 2)
+    for tokens in range(3, 8):
         modules.denoise(asked(tokens))
-    assert len(modules.denoiser._captions) <= denoiser._CAPTIONS + 1
+    assert len(modules.denoiser._captions) == 3  # the last, and two before it
 
 
 def test_latents_at_several_times(diffusers_folder, modules) -> None:
@@ -123,6 +126,7 @@ def test_latents_at_several_times(diffusers_folder, modules) -> None:
 
 
 @pytest.mark.slow
+@SLOW
 def test_times_that_are_known_are_computed_at_once(diffusers_folder, modules, counted) -> None:
     modules.denoiser.ahead = lambda: (0.1, 0.3, 0.9)
     read = counted(denoiser, "modulations")
@@ -135,18 +139,19 @@ def test_times_that_are_known_are_computed_at_once(diffusers_folder, modules, co
 
 
 @pytest.mark.slow
+@SLOW
 def test_more_passes_than_are_planned_ahead(tiny: Path, exact, monkeypatch: pytest.MonkeyPatch) -> None:
     """With blocks that come and go."""
     wanted = Modules(free(tiny)).denoise(asked(9))[0]
     monkeypatch.setattr(denoiser, "_PASSES", 2)
     modules = Modules(tight(tiny))
-    for _ in range(5):
+    for _ in range(3):
         assert torch.equal(modules.denoise(asked(9))[0], wanted)
     modules.close()
 
 
-@pytest.mark.slow  # whoever holds a tensor is looked for
-@pytest.mark.parametrize("ends", always("another model", of=["closed", "another model", "a failure"]))
+@pytest.mark.full_size  # whoever holds a tensor is looked for, which `tests/diffusers` does, too
+@pytest.mark.parametrize("ends", ["closed", "another model", "a failure"])
 def test_nothing_is_held_in_the_end(modules, ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
     modules.denoise(asked(9))
     modules.close()  # what is made once is there
@@ -172,6 +177,7 @@ def interrupted() -> None:
     raise KeyboardInterrupt
 
 
+@SLOW
 def test_memory_that_runs_out_is_planned_again(diffusers_folder, exact, modules, monkeypatch) -> None:
     told: list[str] = []
     modules.pipeline.work.tell = told.append
@@ -191,6 +197,7 @@ def test_memory_that_runs_out_is_planned_again(diffusers_folder, exact, modules,
 
 
 @pytest.mark.slow
+@SLOW
 def test_adapters_come_and_go(diffusers_folder, modules, tmp_path: Path) -> None:
     config = modules.pipeline.model.transformer.config
     path = str(save_lora(tmp_path / "style.safetensors", config, rank=4))
