@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -170,6 +171,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "other attention": (lambda pipe: pipe.transformer.set_attention_backend("flash"), "backend="),
     "weights": (lambda pipe: pipe.transformer.state_dict(), "never all there"),
     "saving": (lambda pipe: pipe.save_pretrained("x"), "save_pretrained"),
+    "others' models": (lambda pipe: type(pipe).from_pipe(empty()), "a pipeline with models of diffusers"),
     "opening": (lambda pipe: type(pipe).from_pretrained("x"), "load_pipeline"),
     "other layers": (lambda pipe: pipe.text_encoder(*torch.ones(2, 1, 4).long()).hidden_states[-1], "-2"),
     "Omni": (lambda pipe: pipe.transformer([[torch.zeros(16, 1, 8, 8)]], torch.ones(1), []), "a latent"),
@@ -177,6 +179,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "patches": (lambda pipe: evaluated(pipe, patch_size=4), "patch_size"),
     "other hints": (lambda pipe: evaluated(pipe, controlnet_block_samples={0: torch.zeros(1)}), "load_controlnet"),
 }
+
+
+def empty() -> Any:
+    return SimpleNamespace(transformer=torch.nn.Identity())
 
 
 def other(pipe: Any) -> Any:
@@ -214,6 +220,22 @@ def test_a_budget_is_kept(draw) -> None:
     pipe = load_pipeline(DEMO, device="cpu", cache=False, ram="1MB")
     with pytest.raises(BudgetError):
         draw(pipe)
+
+
+@pytest.mark.slow  # whole pictures
+def test_in_16_bits(ours, draw) -> None:
+    """In a pipeline of ours, and in one of diffusers, whose `from_pipe` asks for float32."""
+    from zimage_lite.checkpoint.model_card import DEMO
+    from zimage_lite.diffusers import ZImagePipeline, load_pipeline
+
+    pipe = load_pipeline(DEMO, device="cpu", cache=False, dtype="bf16")
+    for made in (pipe, ZImagePipeline.from_pipe(pipe), diffusers.ZImagePipeline.from_pipe(pipe)):
+        made.set_progress_bar_config(disable=True)
+        assert made.dtype == torch.bfloat16
+        drawn = draw(made)
+    assert 30 < psnr(drawn, draw(ours), 1) < 80
+    with pytest.raises(UserError, match="dtype="):
+        pipe.to(torch.float32)
 
 
 def test_without_diffusers(monkeypatch) -> None:

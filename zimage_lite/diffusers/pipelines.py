@@ -75,7 +75,10 @@ class _Ours:
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """As diffusers' own, which would ask for float32 where no dtype is named."""
+        """As diffusers' own, which would ask for float32 where no dtype is named. Raises UserError."""
+        if not hasattr(pipeline.transformer, "ours"):
+            what = f"{cls.__name__}.from_pipe: a pipeline with models of diffusers"
+            raise UserError(what, fix="start from the one that load_pipeline gives")
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", pipeline.transformer.dtype)
         return super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]

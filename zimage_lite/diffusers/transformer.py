@@ -71,7 +71,7 @@ class Evaluations:
         in the shapes of x. joint_attention_kwargs: `scale`, of all LoRAs."""
         if unknown := [n for n, value in others.items() if value is not None and value != _PATCHES.get(n)]:
             raise UserError(f"the transformer takes no {', '.join(unknown)}")
-        scale, more = 1.0, dict(joint_attention_kwargs or {})
+        more = dict(joint_attention_kwargs or {})
         scale = float(more.pop("scale", 1.0))
         if more:
             raise UserError("joint_attention_kwargs", got=", ".join(more), expected="scale, of LoRAs, and nothing else")
