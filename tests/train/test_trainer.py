@@ -17,7 +17,7 @@ from zimage_lite.train.optimizer import WEIGHT_DECAY
 from zimage_lite.train.passes import Batch
 from zimage_lite.train.trainer import LONGEST_GRADIENT, Trainer
 
-FIFTY = replace(FEW, steps=50, rate=5e-3)
+FIFTY = replace(FEW, steps=50, rate=5e-3, rate_schedule="cosine")
 
 
 def trainer_of(model: Path, folder: Path, options: TrainOptions) -> Trainer:
@@ -35,6 +35,7 @@ def test_losses_are_those_of_diffusers_and_peft(tiny: Path, tmp_path: Path, time
     ours = trainer_of(tiny, tmp_path / "lessons", replace(FIFTY, timesteps=timesteps))
     theirs = Peft(tiny, ours.lora)
     optimizer = torch.optim.AdamW(theirs.parameters, FIFTY.rate, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50)
     told = ours.pipeline.encode([example.caption for example in ours.examples])
     losses = list(ours.steps(0, 50))
     for step, loss in enumerate(losses):
@@ -46,6 +47,7 @@ def test_losses_are_those_of_diffusers_and_peft(tiny: Path, tmp_path: Path, time
         expected.backward()
         torch.nn.utils.clip_grad_norm_(theirs.parameters, LONGEST_GRADIENT)
         optimizer.step()
+        schedule.step()
         assert abs(loss - expected.item()) <= 1e-4 * expected.item(), step
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])  # else little would have been compared
 
