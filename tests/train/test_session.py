@@ -23,6 +23,8 @@ from zimage_lite.errors import UserError
 from zimage_lite.train import prior
 from zimage_lite.train.session import Session
 
+pytestmark = pytest.mark.slow  # whole trainings
+
 
 @pytest.fixture(scope="module")
 def lessons(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -84,7 +86,7 @@ def test_stopped_it_goes_on_from_that_step(tiny: Path, lessons: Path, whole: Pat
     assert goal.out.read_bytes() == whole.read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.full_size
 def test_in_8_bits_it_goes_on_alike(tiny: Path, lessons: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     files = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
@@ -117,7 +119,6 @@ def test_the_file_says_what_it_is(whole: Path) -> None:
     assert all(tensor.dtype == torch.bfloat16 and tensor.any() for tensor in load_file(whole).values())
 
 
-@pytest.mark.slow
 def test_diffusers_reads_it(tiny: Path, whole: Path) -> None:
     """By its own loader; then the answer changes as ours does."""
     from diffusers import ZImageTransformer2DModel
