@@ -107,6 +107,7 @@ def component_of(folder: Path, ram_bytes: int | None = None) -> tuple[Component,
     return Component(Transformer(files.transformer.config), files.transformer, BLOCKS), plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", always("int8", of=("bf16", "int8", "q4_k_m")))
 def test_streamed_gradients_are_the_plain_ones_to_the_bit(model: Path, name: str) -> None:
     """Of two steps, within room for two blocks; the plain ones by one backward pass through all that is bound."""
