@@ -5,15 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
+from make_checkpoint import SIZES, write_diffusers, write_tokenizer
 from PIL import Image
 
 from zimage_lite.api import load
-from zimage_lite.config import TrainOptions
+from zimage_lite.config import TrainOptions, TransformerConfig
 from zimage_lite.pipeline.drawing import Pipeline
 from zimage_lite.train.dataset import examples_in
 from zimage_lite.train.session import Goal, Session
 
+SMALL = TransformerConfig(dim=64, n_layers=2, n_refiner_layers=1, n_heads=1, cap_feat_dim=128, axes_dims=(16, 24, 24))
 FEW = TrainOptions(steps=7, rank=4, rate=1e-3, batch=2, resolution=64, trigger="blob")
+
+
+def write_small(folder: Path) -> Path:
+    """A model that learns in no time, bfloat16."""
+    folder.mkdir()
+    write_diffusers(folder, (SMALL, *SIZES["tiny"][1:]), torch.bfloat16, 0)
+    write_tokenizer(folder / "tokenizer", "tiny")
+    return folder
 
 
 def write_lessons(folder: Path, count: int = 3) -> Path:

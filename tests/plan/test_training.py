@@ -31,6 +31,7 @@ def test_the_lora_has_as_many_parameters() -> None:
     assert parameters(TransformerConfig(), 16) == 35_020_800  # 210 modules
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_a_graph_takes_what_is_planned(name: str, dtype: torch.dtype) -> None:
     """All tensors of one block's graph and of the way back through it, on the CPU: at most 10 % less than planned."""

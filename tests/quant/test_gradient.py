@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from marking import always
 from oracles import relative_error
 from packing import packed_as
 
@@ -11,9 +12,10 @@ from zimage_lite.quant import tensor
 from zimage_lite.quant.formats import FORMATS
 
 WRITABLE = [name for name, row in FORMATS.items() if row.writable]
+ONE_OF_EACH = ("f32", "q8_0", "q4_k", "int8", "int4", "fp8", "nf4", "qint4")
 
 
-@pytest.mark.parametrize("name", WRITABLE)
+@pytest.mark.parametrize("name", always(*ONE_OF_EACH, of=WRITABLE))
 def test_a_gradient_is_that_of_the_unpacked_weight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also unpacked in pieces, whose parts of the sum are added up. float32: 1e-6 is some ten roundings."""
     monkeypatch.setattr(tensor, "CPU_PIECE_WEIGHTS", 2**14)

@@ -74,7 +74,7 @@ def peft_gradients(folder: Path, dtype: torch.dtype) -> Found:
 
 
 @pytest.mark.slow  # importing diffusers and peft
-@pytest.mark.parametrize("name", always("int8", "q4_k_m", of=FORMATS))
+@pytest.mark.parametrize("name", always("int8", of=FORMATS))
 def test_gradients_are_those_of_the_unpacked_weights(model: Path, name: str) -> None:
     loss, found = own_gradients(in_format(model, name), F32)
     expected, truth = peft_gradients(in_format(model, name), F32)
@@ -84,8 +84,8 @@ def test_gradients_are_those_of_the_unpacked_weights(model: Path, name: str) -> 
         assert relative_error(gradient, truth[key]) <= 1e-4, key
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", always("int8", of=FORMATS))
+@pytest.mark.full_size
+@pytest.mark.parametrize("name", FORMATS)
 def test_in_bf16_they_are_as_near_as_those_of_diffusers(model: Path, name: str) -> None:
     """Both against float32, all gradients together: what is rounded elsewhere is not rounded more."""
     folder = in_format(model, name)
@@ -107,6 +107,7 @@ def component_of(folder: Path, ram_bytes: int | None = None) -> tuple[Component,
     return Component(Transformer(files.transformer.config), files.transformer, BLOCKS), plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", always("int8", of=("bf16", "int8", "q4_k_m")))
 def test_streamed_gradients_are_the_plain_ones_to_the_bit(model: Path, name: str) -> None:
     """Of two steps, within room for two blocks; the plain ones by one backward pass through all that is bound."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from lessons import FEW, goal_of, pipeline_of, session_of, write_lessons
+from lessons import FEW, goal_of, pipeline_of, session_of, write_lessons, write_small
 from marking import always
 from oracles import relative_error
 from safetensors import safe_open
@@ -23,6 +23,13 @@ from zimage_lite.errors import UserError
 from zimage_lite.train import prior
 from zimage_lite.train.session import Session
 
+pytestmark = pytest.mark.slow  # whole trainings
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small(tmp_path_factory.mktemp("models") / "small")
+
 
 @pytest.fixture(scope="module")
 def lessons(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -30,10 +37,10 @@ def lessons(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tiny: Path, lessons: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(small: Path, lessons: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seven steps in one go, with pictures on the way."""
     out = tmp_path_factory.mktemp("whole") / "my.safetensors"
-    assert session_of(tiny, goal_of(lessons, out, prompts=("a blob", "two <blobs>"))).run(silent)
+    assert session_of(small, goal_of(lessons, out, prompts=("a blob", "two <blobs>"))).run(silent)
     return out
 
 
@@ -55,18 +62,18 @@ def killing(step: int) -> Callable[[str, int, int], None]:
 
 @pytest.mark.parametrize("step", always(4, of=range(1, 8)))
 def test_killed_and_resumed_it_writes_the_same_file(
-    tiny: Path, lessons: Path, whole: Path, tmp_path: Path, step: int
+    small: Path, lessons: Path, whole: Path, tmp_path: Path, step: int
 ) -> None:
     goal = goal_of(lessons, tmp_path / "my.safetensors")
     with pytest.raises(Killed):
-        session_of(tiny, goal).run(killing(step))
+        session_of(small, goal).run(killing(step))
     assert not goal.out.exists() and goal.state.exists() == (step > 3)
-    assert session_of(tiny, goal, resume=step > 3).run(silent)
+    assert session_of(small, goal, resume=step > 3).run(silent)
     assert goal.out.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize("step", always(2, of=range(1, 7)))
-def test_stopped_it_goes_on_from_that_step(tiny: Path, lessons: Path, whole: Path, tmp_path: Path, step: int) -> None:
+def test_stopped_it_goes_on_from_that_step(small: Path, lessons: Path, whole: Path, tmp_path: Path, step: int) -> None:
     """On Ctrl-C, which comes within a step."""
     goal, first = goal_of(lessons, tmp_path / "my.safetensors"), list[int]()
 
@@ -75,24 +82,24 @@ def test_stopped_it_goes_on_from_that_step(tiny: Path, lessons: Path, whole: Pat
             os.kill(os.getpid(), signal.SIGINT)
 
     with stopping() as stop:
-        session = session_of(tiny, goal)
+        session = session_of(small, goal)
         assert not session.run(interrupt, stop)
     assert session.done.step == step and not goal.out.exists()
-    again = session_of(tiny, goal, resume=True)
+    again = session_of(small, goal, resume=True)
     assert again.run(lambda phase, done, total: first.append(done) if phase == "train" else None)
     assert first[0] == step + 1
     assert goal.out.read_bytes() == whole.read_bytes()
 
 
-@pytest.mark.slow
-def test_in_8_bits_it_goes_on_alike(tiny: Path, lessons: Path, tmp_path: Path) -> None:
+@pytest.mark.full_size
+def test_in_8_bits_it_goes_on_alike(small: Path, lessons: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     files = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
     one, two = (goal_of(lessons, file, replace(FEW, optimizer="adamw8bit", steps=4), 2) for file in files)
-    assert session_of(tiny, one).run(silent)
+    assert session_of(small, one).run(silent)
     with pytest.raises(Killed):
-        session_of(tiny, two).run(killing(3))
-    assert session_of(tiny, two, resume=True).run(silent)
+        session_of(small, two).run(killing(3))
+    assert session_of(small, two, resume=True).run(silent)
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -100,10 +107,10 @@ def test_in_8_bits_it_goes_on_alike(tiny: Path, lessons: Path, tmp_path: Path) -
     ("change", "told"), [({"rank": 5}, "rank"), ({"seed": 1}, "seed"), ({"trigger": "x"}, "trigger")]
 )
 def test_another_training_is_not_taken_up(
-    tiny: Path, lessons: Path, whole: Path, change: dict[str, Any], told: str
+    small: Path, lessons: Path, whole: Path, change: dict[str, Any], told: str
 ) -> None:
     goal = goal_of(lessons, whole, replace(FEW, **change), prompts=("a blob", "two <blobs>"))
-    session = Session(pipeline_of(tiny), goal, resume=True, overwrite=True)
+    session = Session(pipeline_of(small), goal, resume=True, overwrite=True)
     with pytest.raises(UserError, match=rf"--resume: {told} is not what this training began with: got .*, expected"):
         session.run(silent)
 
@@ -113,17 +120,16 @@ def test_the_file_says_what_it_is(whole: Path) -> None:
         metadata, names = file.metadata(), list(file.keys())
     assert metadata["ss_network_dim"] == "4" and metadata["ss_steps"] == "7"
     assert metadata["modelspec.architecture"] == "Z-Image/lora" and metadata["modelspec.trigger_phrase"] == "blob"
-    assert len(names) == 2 * 3 * 7 and {name.split(".")[0] for name in names} == {"diffusion_model"}
+    assert len(names) == 2 * 2 * 7 and {name.split(".")[0] for name in names} == {"diffusion_model"}
     assert all(tensor.dtype == torch.bfloat16 and tensor.any() for tensor in load_file(whole).values())
 
 
-@pytest.mark.slow
-def test_diffusers_reads_it(tiny: Path, whole: Path) -> None:
+def test_diffusers_reads_it(small: Path, whole: Path) -> None:
     """By its own loader; then the answer changes as ours does."""
     from diffusers import ZImageTransformer2DModel
     from diffusers.loaders import ZImageLoraLoaderMixin
 
-    model = ZImageTransformer2DModel.from_pretrained(tiny / "transformer", torch_dtype=torch.float32)
+    model = ZImageTransformer2DModel.from_pretrained(small / "transformer", torch_dtype=torch.float32)
     weights = {name: module.weight.clone() for name, module in model.named_modules() if name.endswith("w2")}
     state = ZImageLoraLoaderMixin.lora_state_dict(str(whole))
     ZImageLoraLoaderMixin.load_lora_into_transformer(state, model, adapter_name="a")
@@ -136,9 +142,9 @@ def test_diffusers_reads_it(tiny: Path, whole: Path) -> None:
             assert relative_error(after - before, b @ a) <= 1e-3, name
 
 
-def test_it_is_drawn_with(tiny: Path, whole: Path) -> None:
+def test_it_is_drawn_with(small: Path, whole: Path) -> None:
     request = GenerateOptions("a blob", 64, 64, steps=2)
-    plain, taught = pipeline_of(tiny).generate([request, replace(request, loras=(Lora(str(whole)),))])
+    plain, taught = pipeline_of(small).generate([request, replace(request, loras=(Lora(str(whole)),))])
     assert not torch.equal(plain, taught)
 
 
@@ -152,12 +158,12 @@ def test_the_page_shows_how_it_went(whole: Path) -> None:
 
 
 def test_what_it_preserves_is_drawn_first(
-    tiny: Path, lessons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Path, lessons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prior, "LEAST", 4)
     options = replace(FEW, steps=1)
     goal = goal_of(lessons, tmp_path / "my.safetensors", options, preserve=("fox", "hare"))
-    session = session_of(tiny, goal)
+    session = session_of(small, goal)
     assert len(session.preserved) == 4
     assert [one.caption for one in session.preserved[:3]] == [
         "a fox of colour 0", "a hare of colour 1", "a fox of colour 2",

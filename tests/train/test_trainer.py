@@ -10,18 +10,21 @@ import torch
 from learning import Peft
 from lessons import FEW, pipeline_of, write_lessons
 from marking import always
+from trained_loras import save_lora
 
-from zimage_lite.config import TrainOptions
+from zimage_lite.api import quantize
+from zimage_lite.checkpoint.model_files import open_model
+from zimage_lite.config import Lora, TrainOptions
 from zimage_lite.train.dataset import examples_in
 from zimage_lite.train.optimizer import WEIGHT_DECAY
 from zimage_lite.train.passes import Batch
 from zimage_lite.train.trainer import LONGEST_GRADIENT, Trainer
 
-FIFTY = replace(FEW, steps=50, rate=5e-3)
+FIFTY = replace(FEW, steps=50, rate=5e-3, rate_schedule="cosine")
 
 
-def trainer_of(model: Path, folder: Path, options: TrainOptions) -> Trainer:
-    made = Trainer(pipeline_of(model), examples_in(write_lessons(folder), options.trigger), options)
+def trainer_of(model: Path, folder: Path, options: TrainOptions, assistant: tuple[Lora, ...] = ()) -> Trainer:
+    made = Trainer(pipeline_of(model), examples_in(write_lessons(folder), options.trigger), options, assistant)
     made.prepare()
     made.begin()
     return made
@@ -35,6 +38,7 @@ def test_losses_are_those_of_diffusers_and_peft(tiny: Path, tmp_path: Path, time
     ours = trainer_of(tiny, tmp_path / "lessons", replace(FIFTY, timesteps=timesteps))
     theirs = Peft(tiny, ours.lora)
     optimizer = torch.optim.AdamW(theirs.parameters, FIFTY.rate, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50)
     told = ours.pipeline.encode([example.caption for example in ours.examples])
     losses = list(ours.steps(0, 50))
     for step, loss in enumerate(losses):
@@ -46,8 +50,23 @@ def test_losses_are_those_of_diffusers_and_peft(tiny: Path, tmp_path: Path, time
         expected.backward()
         torch.nn.utils.clip_grad_norm_(theirs.parameters, LONGEST_GRADIENT)
         optimizer.step()
+        schedule.step()
         assert abs(loss - expected.item()) <= 1e-4 * expected.item(), step
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])  # else little would have been compared
+
+
+@pytest.mark.slow
+def test_an_assistant_is_as_if_it_were_part_of_the_weights(tiny: Path, tmp_path: Path) -> None:
+    """Which it becomes here by `quantize --merge-lora`, rounded to 11 bits, adaLN included."""
+    config = open_model(tiny).transformer.config
+    lora = save_lora(tmp_path / "assistant.safetensors", config, ends=("to_q", "w2", "adaLN_modulation.0"))
+    merged = tmp_path / "merged"
+    quantize(tiny, merged, "f16", merge_loras=[str(lora)], text_encoder_to="keep")
+    few = replace(FEW, steps=3)
+    beside = list(trainer_of(tiny, tmp_path / "a", few, (Lora(str(lora)),)).steps(0, 3))
+    within, without = (list(trainer_of(model, tmp_path / "a", few).steps(0, 3)) for model in (merged, tiny))
+    assert beside == pytest.approx(within, rel=1e-4)
+    assert abs(beside[0] - without[0]) > 5e-3 * without[0]  # 8e-3 here
 
 
 @pytest.mark.full_size

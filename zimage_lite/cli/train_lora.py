@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..checkpoint.model_card import DEMO
-from ..config import DEVICES, OPTIMIZERS, TIMESTEPS, Lora, RuntimeOptions, TrainOptions
+from ..config import DEVICES, OPTIMIZERS, RATES, TIMESTEPS, Lora, RuntimeOptions, TrainOptions
 from ..errors import EXIT_INTERRUPTED
 from ..units import counted, format_gb, parse_bytes
 from . import leaving_at_once, print_json, say
@@ -45,6 +45,13 @@ _PATH = click.Path(path_type=Path)
 @click.option("--steps", type=int, default=_DEFAULT.steps, show_default=True, help="Of the optimizer.")
 @click.option("--rank", type=int, default=_DEFAULT.rank, show_default=True, help="Its size: 4.4 MB for each.")
 @click.option("--rate", type=float, default=_DEFAULT.rate, show_default=True, help="How far a step goes.")
+@click.option(
+    "--rate-schedule",
+    type=click.Choice(RATES),
+    default=_DEFAULT.rate_schedule,
+    show_default=True,
+    help="cosine falls to nothing at the last step, so that steps cannot be added later.",
+)
 @click.option("--batch", type=int, default=_DEFAULT.batch, show_default=True, help="Pictures a step.")
 @click.option(
     "--resolution",

@@ -45,7 +45,7 @@ from .models import (
     from_mapping,
 )
 from .runtime import RuntimeOptions
-from .training import OPTIMIZERS, TIMESTEPS, TrainOptions
+from .training import OPTIMIZERS, RATES, TIMESTEPS, TrainOptions
 
 __all__ = [
     "BACKENDS",
@@ -67,6 +67,7 @@ __all__ = [
     "PATCH_SIZE",
     "PREVIEW_BYTES",
     "RANDOM_SEED",
+    "RATES",
     "SAMPLERS",
     "SCHEDULES",
     "SEQUENCE_MULTIPLE",

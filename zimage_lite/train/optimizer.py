@@ -17,7 +17,9 @@ _BETA1, _BETA2, _EPS = 0.9, 0.999, 1e-8  # torch's own
 
 
 class Optimizer(Protocol):
-    """As torch's are used."""
+    """As torch's are used. param_groups: one, whose "lr" is the rate."""
+
+    param_groups: list[dict[str, Any]]
 
     def zero_grad(self, set_to_none: bool = True) -> None: ...
 
@@ -32,7 +34,8 @@ class AdamW:
     """Its moments are there from the beginning, so that no step needs more memory than the first."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], rate: float) -> None:
-        self.parameters, self.rate, self.done = parameters, rate, 0
+        self.parameters, self.done = parameters, 0
+        self.param_groups: list[dict[str, Any]] = [{"lr": rate}]
         self.moments = [(torch.zeros_like(own), torch.zeros_like(own)) for own in parameters]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -45,10 +48,11 @@ class AdamW:
     @torch.no_grad()
     def step(self) -> None:
         self.done += 1
-        size, root = self.rate / (1 - _BETA1**self.done), math.sqrt(1 - _BETA2**self.done)
+        rate = self.param_groups[0]["lr"]
+        size, root = rate / (1 - _BETA1**self.done), math.sqrt(1 - _BETA2**self.done)
         for own, (mean, square) in zip(self.parameters, self.moments, strict=True):
             assert own.grad is not None
-            own.mul_(1 - self.rate * WEIGHT_DECAY)
+            own.mul_(1 - rate * WEIGHT_DECAY)
             mean.lerp_(own.grad, 1 - _BETA1)
             square.mul_(_BETA2).addcmul_(own.grad, own.grad, value=1 - _BETA2)
             own.addcdiv_(mean, square.sqrt().div_(root).add_(_EPS), value=-size)

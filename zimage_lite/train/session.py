@@ -143,7 +143,8 @@ class Session:
         """What a training that is taken up must find again: all that its numbers depend on."""
         goal, transformer = self.goal, self.pipeline.model.transformer
         options = asdict(goal.options)
-        del options["steps"]
+        if goal.options.rate_schedule == "constant":
+            del options["steps"]  # there may be more of them
         return {
             **options,
             "pictures": fingerprint(goal.examples),

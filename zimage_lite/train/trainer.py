@@ -120,6 +120,8 @@ class Trainer:
                 if not math.isfinite(loss):
                     raise UserError(f"step {step + 1}: the loss is {loss}", fix="use a smaller --rate")
                 torch.nn.utils.clip_grad_norm_(self.lora.parameters, LONGEST_GRADIENT, foreach=False)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.options.rate_at(step)
                 self.optimizer.step()
                 yield loss
 
