@@ -172,3 +172,16 @@ def test_what_it_preserves_is_drawn_first(
     assert chosen[0] < 3 <= chosen[1]
     assert session.run(silent)
     assert len(list((goal.folder / "preserved").glob("*.png"))) == 4
+
+
+def test_begun_anew_nothing_of_before_is_left(small: Path, lessons: Path, tmp_path: Path) -> None:
+    """But for what somebody else put there."""
+    goal = goal_of(lessons, tmp_path / "my.safetensors", replace(FEW, steps=1))
+    (goal.folder / "preserved").mkdir(parents=True)
+    for name in ("state.safetensors", "step-000900.safetensors", "step-000900-0.png", "preserved/0000.png", "my.txt"):
+        (goal.folder / name).write_bytes(b"?")
+    with pytest.raises(UserError, match="holds a training"):
+        session_of(small, goal)
+    assert Session(pipeline_of(small), goal, overwrite=True).run(silent)
+    found = {str(path.relative_to(goal.folder)) for path in goal.folder.rglob("*") if path.is_file()}
+    assert found == {"state.safetensors", "step-000001.safetensors", "index.html", "my.txt"}

@@ -15,6 +15,11 @@ from trained_loras import save_lora
 from zimage_lite.api import quantize
 from zimage_lite.checkpoint.model_files import open_model
 from zimage_lite.config import Lora, TrainOptions
+from zimage_lite.memory.machine import Machine
+from zimage_lite.memory.placement import GRANULE_BYTES
+from zimage_lite.memory.planner import budgets_in_force, plan_phases
+from zimage_lite.plan.retry import Ways
+from zimage_lite.plan.training import ways_to_train
 from zimage_lite.train.dataset import examples_in
 from zimage_lite.train.optimizer import WEIGHT_DECAY
 from zimage_lite.train.passes import Batch
@@ -53,6 +58,20 @@ def test_losses_are_those_of_diffusers_and_peft(tiny: Path, tmp_path: Path, time
         schedule.step()
         assert abs(loss - expected.item()) <= 1e-4 * expected.item(), step
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])  # else little would have been compared
+
+
+@pytest.mark.slow
+def test_streamed_it_learns_the_same_to_the_bit(tiny: Path, tmp_path: Path) -> None:
+    """As planned within room for two blocks, over the end of a stretch of steps."""
+    free, tight = (trainer_of(tiny, tmp_path / "lessons", FEW) for _ in range(2))
+    there = Machine("test", 10**11, process_bytes=0)
+    ways = ways_to_train(tight.pipeline.sizes, tight.job, there)
+    room = sum(ways[0].fixed.values()) + 2 * GRANULE_BYTES
+    (plan,) = plan_phases([ways], there, budgets_in_force(there, ram_bytes=room))
+    tight.ways = Ways(ways, plan)
+    assert not plan.resident and not free.ways.plan.streamed
+    assert [*free.steps(0, 3), *free.steps(3, 5)] == [*tight.steps(0, 3), *tight.steps(3, 5)]
+    assert all(map(torch.equal, free.lora.parameters, tight.lora.parameters))
 
 
 @pytest.mark.slow

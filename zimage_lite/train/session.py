@@ -76,6 +76,8 @@ class Session:
         there."""
         goal, trainer = self.goal, self.trainer
         goal.folder.mkdir(exist_ok=True)
+        if not self.resume:
+            _clear(goal.folder)
         prior.draw(self.pipeline, self.preserved, goal.options.resolution, goal.options.seed, progress)
         trainer.prepare(progress)
         self._begin()
@@ -166,6 +168,13 @@ class Session:
             "resolution": str(options.resolution),
             "trigger": options.trigger or "none",
         }
+
+
+def _clear(folder: Path) -> None:
+    """What another training of that name wrote there, and nothing else."""
+    for pattern in ("state.safetensors", "step-*.safetensors", "step-*.png", "preserved/????.png"):
+        for file in folder.glob(pattern):
+            file.unlink()
 
 
 def _require(goal: Goal, resume: bool, overwrite: bool) -> None:
