@@ -1,6 +1,6 @@
 """Draws one picture with a pipeline of diffusers, with its own models and with ours: the memory that the process takes.
 
-    python benchmarks/diffusers_memory.py MODEL --out benchmarks/results/diffusers/NAME.json [--layers 6] [--ram 3GB]
+    python benchmarks/diffusers_memory.py MODEL --out benchmarks/results/diffusers/NAME.json [--layers 6] [--ram 1.5GB]
 
 MODEL is written if it is not there: random weights of the true widths in bfloat16, with a few layers. All compute in
 float32 on the CPU. Each case is a process of its own; its peaks are the operating system's, of the call alone and of
@@ -40,8 +40,8 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--layers", type=int, default=6, help="of transformer and text encoder each")
-    parser.add_argument("--ram", default="3GB", help="the ceiling of the last case")
-    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--ram", default="1.5GB", help="the ceiling of the last case")
+    parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--case", nargs=2, metavar=("NAME", "MADE"), help="one run; used by the others")
     args = parser.parse_args()
