@@ -43,7 +43,8 @@ numbers = st.integers(-(2**70), 2**70) | st.floats() | st.sampled_from([0, 1, 2,
 _WORDS = "euler simple auto 64x64 0x0 png url true demo none <lora:x:1> data:image/png;base64, 2 ../x"
 texts = st.text(max_size=40) | st.sampled_from(_WORDS.split())
 pictures = st.just(base64_of(png())) | st.binary(max_size=40).map(base64_of)
-plain = st.none() | st.booleans() | numbers | texts | pictures
+kept = st.fixed_dictionaries({"sha256": texts})
+plain = st.none() | st.booleans() | numbers | texts | pictures | kept
 anything = st.recursive(plain, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=3))
 
 

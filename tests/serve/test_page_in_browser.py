@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from served import listening
+from control_files import save_control, tiny_config
+from served import listening, png
+from trained_loras import save_lora
 
+from zimage_lite.api import open_named
+from zimage_lite.checkpoint.model_card import DEMO
 from zimage_lite.serve.options import ServeOptions
 
 pytestmark = pytest.mark.slow
@@ -31,24 +37,49 @@ def browser() -> Iterator[Any]:
         found.close()
 
 
-@pytest.fixture(params=WIDTHS)
-def page(request: Any, browser: Any, serve_options: Callable[..., ServeOptions]) -> Iterator[Any]:
-    """Of a server of its own. No console message, and no request off the server, whatever a test does."""
-    with listening(serve_options()) as (address, service):
-        found = browser.new_page(viewport={"width": request.param, "height": 900}, locale="en-GB")
+@contextmanager
+def opened(browser: Any, width: int, options: ServeOptions) -> Iterator[Any]:
+    """The page of a server of its own. No console message, and no request off the server, whatever a test does."""
+    with listening(options) as (address, service):
+        found = browser.new_page(viewport={"width": width, "height": 900}, locale="en-GB")
         said, asked = [], []
         found.on("console", lambda message: said.append(message.text))
         found.on("pageerror", lambda error: said.append(str(error)))
         found.on("request", lambda sent: asked.append(sent.url))
         found.service, found.expected = service, list[str]()
         found.goto(address)
-        sync_api.expect(found.locator("#model")).to_have_value("demo")
+        sync_api.expect(found.locator("#model")).to_have_value(service.catalog.models[0])
         try:
             yield found
         finally:
             found.close()  # else its stream keeps the server
         assert [text for text in said if text not in found.expected] == []
         assert [url for url in asked if not url.startswith((address, f"blob:{address}", "data:"))] == []
+
+
+@pytest.fixture(params=WIDTHS)
+def page(request: Any, browser: Any, serve_options: Callable[..., ServeOptions]) -> Iterator[Any]:
+    with opened(browser, request.param, serve_options()) as found:
+        yield found
+
+
+@pytest.fixture
+def lora_page(browser: Any, serve_options: Callable[..., ServeOptions]) -> Iterator[Any]:
+    """There is a LoRA."""
+    options = serve_options()
+    assert options.lora_dir
+    save_lora(options.lora_dir / "ink.safetensors", open_named(DEMO, {}).transformer.config)
+    with opened(browser, WIDTHS[0], options) as found:
+        yield found
+
+
+@pytest.fixture
+def control_page(browser: Any, serve_options: Callable[..., ServeOptions], tiny: Path, tmp_path: Path) -> Iterator[Any]:
+    """There is a ControlNet."""
+    net = save_control(tmp_path / "2.1.safetensors", tiny_config("2.1"))
+    options = serve_options(models={"tiny": str(tiny)}, controls={"union": str(net)})
+    with opened(browser, WIDTHS[0], options) as found:
+        yield found
 
 
 def draw(page: Any, prompt: str = "a red circle", steps: int = 4) -> None:
@@ -134,6 +165,74 @@ def test_a_picture_its_settings_and_a_mask(page: Any, tmp_path: Path) -> None:
     page.click("#draw")
     cards(page, 2)
     assert page.service.history.jobs(1)[0]["settings"].keys() >= {"image", "mask", "strength"}
+
+
+def drop(page: Any, path: Path) -> None:
+    """A file, as from the desktop."""
+    raw = base64.b64encode(path.read_bytes()).decode()
+    page.evaluate(
+        """raw => {
+          const files = new DataTransfer();
+          const bytes = Uint8Array.from(atob(raw), (one) => one.charCodeAt(0));
+          files.items.add(new File([bytes], "dropped.png", { type: "image/png" }));
+          document.body.dispatchEvent(new DragEvent("drop", { dataTransfer: files, bubbles: true, cancelable: true }));
+        }""",
+        raw,
+    )
+
+
+def test_five_wait_their_turn(page: Any) -> None:
+    draw(page, steps=2)
+    for _ in range(4):
+        sync_api.expect(page.locator("#draw")).not_to_have_attribute("aria-disabled", "true")
+        page.click("#draw")
+    found = cards(page, 5)
+    sync_api.expect(found.locator("img")).to_have_count(5)
+    jobs = page.service.history.jobs(9)
+    assert [job["state"] for job in jobs] == ["done"] * 5
+    assert len({job["pictures"][0]["seed"] for job in jobs}) == 5
+
+
+def test_a_dropped_picture_gives_its_settings(page: Any) -> None:
+    draw(page, "a blue square", 3)
+    cards(page, 1)
+    picture = page.service.history.jobs(1)[0]["pictures"][0]
+    page.fill("#prompt", "another")
+    page.fill("#steps", "7")
+    drop(page, page.service.history.picture(picture["name"]))
+    page.click("#use-recipe")
+    assert page.input_value("#prompt") == "a blue square" and page.input_value("#steps") == "3"
+    assert page.input_value("#seed") == str(picture["seed"]) and page.is_checked("#lock")
+
+
+def test_a_lora_has_a_row(lora_page: Any) -> None:
+    page = lora_page
+    page.click("#add-lora")
+    row = page.locator(".lora")
+    row.locator("input").fill("0.5")
+    draw(page, steps=1)
+    cards(page, 1)
+    (job,) = page.service.history.jobs(1)
+    assert job["state"] == "done" and job["settings"]["loras"] == [{"name": "ink", "strength": 0.5}]
+    row.get_by_text("Remove").click()
+    sync_api.expect(row).to_have_count(0)
+    assert page.evaluate("document.activeElement.id") == "add-lora"
+
+
+def test_a_control_image_is_followed_and_drawn_again(control_page: Any, tmp_path: Path) -> None:
+    page = control_page
+    (tmp_path / "hint.png").write_bytes(png())
+    page.select_option("#control", "union")
+    page.set_input_files("#control-file", tmp_path / "hint.png")
+    page.fill("#width", "64")
+    page.fill("#height", "64")
+    draw(page, steps=1)
+    found = cards(page, 1)
+    sync_api.expect(found.locator("img")).to_have_count(1)
+    found.get_by_text("Draw again").click()
+    cards(page, 2)
+    first, second = (job["settings"] for job in page.service.history.jobs(2))
+    assert first["controls"][0]["name"] == "union" and first["control_image"] == second["control_image"]
 
 
 def test_chinese_is_kept(page: Any) -> None:
