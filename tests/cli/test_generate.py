@@ -336,7 +336,7 @@ def test_crash_of_our_own_keeps_its_traceback(tiny: Path, out: Path, monkeypatch
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("zimage_lite.pipeline.decode.to_pixels", broken)
+    monkeypatch.setattr("zimage_lite.pipeline.decode.decode_as_planned", broken)
     with pytest.raises(ZeroDivisionError):
         generate("cat", "--model", tiny, "-o", out)
     assert not out.exists()
