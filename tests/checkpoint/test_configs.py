@@ -88,6 +88,7 @@ def test_misshapen_tensors_give_no_sizes(component: str, shape: Shape) -> None:
                 measure({other: shapes[other] for other in shapes if other != name}, {}, "x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("component", TINY)
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (0, 0)])
 def test_misshapen_tensors_in_a_file(tmp_path: Path, component: str, shape: Shape) -> None:

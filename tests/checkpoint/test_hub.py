@@ -324,6 +324,7 @@ def test_a_cut_connection_is_taken_up_again(server: HubServer, tmp_path: Path) -
             assert path.read_bytes() == (server.folder / name).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("discard", [True, False])
 @pytest.mark.parametrize("where", ["listed", "headed", "both"])
 @pytest.mark.parametrize("by", [-4, 4])

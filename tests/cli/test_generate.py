@@ -250,6 +250,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["generate", "quantize"])
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damaged_transformer(model: Path, out: Path, refused: Refused, name: str, verb: str) -> None:

@@ -87,6 +87,7 @@ def test_scale_keeps_float16_in_range() -> None:
     assert torch.equal(small, (x.double() @ w.double().T / 2**12).half())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("low_rank", [False, True])
 @pytest.mark.parametrize("out_dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize(("rows", "outputs", "columns"), SHAPES)
