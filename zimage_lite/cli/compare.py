@@ -14,7 +14,6 @@ import click
 from ..checkpoint.output import followed, replacing, require_absent
 from ..config import GenerateOptions, RuntimeOptions
 from ..errors import UserError
-from ..pictures.recipe import recipe
 from ..pictures.saving import save
 from ..units import parse_bytes
 from . import leaving_at_once, print_json, say
@@ -92,9 +91,8 @@ def _save(path: Path, pixels: Tensor, request: GenerateOptions, pipeline: Pipeli
     """With the model's hash if it is known: to compute it would disturb what is measured."""
     from ..checkpoint.hashes import FileHash
 
-    beside, (height, width, _) = (pipeline.adapters.told(request.loras), pipeline.controls.told(request)), pixels.shape
     known = FileHash(list(pipeline.model.transformer.stamps)).result()
-    save(path, pixels, recipe(request, pipeline.model, (width, height), *beside, known))
+    save(path, pixels, pipeline.recipe(request, pixels, known))
 
 
 def _require_place(out: Path) -> None:

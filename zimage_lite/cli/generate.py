@@ -16,7 +16,6 @@ from ..checkpoint.output import require_absent
 from ..config import BACKENDS, COMPUTES, DEVICES, DTYPES, PREVIEW_BYTES, GenerateOptions, RuntimeOptions
 from ..errors import UserError
 from ..memory.meter import peak_rss_bytes
-from ..pictures.recipe import recipe
 from ..pictures.saving import require_kind, save
 from ..units import format_gb, parse_bytes
 from . import leaving_at_once, print_json, say
@@ -197,10 +196,7 @@ def command(
     on_latents = _saver(paths) if save_latents else None
     with phase_progress() as progress, previewing(preview, preview_decoder, pipeline) as on_step:
         for index, pixels in pipeline.images(requests, progress, on_step, on_latents):
-            beside = pipeline.adapters.told(requests[index].loras), pipeline.controls.told(requests[index])
-            size = pixels.shape[1], pixels.shape[0]
-            sha256 = hashing.result(_note)
-            save(paths[index], pixels, recipe(requests[index], pipeline.model, size, *beside, sha256))
+            save(paths[index], pixels, pipeline.recipe(requests[index], pixels, hashing.result(_note)))
             say(f"{paths[index]}  seed {requests[index].seed}")
     images = {"images": [str(path) for path in paths], "seeds": [request.seed for request in requests]}
     result = {**images, **_measured(pipeline, requests)}

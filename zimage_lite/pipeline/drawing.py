@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from ..memory.failures import Clearing
 from ..memory.hardware import Hardware, probe
 from ..memory.meter import Meter
 from ..memory.plan import Plan
+from ..pictures.recipe import recipe
 from ..plan.job import Job
 from ..plan.model_sizes import model_of
 from ..plan.retry import Tell, Ways
@@ -198,6 +200,12 @@ class Pipeline:
     def complete(self, request: GenerateOptions) -> GenerateOptions:
         """What was left open is what the model says of itself."""
         return self.model.scheduler.completed(request, self.model.default_size)
+
+    def recipe(self, request: GenerateOptions, pixels: Tensor, sha256: str | None = None) -> dict[str, Any]:
+        """What a picture that was drawn says of itself. pixels: [height, width, 3]; sha256: of the transformer's file,
+        where it is one and known."""
+        beside = self.adapters.told(request.loras), self.controls.told(request)
+        return recipe(request, self.model, (pixels.shape[1], pixels.shape[0]), *beside, sha256)
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[Prompt], progress: Progress = silent) -> list[Tensor]:

@@ -15,7 +15,6 @@ from typing import Any
 from ..checkpoint.output import replacing, require_absent
 from ..config import GenerateOptions, Lora, TrainOptions
 from ..errors import UserError
-from ..pictures.recipe import recipe
 from ..pictures.saving import save
 from ..pipeline.drawing import Pipeline
 from ..pipeline.workspace import Progress
@@ -137,9 +136,8 @@ class Session:
     def _draw(self, lora: Path) -> None:
         requests = [replace(request, loras=(Lora(str(lora)),)) for request in self.requests]
         for index, pixels in self.pipeline.images(requests):
-            request = requests[index]
-            told = recipe(request, self.pipeline.model, request.size, self.pipeline.adapters.told(request.loras))
-            save(self.goal.folder / f"{lora.stem}-{index}.png", pixels, told)
+            file = self.goal.folder / f"{lora.stem}-{index}.png"
+            save(file, pixels, self.pipeline.recipe(requests[index], pixels))
 
     def _settings(self) -> Mapping[str, Any]:
         """What a training that is taken up must find again: all that its numbers depend on."""

@@ -15,7 +15,6 @@ from ..checkpoint.hashes import FileHash
 from ..config import RuntimeOptions
 from ..errors import BudgetError, UserError
 from ..memory.failures import forget, is_out_of_memory
-from ..pictures.recipe import recipe
 from ..pictures.saving import write
 from ..pipeline.drawing import Pipeline
 from ..pipeline.previews import previewer
@@ -94,9 +93,7 @@ class Drawer:
 
     def _file(self, order: Order, place: int, pixels: Tensor, pipeline: Pipeline) -> Drawn:
         request, (height, width) = pipeline.complete(order.requests[place]), pixels.shape[:2]
-        beside = pipeline.adapters.told(request.loras), pipeline.controls.told(request)
-        sha256 = self._hash.result(self._tell) if self._hash else None
-        said = recipe(request, pipeline.model, (width, height), *beside, sha256)
+        said = pipeline.recipe(request, pixels, self._hash.result(self._tell) if self._hash else None)
         said |= order.told[place] if order.told else {}
         file = BytesIO()
         write(file, order.suffix, pixels, said)
