@@ -70,6 +70,7 @@ def main() -> None:
         "size": args.size,
         "seconds": seconds,
         "ratios": ratios,
+        "alone": {way: round(share, 5) for way, share in shares.items()},  # of a step without
         "kept": kept,
     }
     if args.out:
