@@ -23,17 +23,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from demo_scenes import FIELDS, LEVELS, caption, draw, numbered, random_scene, vocabulary
+from demo_scenes import FIELDS, LEVELS, caption, draw, numbered, random_scene
+from demo_tokenizer import write_tokenizer
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
 from evaluate_demo import write_card, write_json
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 from zimage_lite.checkpoint import safetensors
 from zimage_lite.checkpoint.diffusers_config import model_index
-from zimage_lite.checkpoint.tokenizer import SPLIT
 from zimage_lite.checkpoint.writer import open_writer
 
 SHIFT = 3.0
@@ -41,12 +40,6 @@ SAMPLER_STEPS = 8
 SUFFIX_TOKENS = 5  # <|im_end|>, newline, <|im_start|>, assistant, newline: the same after every caption
 SAVE_SECONDS = 180
 COLOUR_STEPS = 3000
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% if enable_thinking is false %}"
-    "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
-)
 
 
 @dataclass(frozen=True)
@@ -217,36 +210,6 @@ def fit_colours(vae: AutoencoderKL, run: Run) -> list[list[str]]:
         schedule.step()
     layers = [torch.cat([layer.weight.flatten(1), layer.bias[:, None]], 1) for layer in (net[0], net[2])]
     return [[" ".join(f"{value:.4g}" for value in row) for row in layer.tolist()] for layer in layers]
-
-
-def write_tokenizer(folder: Path) -> None:
-    """Stage `tokenizer`: a byte-level BPE of the grammar's words in Qwen2's files, with Qwen3's plain chat template."""
-    words = vocabulary()
-    characters = [character for word in words if not word.isascii() for character in word]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=1000, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
-    # Characters weigh most, so their bytes merge first and no token ever spans parts of two characters.
-    tokenizer.train_from_iterator([*words, "user", "assistant", *(characters * 50)], trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.model.save(str(folder))  # vocab.json and merges.txt, which list no special tokens
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    end, start, stop = SPECIAL_TOKENS
-    plain = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
-    config = {
-        **{"tokenizer_class": "Qwen2Tokenizer", "add_prefix_space": False, "padding_side": "right"},
-        **{"bos_token": None, "eos_token": stop, "pad_token": end, "unk_token": None, "model_max_length": 1024},
-        "additional_special_tokens": [start, stop],
-        "added_tokens_decoder": {str(tokenizer.token_to_id(t)): {"content": t, **plain} for t in SPECIAL_TOKENS},
-        "chat_template": CHAT_TEMPLATE,
-    }
-    write_json(folder / "tokenizer_config.json", config)
 
 
 def encode(text_encoder: Qwen3Model, tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> list[Tensor]:

@@ -29,6 +29,11 @@ _ENDS = {
     "x_pad_token": (1, 64), "all_x_embedder.2-1": (64, 16), "t_embedder.mlp.0": (1024, 256), "cap_embedder.1": (64, 32),
 }  # fmt: skip
 
+BLOCKS = ("layers.0", "layers.1", "noise_refiner.0", "context_refiner.0")
+ATTENTION = [f"{block}.attention.{name}" for block in BLOCKS for name in ("to_q", "to_k", "to_v", "to_out.0")]
+FEED_FORWARD = [f"layers.{i}.feed_forward.w{j}" for i in (0, 1) for j in (1, 2, 3)]
+KOHYA = ("lora_down.weight", "lora_up.weight")
+
 Change = Callable[[Tensor], Tensor]
 
 
