@@ -220,22 +220,9 @@ def loaded_by(code: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
-DRAW = """
-from zimage_lite import GenerateOptions, load
-load("demo", device="cpu").generate([GenerateOptions("a cat", steps=1)])
-"""
-
-
 @pytest.mark.slow
-def test_a_picture_on_the_cpu_needs_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
+def test_a_picture_on_the_cpu_needs_nothing_of_the_server_and_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    loaded = loaded_by(DRAW)
-    assert "torch" in loaded and "triton" not in loaded
-
-
-@pytest.mark.slow
-def test_a_picture_needs_nothing_of_the_server() -> None:
     command = "['generate', 'x', '--steps', '1', '--device', 'cpu', '--no-cache', '-o', os.path.join(folder, 'x.png')]"
     loaded = loaded_by(
         f"import os, tempfile\nfrom zimage_lite.cli import run\n"
@@ -249,6 +236,7 @@ def test_a_picture_needs_nothing_of_the_server() -> None:
         "sqlite3",
         "anyio",
         "ray",
+        "triton",
     }
 
 

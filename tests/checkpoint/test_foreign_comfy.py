@@ -24,6 +24,7 @@ from comfy_layers import (
     only_layer_0,
 )
 from foreign import Weights, assert_reads, canonical, forward, is_block_matrix, write_model
+from marking import always
 from oracles import psnr, relative_error
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -118,7 +119,7 @@ def test_the_same_int8_is_passed_on(native: Weights, tmp_path: Path) -> None:
     assert stored["layers.0.attention.qkv.weight_scale"].shape == (1152, 1)
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("prefix", always("model.diffusion_model.", of=["", "model.diffusion_model."]))
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("case", ["int8 in 64", "int4 in 32", "nvfp4"])
 def test_markers(native: Weights, tmp_path: Path, case: str, style: str, prefix: str) -> None:

@@ -72,8 +72,7 @@ class HubServer:
 @contextmanager
 def serving(folder: Path) -> Iterator[HubServer]:
     hub = HubServer(folder)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("_BoundHandler", (_Handler,), {"hub": hub}))
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), type("_BoundHandler", (_Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -82,6 +81,13 @@ def serving(folder: Path) -> Iterator[HubServer]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        """Who hangs up is no trouble of ours; a traceback would stand among what the command says."""
 
 
 class _Handler(BaseHTTPRequestHandler):

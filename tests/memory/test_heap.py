@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from marking import always
 
 from zimage_lite.memory import heap
 
@@ -73,7 +74,7 @@ def test_a_threshold_of_the_user_stays(name: str, value: str, monkeypatch: pytes
         pass
 
 
-@pytest.mark.parametrize("phase", ["decode", "picture"])
+@pytest.mark.parametrize("phase", always("decode", of=["decode", "picture"]))
 @pytest.mark.parametrize(
     ("room", "whole"), [pytest.param(600_000_000, True, marks=pytest.mark.full_size), (280_000_000, False)]
 )

@@ -94,7 +94,7 @@ def test_bands_give_what_the_whole_image_gives(tiny_parts, size: int, rows: int)
 
 
 @pytest.mark.slow  # large maps
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [WAYS[0], *(pytest.param(way, marks=pytest.mark.full_size) for way in WAYS[1:])])
 @torch.inference_mode()
 def test_the_true_widths(way: tuple[bool, bool]) -> None:
     encoder, decoder = model(Encoder, TRUE, torch.float32), model(Decoder, TRUE, torch.float32)
@@ -237,7 +237,7 @@ COUNTED = [(TINY, 128, 272, 9), (TINY, 208, 112, 16), (TRUE, 256, 512, 32), (TRU
 
 
 @pytest.mark.slow  # large images
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", always(torch.bfloat16, of=[torch.float32, torch.bfloat16]))
 @pytest.mark.parametrize(("config", "height", "width", "rows"), always(*COUNTED[::2], of=COUNTED))
 def test_what_is_predicted_is_used(config: VaeConfig, height: int, width: int, rows: int, dtype: torch.dtype) -> None:
     """On the meta device, which counts tensors of any size; what a convolution takes inside is left out."""

@@ -18,6 +18,7 @@ import pytest
 import torch
 from computing import FULL, HALF, INT8, PLAIN, as_on_turing, packed
 from live_bytes import LiveBytes, NoLaunch
+from marking import always
 from oracles import PROMPT, psnr, relative_error, transformer_inputs
 from PIL import Image
 from torch import Tensor, nn
@@ -104,7 +105,7 @@ def turing(monkeypatch: pytest.MonkeyPatch) -> None:
     as_on_turing(monkeypatch)
 
 
-@pytest.mark.parametrize("dtype", [FULL, HALF])
+@pytest.mark.parametrize("dtype", always(HALF, of=[FULL, HALF]))
 def test_a_block_on_compute_capability_7_5(dtype: torch.dtype, turing: None) -> None:
     """Products in 8 bits and attention in 16, so that it is no farther from the truth than all in 8 bits; in float32,
     where queries and keys are never 8-bit, as far but for sums in another order."""
@@ -166,7 +167,7 @@ def test_each_linear_gets_what_it_takes() -> None:
     assert INT8["triton"].group(attention.to_q, attention.to_v) is None
 
 
-@pytest.mark.parametrize("to", ["int8", "f32"])
+@pytest.mark.parametrize("to", always("f32", of=["int8", "f32"]))
 def test_the_transformer_with_several_sequences(to: str) -> None:
     """Two images and their captions: sequences of their own lengths, through all blocks."""
     latents, features, t = transformer_inputs(8, 10, (9, 40))

@@ -19,10 +19,10 @@ from zimage_lite.checkpoint.model_card import DEMO, control_place, default_size,
 from zimage_lite.cli import run
 
 CAPTIONS = held_out_captions("one", 24)
-FORMATS = ["q4_0", "int8"]
+FORMATS = ["int8"]  # q4_0 draws as many in adapters/test_trained.py
 FORMATS += [
     pytest.param(name, marks=pytest.mark.full_size)
-    for name in ("bf16", "f16", "q8_0", "q4_k_m", "int4", "nf4", "q3_k_s", "q2_k", "fp8", "qint4", "bnb-int8")
+    for name in ("q4_0", "bf16", "f16", "q8_0", "q4_k_m", "int4", "nf4", "q3_k_s", "q2_k", "fp8", "qint4", "bnb-int8")
 ]
 LEAST_RIGHT = (
     22  # of 24; of 200 such captions 98 % are right, so 21 or fewer has a chance of 1 in 80 for an equal model
@@ -107,5 +107,5 @@ def test_it_is_small() -> None:
 @pytest.mark.slow  # many pictures
 def test_its_controlnet_is_followed() -> None:
     """Place and outline; of 100 such captions 98 are, and 3 without it."""
-    found = judged(DEMO, 12, None)
+    found = judged(DEMO, 8, None)
     assert found["followed"] >= 80 and found["without"] <= 25

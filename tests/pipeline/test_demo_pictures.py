@@ -88,7 +88,7 @@ def test_outpainting_goes_on_with_the_background(demo: Pipeline) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [20, pytest.param(200, marks=pytest.mark.full_size)])
+@pytest.mark.parametrize("steps", [12, pytest.param(200, marks=pytest.mark.full_size)])
 def test_many_steps_of_any_sampler_end_alike(demo: Pipeline, steps: int) -> None:
     """Those that draw no noise in the same picture, the others in one of the same circle."""
     drawn = demo.generate([GenerateOptions(RED, seed=5, steps=steps, sampler=name) for name in SAMPLERS])

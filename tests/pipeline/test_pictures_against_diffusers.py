@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from marking import always
 from oracles import PROMPT, psnr
 from picture_files import hole, smooth
 from torch import Tensor
@@ -46,7 +47,9 @@ def theirs(pipeline: Any, request: GenerateOptions, **more: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("strength", "guided"), [*((s, False) for s in STRENGTHS), (0.6, True)])
+@pytest.mark.parametrize(
+    ("strength", "guided"), always((0.3, False), (0.6, True), of=[*((s, False) for s in STRENGTHS), (0.6, True)])
+)
 def test_image_to_image(parts, pipeline, size, strength, guided) -> None:
     from diffusers import ZImageImg2ImgPipeline
 
@@ -61,7 +64,9 @@ def test_image_to_image(parts, pipeline, size, strength, guided) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("strength", "guided"), [*((s, False) for s in STRENGTHS), (1.0, True)])
+@pytest.mark.parametrize(
+    ("strength", "guided"), always((0.6, False), (1.0, True), of=[*((s, False) for s in STRENGTHS), (1.0, True)])
+)
 def test_inpainting(parts, pipeline, size, strength, guided) -> None:
     from diffusers import ZImageInpaintPipeline
 
@@ -76,8 +81,8 @@ def test_inpainting(parts, pipeline, size, strength, guided) -> None:
     assert psnr(ours, truth, 255) >= 50
 
 
-@pytest.mark.parametrize("normalization", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("truncation", [0.4, 1.0])
+@pytest.mark.parametrize("normalization", always(0.0, 0.5, of=[0.0, 0.5, 1.0]))
+@pytest.mark.parametrize("truncation", always(0.4, of=[0.4, 1.0]))
 def test_guidance_of_base(diffusers_pipeline, pipeline, normalization, truncation) -> None:
     request = GenerateOptions(
         PROMPT, 96, 64, steps=6, seed=5, cfg_normalization=normalization, cfg_truncation=truncation, **GUIDED

@@ -321,7 +321,7 @@ def test_no_cache_flag(model: Path, folder: Path, tmp_path: Path) -> None:
     assert len(list(folder.iterdir())) == 1
 
 
-@pytest.mark.slow  # several processes
+@pytest.mark.full_size  # a process that loads everything
 def test_another_process_finds_it(model: Path, folder: Path) -> None:
     """Keys must not hang on anything that a process has to itself, such as Python's hash seeds."""
     draw(model, CAT)
