@@ -26,6 +26,7 @@ class Clock:
         self.times, self.staged = {passage.name: passage for passage in passages}, staged
         self.now = self.reader = self.link = 0.0
         self.contents: dict[str, str] = {}
+        self.aside: dict[str, float] = {}  # block -> the event of its being put aside, itself
         self.was_read: set[str] = set()
         self.waited_ms = 0.0
 
@@ -41,6 +42,7 @@ class Clock:
 
     def fetch(self, name: str, source: str, into: str, after: Sequence[float]) -> float:
         assert self.contents[source] == name
+        assert any(event is self.aside[name] for event in after), "by another thread than the one that puts it there"
         self.contents[into] = name
         self.reader = max([self.reader, *after]) + self.times[name].read_ms
         return self.reader
@@ -48,7 +50,8 @@ class Clock:
     def put_aside(self, name: str, source: str, into: str, after: Sequence[float]) -> float:
         assert self.contents[source] == name
         self.contents[into] = name
-        return max(after)
+        self.aside[name] = max(after) + 0.0
+        return self.aside[name]
 
     def copy(self, name: str, source: str, into: str, after: Sequence[float]) -> float:
         assert self.contents[source] == name

@@ -117,7 +117,7 @@ class Streamer(Generic[Module, Place, Event]):
         self._staging_free: dict[int, list[Event]] = {buffer: [] for buffer in range(route.staging)}
         self._staged = 0
         self.kept: set[str] = set()  # that lie where they stay
-        self._in_place: set[str] = set()  # of those that wait in RAM
+        self._in_place: dict[str, list[Event]] = {}  # of those that wait in RAM: when they lie there
 
     def __call__(self, blocks: Iterable[Module]) -> Iterator[Module]:
         for block in blocks:
@@ -172,8 +172,7 @@ class Streamer(Generic[Module, Place, Event]):
             held = self.places.held.get(name)
             if held is not None and home != PAGEABLE:
                 if name not in self._in_place:
-                    passage.events = [self.workers.read(name, held, [])]
-                    self._in_place.add(name)
+                    self._in_place[name] = passage.events = [self.workers.read(name, held, [])]
                 passage.source = held
             elif not self._ask_staged(passage, held):
                 return False
@@ -191,12 +190,12 @@ class Streamer(Generic[Module, Place, Event]):
         passage.source, passage.staging = staging, buffer
         if name in self._in_place:
             assert held is not None
-            passage.events = [self.workers.fetch(name, held, staging, after)]
+            passage.events = [self.workers.fetch(name, held, staging, [*after, *self._in_place[name]])]
             return True
         passage.events = [self.workers.read(name, staging, after)]
         if held is not None:
-            self._in_place.add(name)
-            passage.events.append(self.workers.put_aside(name, staging, held, passage.events[:1]))
+            self._in_place[name] = [self.workers.put_aside(name, staging, held, passage.events[:1])]
+            passage.events += self._in_place[name]
         return True
 
     def _ask_copy(self) -> bool:
