@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,23 @@ def module_name(file: Path) -> str:
 MODULES = {module_name(file): file for file in FILES}
 
 
-def imports(name: str, source: str, is_package: bool) -> Iterator[str]:
-    """Every module that `source` imports anywhere, by its full name."""
+@cache
+def parsed(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
+def walk(node: ast.AST, types: bool) -> Iterator[ast.AST]:
+    """The node and all below it. types: also what only type checkers see."""
+    yield node
+    seen_by_checkers = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    for below in node.orelse if seen_by_checkers and not types else ast.iter_child_nodes(node):
+        yield from walk(below, types)
+
+
+def imports(name: str, source: str, is_package: bool, types: bool = True) -> Iterator[str]:
+    """Every module that `source` imports anywhere, by its full name. types: also where only type checkers look."""
     package = name if is_package else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(source)):
+    for node in walk(parsed(source), types):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -170,13 +184,6 @@ def test_right_imports_are_not(name: str, source: str) -> None:
     assert faults(name, source) == []
 
 
-class WithoutTypes(ast.NodeTransformer):
-    """Drops what only type checkers import."""
-
-    def visit_If(self, node: ast.If) -> Any:
-        return node.orelse if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
-
-
 def circle(sources: Mapping[str, tuple[str, bool]]) -> list[str]:
     """Modules of which each imports the next, wherever in its source, and the last the first; [] if there are none.
 
@@ -184,8 +191,7 @@ def circle(sources: Mapping[str, tuple[str, bool]]) -> list[str]:
     """
     graph: TopologicalSorter[str] = TopologicalSorter()
     for name, (source, is_package) in sources.items():
-        runs = ast.unparse(WithoutTypes().visit(ast.parse(source)))
-        graph.add(name, *(sources.keys() & set(imports(name, runs, is_package)) - {name}))
+        graph.add(name, *(sources.keys() & set(imports(name, source, is_package, types=False)) - {name}))
     try:
         graph.prepare()
     except CycleError as error:
@@ -240,6 +246,7 @@ def test_a_picture_on_the_cpu_needs_nothing_of_the_server_and_no_triton(monkeypa
     }
 
 
+@pytest.mark.slow
 def test_a_server_of_one_process_needs_nothing_of_ray() -> None:
     loaded = loaded_by("import zimage_lite.cli.serve, zimage_lite.serve.running, zimage_lite.workers.drawer")
     assert "uvicorn" in loaded and "ray" not in loaded and "zimage_lite.workers.cluster" not in loaded
@@ -312,6 +319,6 @@ def test_all_data_is_installed(name: str) -> None:
 def test_size(file: Path) -> None:
     source = file.read_text(encoding="utf-8")
     assert len(source.splitlines()) <= 400
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno - node.lineno + 1 <= 60, f"{node.name} is too long"

@@ -102,6 +102,7 @@ def test_known_ids(tokenizers: dict[str, PromptTokenizer], source: str) -> None:
     assert tokenizers[source].encode("") == ids[:3] + ids[-5:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=list(PROMPTS))
 def test_ids_of_transformers(
     tokenizers: dict[str, PromptTokenizer], theirs: Callable[[str], list[int]], prompt: str

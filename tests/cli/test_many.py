@@ -22,6 +22,7 @@ def lines(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_second_run_draws_what_is_missing(lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, single = tmp_path / "pictures", tmp_path / "x.png"
     assert run([*DRAW, str(lines), "-o", str(single)]) == 0

@@ -15,6 +15,8 @@ from zimage_lite.checkpoint.checkpoint import open_checkpoint
 from zimage_lite.convert import job
 from zimage_lite.convert.quantize import quantize
 
+pytestmark = pytest.mark.slow  # a conversion for each
+
 
 def rewritten(file: Path) -> None:
     """In place, with other weights of the same size."""

@@ -97,6 +97,7 @@ def test_interrupt(command, untouched, capsys, monkeypatch: pytest.MonkeyPatch) 
     assert untouched()
 
 
+@pytest.mark.slow
 def test_a_bug_leaves_nothing_either(command, untouched, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_after(monkeypatch, 9, ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):

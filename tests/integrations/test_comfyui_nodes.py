@@ -34,6 +34,7 @@ def defaults(node: Any) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_generate_draws_what_the_pipeline_draws(nodes: Mapping[str, Any]) -> None:
     node = nodes["ZImageLiteGenerate"]
     images, report = node.execute(**{**defaults(node), "prompt": "a red circle", "seed": 3, "count": 2, "steps": 2})

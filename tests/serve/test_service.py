@@ -71,6 +71,7 @@ def test_progress_and_previews_are_told(service: Service) -> None:
     assert [facts["version"] for facts in seen] == sorted(facts["version"] for facts in seen)
 
 
+@pytest.mark.slow
 def test_previews_are_made_for_those_who_look(service: Service) -> None:
     """On a GPU each costs a wait for it, in every step."""
     assert drawn(service, 1).previews == 0
