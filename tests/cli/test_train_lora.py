@@ -49,6 +49,8 @@ def test_it_says_what_it_did(small: Path, lessons: Path, tmp_path: Path, capsys:
         (("--seed", "-1"), "--seed: got -1"),
         (("--every", "0"), "--every: got 0"),
         (("--preserve", "dog"), "--preserve puts its word in the place of the trigger; name the --trigger, too"),
+        (("--preserve-prompts", "none.txt"), "none.txt: cannot be read (No such file or directory)"),
+        (("--preserve-weight", "0"), "--preserve-weight: got 0.0, expected above 0"),
         (("--resume",), "--resume: no "),
         (("--ram", "many"), "not a size"),
         (("--assistant", "none.safetensors"), "none.safetensors"),

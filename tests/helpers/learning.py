@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +85,32 @@ class Peft:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def loss(self, batch: Batch, features: list[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
-        """As diffusers' training script has it: the negated answer against noise - data, one picture at a time."""
-        losses = []
-        for latent, noise, sigma, told in zip(batch.latents, batch.noises, batch.sigmas, features, strict=True):
-            noisy = ((1.0 - sigma) * latent + sigma * noise).to(dtype)
-            (answer,), *_ = self.model(
-                [noisy[:, None]], torch.tensor([1 - sigma], dtype=dtype), [told.to(dtype)], return_dict=False
-            )
-            losses.append((-answer[:, 0].float() - (noise - latent)).square().mean())
+        """As diffusers' training script has it: the negated answer against noise - data, one picture at a time. What is
+        preserved: against the answer with the adapters off."""
+        losses, new = [], len(batch.latents) - batch.preserved
+        for i, (latent, noise, sigma) in enumerate(zip(batch.latents, batch.noises, batch.sigmas, strict=True)):
+            noisy, wanted, weight = ((1.0 - sigma) * latent + sigma * noise).to(dtype), noise - latent, 1.0
+            if i >= new:
+                with torch.no_grad(), self.switched_off():
+                    wanted, weight = self._flow(noisy, sigma, features[i]), batch.weight
+            losses.append(weight * (self._flow(noisy, sigma, features[i]) - wanted).square().mean())
         return torch.stack(losses).mean()
+
+    def _flow(self, noisy: Tensor, sigma: float, told: Tensor) -> Tensor:
+        dtype = noisy.dtype
+        time = torch.tensor([1 - sigma], dtype=dtype)
+        (answer,), *_ = self.model([noisy[:, None]], time, [told.to(dtype)], return_dict=False)
+        return -answer[:, 0].float()
+
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [layer for layer in self.model.modules() if isinstance(layer, BaseTunerLayer)]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)

@@ -64,6 +64,14 @@ def test_a_laptop_trains_the_true_model(gpu: str, gib: int, resolution: int) -> 
     assert len(wider.resident) <= len(plan.resident)
 
 
+def test_what_is_preserved_passes_once_more() -> None:
+    """Of three products with every weight there are three and a half, where half of the pictures are preserved."""
+    there, model = machine(find_gpu("RTX 4060 Laptop"), 16 * 10**9), true_model("int8")
+    (plain,), (kept,) = (ways_to_train(model, TrainJob(512, 16, 2, preserved=share), there) for share in (0.0, 0.5))
+    pairs = [pair for pair in zip(plain.blocks, kept.blocks, strict=True) if pair[0].name.startswith("layers.")]
+    assert all(b.work.linear_flops == pytest.approx(a.work.linear_flops * 3.5 / 3) for a, b in pairs)
+
+
 def test_it_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", "--train", "--gpu", "RTX 3060 Laptop", "--width", "512", "--rank", "8", "--batch", "2"]) == 0
     out = capsys.readouterr().out

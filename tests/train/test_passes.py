@@ -27,7 +27,7 @@ from zimage_lite.pipeline.weights import Component, opened
 from zimage_lite.plan.job import Job
 from zimage_lite.plan.model_sizes import model_of
 from zimage_lite.plan.prediction import ways_to_denoise
-from zimage_lite.train.lora import trained_linears
+from zimage_lite.train.lora import TrainedLora, trained_linears
 from zimage_lite.train.passes import Batch, gradients, of_tokens
 from zimage_lite.units import round_up
 
@@ -55,20 +55,21 @@ def named(pairs: Mapping[str, tuple[torch.nn.Parameter, ...]]) -> dict[str, torc
     return {f"{name}.{half}": own.grad for name, pair in pairs.items() for half, own in zip("AB", pair, strict=True)}
 
 
-def own_gradients(folder: Path, dtype: torch.dtype) -> Found:
+def own_gradients(folder: Path, dtype: torch.dtype, **kept: int) -> Found:
     """Of two pictures of different sizes, captions and times at once."""
     model = transformer(folder, dtype)
     lora = learning_lora(model)
-    loss = gradients(model, lora, batch_for(model, SIZES, dtype)[0], dtype, iter)
+    loss = gradients(model, lora, replace(batch_for(model, SIZES, dtype)[0], **kept), dtype, iter)
     return loss, named(lora.pairs)
 
 
-def peft_gradients(folder: Path, dtype: torch.dtype) -> Found:
+def peft_gradients(folder: Path, dtype: torch.dtype, **kept: int) -> Found:
     """The same, one picture after the other, beside weights that were unpacked."""
     model = transformer(folder)
     lora = learning_lora(model)
     theirs = Peft(folder, lora, dtype)
-    loss = theirs.loss(*batch_for(model, SIZES, F32), dtype)
+    batch, told = batch_for(model, SIZES, F32)
+    loss = theirs.loss(replace(batch, **kept), told, dtype)
     loss.backward()
     return loss.item(), named({module: theirs.pair(module) for module in lora.pairs})
 
@@ -82,6 +83,26 @@ def test_gradients_are_those_of_the_unpacked_weights(model: Path, name: str) -> 
     assert set(found) == set(truth) and len(found) == 2 * 2 * 7  # two layers of seven linears
     for key, gradient in found.items():
         assert relative_error(gradient, truth[key]) <= 1e-4, key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preserved", [1, 2])
+def test_what_is_preserved_is_held_to_the_answers_without_the_lora(model: Path, preserved: int) -> None:
+    kept = {"preserved": preserved, "weight": 3}
+    loss, found = own_gradients(model, F32, **kept)
+    expected, truth = peft_gradients(model, F32, **kept)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert all(relative_error(found[key], truth[key]) <= 1e-4 for key in truth)
+
+
+@pytest.mark.slow
+def test_what_is_preserved_teaches_nothing_at_first(model: Path) -> None:
+    """To the bit: then both answers come of the same operations."""
+    ours = transformer(model)
+    lora = TrainedLora(ours, 4, 0, CPU)
+    batch = replace(batch_for(ours, SIZES, F32)[0], preserved=2)
+    assert gradients(ours, lora, batch, F32, iter) == 0
+    assert not any(own.grad.any() for own in lora.parameters if own.grad is not None)
 
 
 @pytest.mark.full_size

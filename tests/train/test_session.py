@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from dying import killed_at
 from lessons import FEW, goal_of, pipeline_of, session_of, write_lessons, write_small
 from marking import always
 from oracles import relative_error
@@ -18,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from zimage_lite import GenerateOptions, Lora
+from zimage_lite.cli import run
 from zimage_lite.cli.train_lora import stopping
 from zimage_lite.errors import UserError
 from zimage_lite.train import prior
@@ -48,28 +50,50 @@ def silent(*_: object) -> None:
     pass
 
 
-class Killed(BaseException):
-    """As if the process had ended there."""
+SEVEN = ("--trigger", "blob", "--steps", "7", "--rank", "4", "--rate", "1e-3", "--batch", "2", "--resolution", "64")
+DRAWN = 4  # files that are written before the first step: what is preserved, and the list of it
+TENSORS = 2 * 2 * 7
+MOMENTS = {
+    "as captions are encoded": ("pipeline.drawing:Pipeline.encode", 1),
+    "as what is preserved is drawn": ("train.prior:save", 2),
+    "as pictures are encoded": ("pipeline.drawing:Pipeline.encode_pictures", 2),
+    "before the first step": ("train.trainer:gradients", 1),
+    "between two steps": ("train.trainer:gradients", 3),
+    "within a step": ("train.optimizer:AdamW.step", 5),
+    "as the state is written": ("checkpoint.output:_rename", DRAWN + 5),
+    "as the LoRA is written": ("checkpoint.writer:TensorWriter.write", TENSORS + TENSORS // 2),
+    "as samples are drawn": ("train.session:save", 2),
+    "as the file gets its name": ("checkpoint.output:_rename", DRAWN + 13),
+}
 
 
-def killing(step: int) -> Callable[[str, int, int], None]:
-    def progress(phase: str, done: int, total: int) -> None:
-        if phase == "train" and done == step:
-            raise Killed
+def command(model: Path, lessons: Path, out: Path) -> list[str]:
+    kept = model.parent / "kept.txt"
+    kept.write_text("a fox\na hare\n\na hedgehog\n", encoding="utf-8")
+    given = ["train-lora", lessons, "--model", model, "-o", out, "--preserve-prompts", kept, "--device", "cpu"]
+    return [*map(str, given), *SEVEN, "--every", "3", "--sample", "a blob"]
 
-    return progress
+
+@pytest.fixture(scope="module")
+def never_killed(small: Path, lessons: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("never") / "my.safetensors"
+    assert run(command(small, lessons, out)) == 0
+    return out
 
 
-@pytest.mark.parametrize("step", always(4, of=range(1, 8)))
+@pytest.mark.parametrize("moment", always("as the state is written", of=MOMENTS))
 def test_killed_and_resumed_it_writes_the_same_file(
-    small: Path, lessons: Path, whole: Path, tmp_path: Path, step: int
+    small: Path, lessons: Path, never_killed: Path, tmp_path: Path, moment: str
 ) -> None:
-    goal = goal_of(lessons, tmp_path / "my.safetensors")
-    with pytest.raises(Killed):
-        session_of(small, goal).run(killing(step))
-    assert not goal.out.exists() and goal.state.exists() == (step > 3)
-    assert session_of(small, goal, resume=step > 3).run(silent)
-    assert goal.out.read_bytes() == whole.read_bytes()
+    """By a real SIGKILL of `zimage-lite train-lora`."""
+    out = tmp_path / "my.safetensors"
+    where, number = MOMENTS[moment]
+    assert killed_at(f"zimage_lite.{where}", number, *command(small, lessons, out))
+    assert not out.exists()
+    resume = ["--resume"] if (tmp_path / "my.training" / "state.safetensors").exists() else []
+    assert run([*command(small, lessons, out), *resume]) == 0
+    assert out.read_bytes() == never_killed.read_bytes()
+    assert not list(tmp_path.rglob(".*.partial"))
 
 
 @pytest.mark.parametrize("step", always(2, of=range(1, 7)))
@@ -91,14 +115,22 @@ def test_stopped_it_goes_on_from_that_step(small: Path, lessons: Path, whole: Pa
     assert goal.out.read_bytes() == whole.read_bytes()
 
 
+def interrupting(step: int) -> Callable[[str, int, int], None]:
+    def progress(phase: str, done: int, total: int) -> None:
+        if phase == "train" and done == step:
+            raise KeyboardInterrupt
+
+    return progress
+
+
 @pytest.mark.full_size
 def test_in_8_bits_it_goes_on_alike(small: Path, lessons: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     files = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
     one, two = (goal_of(lessons, file, replace(FEW, optimizer="adamw8bit", steps=4), 2) for file in files)
     assert session_of(small, one).run(silent)
-    with pytest.raises(Killed):
-        session_of(small, two).run(killing(3))
+    with pytest.raises(KeyboardInterrupt):
+        session_of(small, two).run(interrupting(3))
     assert session_of(small, two, resume=True).run(silent)
     assert files[0].read_bytes() == files[1].read_bytes()
 

@@ -33,8 +33,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_small(tmp_path_factory.mktemp("models") / "small")
 
 
-def trainer_of(model: Path, folder: Path, options: TrainOptions, assistant: tuple[Lora, ...] = ()) -> Trainer:
-    made = Trainer(pipeline_of(model), examples_in(write_lessons(folder), options.trigger), options, assistant)
+def trainer_of(
+    model: Path, folder: Path, options: TrainOptions, assistant: tuple[Lora, ...] = (), preserved: int = 0
+) -> Trainer:
+    examples = examples_in(write_lessons(folder), options.trigger)
+    made = Trainer(pipeline_of(model), examples, options, assistant, preserved)
     made.prepare()
     made.begin()
     return made
@@ -67,8 +70,8 @@ def test_losses_are_those_of_diffusers_and_peft(small: Path, tmp_path: Path, tim
 
 @pytest.mark.slow
 def test_streamed_it_learns_the_same_to_the_bit(small: Path, tmp_path: Path) -> None:
-    """As planned within room for two blocks, over the end of a stretch of steps."""
-    free, tight = (trainer_of(small, tmp_path / "lessons", FEW) for _ in range(2))
+    """As planned within room for two blocks, over the end of a stretch of steps, a picture in each preserved."""
+    free, tight = (trainer_of(small, tmp_path / "lessons", FEW, preserved=1) for _ in range(2))
     there = Machine("test", 10**11, process_bytes=0)
     ways = ways_to_train(tight.pipeline.sizes, tight.job, there)
     room = sum(ways[0].fixed.values()) + 2 * GRANULE_BYTES

@@ -72,6 +72,14 @@ def test_what_goes_wrong_there_is_told_here(drawers: list[RayDrawer]) -> None:
     with pytest.raises(DrawError) as raised:
         list(drawers[0].draw(Order("nowhere", order([1]).requests), Watch()))
     assert raised.value.code == "invalid_request" and "nowhere" in raised.value.message
+    with pytest.raises(DrawError, match="nowhere"):
+        drawers[0].recipes(Order("nowhere", order([1]).requests), Watch())
+
+
+@pytest.mark.slow
+def test_a_recipe_there_is_the_one_here(drawers: list[RayDrawer]) -> None:
+    wanted = Drawer(RUNTIME).recipes(order([1, 2]), Watch())
+    assert [drawer.recipes(order([1, 2]), Watch()) for drawer in drawers] == [wanted] * 2
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,16 @@ def test_what_cannot_be_drawn_is_told(tmp_path: Path) -> None:
     assert isinstance(error, DrawError) and error.code == "invalid_request" and "none" in error.message
 
 
+def test_recipes_are_those_of_what_would_be_drawn(tmp_path: Path) -> None:
+    seat, given = Seat(RUNTIME), order(3, 4)
+    recipes, notes = seat.recipes(given)
+    drawn = [recipe_of(one.file) for one in Drawer(RUNTIME).draw(given, Watch())]
+    assert recipes == [{name: value for name, value in said.items() if name != "size"} for said in drawn]
+    assert notes == []
+    with pytest.raises(DrawError, match="none"):
+        seat.recipes(Order(str(tmp_path / "none"), given.requests))
+
+
 @pytest.mark.parametrize(("named", "neighbours", "divided"), [(None, 4, True), (None, 1, False), (10**9, 4, False)])
 def test_neighbours_share_the_memory(named: int | None, neighbours: int, divided: bool) -> None:
     seat = Seat(replace(RUNTIME, ram_bytes=named))

@@ -36,7 +36,10 @@ class AdapterLibrary:
         return found
 
     def told(self, loras: Sequence[Lora]) -> list[dict[str, Any]]:
-        """As plain data, for recipes: of each that is in force, as `of` opened it."""
+        """As plain data, for recipes: of each that is in force, as it was opened last. Raises as `of`."""
+        for lora in loras:
+            if lora.path not in self._open:
+                self._opened(lora)
         return [_told(*self._open[lora.path], lora) for lora in loras if lora.strength]
 
     def _opened(self, lora: Lora) -> Adapter:

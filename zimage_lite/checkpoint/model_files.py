@@ -44,6 +44,7 @@ class ModelFiles:
     default_size: tuple[int, int]  # width and height
     colours: Sequence[Sequence[Sequence[float]]] | None = None  # of a preview; None: as Flux's latents have them
     synthetic: bool = False  # random weights: what it draws is noise
+    replaced: tuple[str, ...] = ()  # parts that are files of their own, in the place of the model's
 
 
 def open_model(model: Path | None, overrides: Mapping[str, Path | None] | None = None) -> ModelFiles:
@@ -60,6 +61,7 @@ def open_model(model: Path | None, overrides: Mapping[str, Path | None] | None =
         scheduler=scheduler_config(model),
         default_size=default_size(model),
         colours=colour_layers(model),
+        replaced=tuple(sorted(chosen)),
         **parts,
     )
     require_fit(files)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.output import clear_leftovers, require_absent
 from ..config import GenerateOptions, RuntimeOptions
 from ..errors import BudgetError, UserError
+from ..pictures.difference import difference
 from ..pictures.recipe import asked
 from ..pictures.saving import KINDS, recipe_of, save_file
 from ..workers.lines import Drawer, Task, draw_all
-from ..workers.orders import DrawError, Drawn, LostError, Order
+from ..workers.orders import DrawError, Drawn, LostError, Order, Watch
 from ..workers.places import Workers
 from . import leaving_at_once, say
 from .progress import picture_progress
@@ -45,50 +46,65 @@ class Many:
     requests: Sequence[GenerateOptions]
     paths: Sequence[Path]
 
-    def missing(self) -> list[int]:
-        """Raises UserError where there is another picture than the one that is asked for."""
-        return [number for number, path in enumerate(self.paths) if not self._is_there(path, self.requests[number])]
+    def missing(self, drawer: Drawer) -> list[int]:
+        """drawer: says what is drawn now. Raises UserError where there is another picture than the one that is asked
+        for, DrawError, LostError."""
+        there = {number for number, path in enumerate(self.paths) if path.exists()}
+        kinds = list(dict.fromkeys(_of_no_prompt(self.requests[number]) for number in sorted(there)))
+        recipes = drawer.recipes(Order(self.model, kinds, self.parts), _Aloud()) if kinds else []
+        wanted = dict(zip(kinds, recipes, strict=True))
+        for number in sorted(there):
+            request = self.requests[number]
+            own = {name: value for name, value in asked(request).items() if value is not None}
+            _require_same(self.paths[number], {**wanted[_of_no_prompt(request)], **own})
+        return [number for number in range(len(self.paths)) if number not in there]
 
-    def draw(self, workers: Workers | None, runtime: RuntimeOptions, numbers: Sequence[int]) -> None:
-        """Those of these numbers. Raises UserError."""
-        with _drawers(workers, runtime) as drawers, picture_progress(len(numbers)) as progress:
+    def draw(self, drawers: Sequence[Drawer], numbers: Sequence[int]) -> None:
+        """Those of these numbers. Raises UserError, DrawError, LostError."""
+        with picture_progress(len(numbers)) as progress:
 
             def keep(number: int, drawn: Drawn) -> None:
                 save_file(self.paths[number], drawn.file)
                 progress()
                 say(f"{self.paths[number]}  seed {self.requests[number].seed}")
 
-            try:
-                draw_all(drawers, numbers, Task(self._order, keep, lambda line: say(f"note: {line}")))
-            except DrawError as error:
-                raise _told(error) from None
-            except LostError as error:
-                raise UserError(str(error), fix="the same command draws what is missing") from None
+            draw_all(drawers, numbers, Task(self._order, keep, _Aloud().note))
 
     def _order(self, numbers: Sequence[int]) -> Order:
         suffix = self.paths[0].suffix.lower()
         return Order(self.model, [self.requests[number] for number in numbers], self.parts, suffix)
 
-    def _is_there(self, path: Path, request: GenerateOptions) -> bool:
-        if not path.exists():
-            return False
-        said, wanted = recipe_of(path), asked(request)
-        other = [name for name, value in wanted.items() if value is not None and said.get(name) != value]
-        if other:
-            got = f"{other[0]} {said.get(other[0])!r:.60}"
-            fix = "name another folder with -o, or delete what shall be drawn anew"
-            raise UserError(f"{path} was drawn otherwise", got=got, expected=f"{wanted[other[0]]!r:.60}", fix=fix)
-        return True
+
+class _Aloud(Watch):
+    def note(self, line: str) -> None:
+        say(f"note: {line}")
+
+
+def _of_no_prompt(request: GenerateOptions) -> GenerateOptions:
+    """The same for lines whose pictures differ by what they say themselves alone."""
+    return replace(request, prompt="", negative="", seed=0)
+
+
+def _require_same(path: Path, wanted: Mapping[str, Any]) -> None:
+    if found := difference(recipe_of(path), wanted):
+        name, got, expected = found
+        fix = "name another folder with -o, or delete what shall be drawn anew"
+        raise UserError(f"{path} was drawn otherwise", got=f"{name} {got!r:.60}", expected=f"{expected!r:.60}", fix=fix)
 
 
 def draw_many(many: Many, workers: str | None, runtime: RuntimeOptions, again: bool) -> dict[str, Any]:
     """again: what is there is kept. -> what `--json` prints. Raises UserError."""
-    where = Workers.of(workers) if workers else None
-    numbers = many.missing() if again else list(range(len(many.paths)))
-    if kept := len(many.paths) - len(numbers):
-        say(f"{kept} of {len(many.paths)} pictures are there already")
-    if numbers:
-        many.draw(where, runtime, numbers)
+    with _drawers(Workers.of(workers) if workers else None, runtime) as drawers:
+        try:
+            numbers = many.missing(drawers[0]) if again else list(range(len(many.paths)))
+            if kept := len(many.paths) - len(numbers):
+                say(f"{kept} of {len(many.paths)} pictures are there already")
+            if numbers:
+                many.draw(drawers, numbers)
+        except DrawError as error:
+            raise _told(error) from None
+        except LostError as error:
+            raise UserError(str(error), fix="the same command draws what is missing") from None
     images, seeds = [str(path) for path in many.paths], [request.seed for request in many.requests]
     return {"images": images, "seeds": seeds, "drawn": len(numbers), "kept": kept}
 

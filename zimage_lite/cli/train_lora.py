@@ -39,8 +39,21 @@ _PATH = click.Path(path_type=Path)
     "--preserve",
     multiple=True,
     metavar="WORD",
-    help="What the trigger is a kind of, such as dog: pictures of it, drawn beforehand, are learned in turn, so that "
-    "it stays as it was. Once for each.",
+    help="What the trigger is a kind of, such as dog: it stays as it was. Once for each.",
+)
+@click.option(
+    "--preserve-prompts",
+    "preserve_file",
+    type=_PATH,
+    metavar="FILE.txt",
+    help="Prompts, one a line, of what else stays as it was: as varied as what will be drawn with the LoRA.",
+)
+@click.option(
+    "--preserve-weight",
+    type=float,
+    default=_DEFAULT.preserve_weight,
+    show_default=True,
+    help="How much what is to stay counts beside what is new.",
 )
 @click.option("--steps", type=int, default=_DEFAULT.steps, show_default=True, help="Of the optimizer.")
 @click.option("--rank", type=int, default=_DEFAULT.rank, show_default=True, help="Its size: 4.4 MB for each.")
@@ -88,9 +101,9 @@ _PATH = click.Path(path_type=Path)
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 def command(
-    folder: Path, model: str, out: Path, trigger: str, preserve: tuple[str, ...], resolution: int | None,
-    assistants: tuple[str, ...], prompts: tuple[str, ...], every: int, resume: bool, overwrite: bool,
-    vram: str | None, ram: str | None, device: str, as_json: bool, **options: Any,
+    folder: Path, model: str, out: Path, trigger: str, preserve: tuple[str, ...], preserve_file: Path | None,
+    resolution: int | None, assistants: tuple[str, ...], prompts: tuple[str, ...], every: int, resume: bool,
+    overwrite: bool, vram: str | None, ram: str | None, device: str, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Teach the model what the pictures in FOLDER show, as a LoRA.
 
@@ -105,6 +118,7 @@ def command(
         from ..api import open_named
         from ..pipeline.drawing import Pipeline
         from ..train.dataset import examples_in
+        from ..train.prior import prompts_in
         from ..train.session import Goal, Session
     from .progress import phase_progress
 
@@ -113,7 +127,8 @@ def command(
     if resolution is None:
         given = replace(given, resolution=min(given.resolution, *pipeline.model.default_size))
     assistant = Lora.several(assistants)
-    goal = Goal(out, examples, given, assistant, preserve, prompts or (examples[0].caption,), every)
+    kept = prompts_in(preserve_file) if preserve_file else ()
+    goal = Goal(out, examples, given, assistant, preserve, kept, prompts or (examples[0].caption,), every)
     session = Session(pipeline, goal, resume, overwrite)
     _introduce(pipeline, session)
     with phase_progress("denoise", "encode", "pictures", "train", "decode") as progress, stopping() as stop:

@@ -19,7 +19,7 @@ class TrainOptions:
     """resolution: pictures are brought to about its square in pixels, and never enlarged. timesteps: how noise levels
     are drawn: sigmoid(N(0, 1)), the middle ones most often, or all alike; shift: then moves them towards noise, as that
     of a schedule does. rate_schedule: cosine falls to nothing at the last step. batch: pictures a step. trigger: a word
-    that every caption gets in front, unless it is there."""
+    that every caption gets in front, unless it is there. preserve_weight: in the loss, of what is to stay."""
 
     steps: int = 2000
     rank: int = 16
@@ -32,6 +32,7 @@ class TrainOptions:
     optimizer: str = "adamw"
     seed: int = 0
     trigger: str = ""
+    preserve_weight: float = 4.0
 
     def __post_init__(self) -> None:
         self._require("steps", 1 <= self.steps <= 10**6, "1 to a million")
@@ -43,6 +44,7 @@ class TrainOptions:
         self._require("resolution", within, f"a multiple of {SIZE_MULTIPLE} up to {_MOST_RESOLUTION}")
         self._require("timesteps", self.timesteps in TIMESTEPS, f"one of {', '.join(TIMESTEPS)}")
         self._require("shift", 0 < self.shift <= 100, "above 0, up to 100")
+        self._require("preserve_weight", 0 < self.preserve_weight <= 10**4, "above 0, such as 4")
         self._require("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
         self._require("seed", 0 <= self.seed < 2**31, "0 to 2147483647")
 

@@ -82,6 +82,7 @@ def open_synthetic(
         scheduler=SchedulerConfig(),
         default_size=(DEFAULT_SIZE, DEFAULT_SIZE),
         synthetic=True,
+        replaced=tuple(sorted(given)),
         **parts,
     )
     require_fit(files)

@@ -22,12 +22,13 @@ SOURCES = tuple(name for name, field in _FIELDS.items() if field.type == "Any") 
 
 
 def recipe(
-    request: GenerateOptions, model: ModelFiles, size: tuple[int, int], loras: Sequence[Mapping[str, Any]] = (),
-    controls: Sequence[Mapping[str, Any]] = (), sha256: str | None = None,
+    request: GenerateOptions, model: ModelFiles, size: tuple[int, int] | None = None,
+    loras: Sequence[Mapping[str, Any]] = (), controls: Sequence[Mapping[str, Any]] = (), sha256: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """size: of the picture, which may be larger than what was asked for; loras, controls: as the pipeline tells them;
-    sha256: of the transformer's file, where it is one and known."""
-    found: dict[str, Any] = {"version": f"zimage-lite {__version__}", "size": list(size), **asked(request)}
+    """size: of the picture, which may be larger than what was asked for, once it is drawn; loras, controls: as the
+    pipeline tells them; sha256: of the transformer's file, where it is one and known."""
+    found: dict[str, Any] = {"version": f"zimage-lite {__version__}", **({"size": list(size)} if size else {})}
+    found |= asked(request)
     found["loras"] = [dict(lora) for lora in loras]
     if controls:
         found["controls"] = [dict(net) for net in controls]
@@ -36,7 +37,15 @@ def recipe(
         found["model"]["synthetic"] = True  # random weights: the picture is noise
     if sha256:
         found["model"]["sha256"] = sha256
+    if model.replaced:
+        found["parts"] = {part: _part(getattr(model, part)) for part in model.replaced}
     return found
+
+
+def _part(part: Any) -> dict[str, str]:
+    """Without its hash: that of a text encoder takes as long as some steps."""
+    found = {"name": Path(part.source).name}
+    return {**found, "format": part.main_format} if hasattr(part, "main_format") else found
 
 
 def asked(request: GenerateOptions) -> dict[str, Any]:

@@ -201,11 +201,13 @@ class Pipeline:
         """What was left open is what the model says of itself."""
         return self.model.scheduler.completed(request, self.model.default_size)
 
-    def recipe(self, request: GenerateOptions, pixels: Tensor, sha256: str | None = None) -> dict[str, Any]:
-        """What a picture that was drawn says of itself. pixels: [height, width, 3]; sha256: of the transformer's file,
-        where it is one and known."""
-        beside = self.adapters.told(request.loras), self.controls.told(request)
-        return recipe(request, self.model, (pixels.shape[1], pixels.shape[0]), *beside, sha256)
+    def recipe(
+        self, request: GenerateOptions, pixels: Tensor | None = None, sha256: str | None = None
+    ) -> dict[str, Any]:
+        """What a picture says of itself; before it is drawn, without its size. pixels: [height, width, 3]; sha256: of
+        the transformer's file, where it is one and known."""
+        size = None if pixels is None else (pixels.shape[1], pixels.shape[0])
+        return recipe(request, self.model, size, self.adapters.told(request.loras), self.controls.told(request), sha256)
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[Prompt], progress: Progress = silent) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """What training a LoRA takes: the transformer's blocks forwards and backwards, in each step. From sizes alone.
 
 Two passes a step are planned as two alike: forwards a block is computed once; backwards once more, and then its
-gradient, which is another product with every weight.
+gradient, which is another product with every weight. What is preserved passes forwards once more, without the LoRA.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TRAFFIC = 30  # of a block's element-wise work, in tokens x width values
 @dataclass(frozen=True)
 class TrainJob:
     """resolution: the largest pictures have its square in pixels; caption_tokens: of each text, as it is encoded;
-    assistant: adapters beside the weights meanwhile."""
+    assistant: adapters beside the weights meanwhile; preserved: the share of a step's pictures."""
 
     resolution: int
     rank: int
@@ -44,6 +44,7 @@ class TrainJob:
     caption_tokens: tuple[int, ...] = (128,) * 20
     pictures: int = 20
     steps: int = STEPS_AT_ONCE
+    preserved: float = 0.0
     assistant: AdapterSet = field(default=NOTHING, compare=False)
 
     @property
@@ -76,8 +77,8 @@ def ways_to_train(model: Model, job: TrainJob, machine: Machine) -> list[Phase]:
         Phase(
             name="train",
             blocks=(
-                *blocks("noise_refiner", c.n_refiner_layers, tokens, 0.5),  # in every second pass
-                *blocks("layers", c.n_layers, tokens, 1.5),
+                *blocks("noise_refiner", c.n_refiner_layers, tokens, 0.5 + 0.5 * job.preserved),  # in every second pass
+                *blocks("layers", c.n_layers, tokens, 1.5 + 0.5 * job.preserved),
             ),
             passes=2 * min(job.steps, STEPS_AT_ONCE),
             prelude=blocks("context_refiner", c.n_refiner_layers, pads, 1.0),
@@ -98,11 +99,6 @@ def ways_to_train(model: Model, job: TrainJob, machine: Machine) -> list[Phase]:
             ram_fixed={**host, "time weights": time_bytes(times) + load.time} if device == "gpu" else {},
         )
     ]
-
-
-def _holes(activations: int, unpacking: int) -> dict[str, int]:
-    """A graph goes piece by piece: beside what other phases leave, the heap keeps what it is not made to give back."""
-    return {name: n_bytes + KEPT_BYTES for name, n_bytes in holes(activations, unpacking).items()}
 
 
 def parameters(config: TransformerConfig, rank: int) -> int:

@@ -85,7 +85,7 @@ def _beside(path: Path) -> str:
     file = path.with_suffix(".txt")
     if not file.exists():
         return ""
-    return " ".join(_text(file).split())
+    return " ".join(text_of(file).split())
 
 
 def _listed(folder: Path) -> dict[Path, str]:
@@ -96,7 +96,7 @@ def _listed(folder: Path) -> dict[Path, str]:
             f"{folder}: {len(files)} JSON Lines files", got=f"{files[0].name}, {files[1].name}", expected="one"
         )
     found = dict[Path, str]()
-    for number, line in enumerate(_text(files[0]).splitlines() if files else [], start=1):
+    for number, line in enumerate(text_of(files[0]).splitlines() if files else [], start=1):
         if line.strip():
             path, caption = _entry(line, f"{files[0]}, line {number}")
             if not (folder / path).is_file():
@@ -123,8 +123,11 @@ def _first(given: Mapping[str, object], names: Iterable[str]) -> str | None:
     return next((value for name in names if isinstance(value := given.get(name), str)), None)
 
 
-def _text(file: Path) -> str:
+def text_of(file: Path) -> str:
+    """Raises UserError."""
     try:
         return file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not text in UTF-8", fix="save it as UTF-8") from error

@@ -26,10 +26,8 @@ class Draws:
         turns = range(step * self.options.batch, (step + 1) * self.options.batch)
         if not self.preserved:
             return [self._nth(turn, self.pictures) for turn in turns]
-        return [
-            self.pictures + self._nth(turn // 2, self.preserved) if turn % 2 else self._nth(turn // 2, self.pictures)
-            for turn in turns
-        ]
+        new = [self._nth(turn // 2, self.pictures) for turn in turns if turn % 2 == 0]
+        return new + [self.pictures + self._nth(turn // 2, self.preserved) for turn in turns if turn % 2]
 
     def sigmas(self, step: int) -> list[float]:
         """Noise levels of the step's pictures, between 0 and 1."""

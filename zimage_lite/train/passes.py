@@ -8,7 +8,6 @@ for bit: the same operations in the same order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,13 +25,28 @@ from .lora import GROUP, TrainedLora
 @dataclass(frozen=True)
 class Batch:
     """The pictures of one step, each at its own time and in its own size. latents, noises: [channels, height/8,
-    width/8] float32; sigmas: of each; modulations: of their times, in the compute dtype."""
+    width/8] float32; sigmas: of each; modulations: of their times, in the compute dtype. preserved: so many, the last,
+    are to be answered as without the LoRA; weight: of each of these in the loss."""
 
     latents: Sequence[Tensor]
     noises: Sequence[Tensor]
     sigmas: Sequence[float]
     captions: Sequence[Caption]
     modulations: Sequence[Modulation]
+    preserved: int = 0
+    weight: float = 1.0
+
+    @property
+    def asked(self) -> Batch:
+        """What is preserved comes once more at the end, for the answer without the LoRA."""
+        new = len(self.latents) - self.preserved
+        return Batch(
+            [*self.latents, *self.latents[new:]],
+            [*self.noises, *self.noises[new:]],
+            [*self.sigmas, *self.sigmas[new:]],
+            [*self.captions, *self.captions[new:]],
+            [*self.modulations, *self.modulations[new:]],
+        )
 
     def noisy(self, dtype: torch.dtype) -> list[Tensor]:
         """What the model sees."""
@@ -40,9 +54,13 @@ class Batch:
         return [((1 - sigma) * latent + sigma * noise).to(dtype) for latent, noise, sigma in triples]
 
     def loss(self, answers: Sequence[Tensor]) -> Tensor:
-        """Of flow matching, the mean over pictures: the model is to answer data - noise."""
-        triples = zip(answers, self.latents, self.noises, strict=True)
-        losses = [(answer.float() - (latent - noise)).square().mean() for answer, latent, noise in triples]
+        """The mean over pictures. answers: to what is `asked`. Of flow matching: to answer data - noise."""
+        count = len(self.latents)
+        new, before = count - self.preserved, [answer.detach().float() for answer in answers[count:]]
+        flows = [latent - noise for latent, noise in zip(self.latents[:new], self.noises[:new], strict=True)]
+        pairs = zip(answers[:count], [*flows, *before], strict=True)
+        losses = [(answer.float() - wanted).square().mean() for answer, wanted in pairs]
+        losses[new:] = [self.weight * loss for loss in losses[new:]]
         return torch.stack(losses).mean()
 
     @property
@@ -80,13 +98,16 @@ class _Visit:
 
 class _Recorder:
     """Brings blocks that compute without a graph, and keeps what the layers saw. last: what came out of the last one,
-    where the graph of what follows begins."""
+    where the graph of what follows begins. untaught: so many pictures, the last, pass the layers without the LoRA, and
+    no gradient comes of them."""
 
-    def __init__(self, model: Transformer, lora: TrainedLora, dtype: torch.dtype, stream: Stream) -> None:
-        self.lora, self.dtype, self.stream = lora, dtype, stream
+    def __init__(
+        self, model: Transformer, lora: TrainedLora, dtype: torch.dtype, stream: Stream, untaught: int
+    ) -> None:
+        self.lora, self.dtype, self.stream, self.untaught = lora, dtype, stream, untaught
         self.names = {block: f"{GROUP}.{i}" for i, block in enumerate(model.layers)}
         self.visits: list[_Visit] = []
-        self.last = torch.empty(0)
+        self.last = self._apart = torch.empty(0)
 
     def __call__(self, blocks: Iterable[nn.Module]) -> Iterator[Any]:
         for block in self.stream(blocks):
@@ -96,26 +117,46 @@ class _Recorder:
         if vectors.ndim == 3:
             vectors = of_tokens(vectors, lengths)
         name = self.names.get(block)
+        if not name:
+            with torch.no_grad():
+                return block(x, rope, lengths, vectors, compute)
+        taught, *apart = _parted(rope, lengths, vectors, len(lengths) - self.untaught)
+        if not self.visits:
+            tokens = sum(taught[1])
+            x, self._apart = x.split([tokens, len(x) - tokens])
 
         def forward(x: Tensor) -> Tensor:
-            with self.lora.beside(name, self.dtype) if name else nullcontext():
-                return block(x, rope, lengths, vectors, compute)
+            with self.lora.beside(name, self.dtype):
+                return block(x, *taught, compute)
 
         with torch.no_grad():
             y = forward(x)
-        if name:
-            self.visits.append(_Visit(x, forward))
+            for aside in apart:
+                self._apart = block(self._apart, *aside, compute)
+        self.visits.append(_Visit(x, forward))
         if len(self.visits) < len(self.names):
             return y
         self.last = y.requires_grad_()
-        return self.last
+        return torch.cat([self.last, self._apart])
+
+
+_Aside = tuple[Any, list[int], Tensor]  # what a block takes beside x
+
+
+def _parted(rope: Any, lengths: list[int], vectors: Tensor, count: int) -> list[_Aside]:
+    """Of the first `count` pictures, and of the others if there are any."""
+    if count == len(lengths):
+        return [(rope, lengths, vectors)]
+    tokens = sum(lengths[:count])
+    cuts = (slice(tokens), slice(count)), (slice(tokens, None), slice(count, None))
+    return [(tuple(part[own] for part in rope), lengths[pictures], vectors[:, own]) for own, pictures in cuts]
 
 
 def gradients(model: Transformer, lora: TrainedLora, batch: Batch, dtype: torch.dtype, stream: Stream) -> float:
     """Add the loss's to the LoRA's parameters. stream: is asked for the blocks of one pass forwards, and for the layers
     once more backwards. Returns the loss."""
-    recorder = _Recorder(model, lora, dtype, stream)
-    answers = model(batch.noisy(dtype), list(batch.captions), batch.modulation, recorder)
+    recorder, asked = _Recorder(model, lora, dtype, stream, batch.preserved), batch.asked
+    answers = model(asked.noisy(dtype), list(asked.captions), asked.modulation, recorder)
     loss = batch.loss(answers)
     loss.backward()
     del answers

@@ -1,5 +1,8 @@
-"""Prior preservation: what the model draws of the like, before it learns, is learned in turn with what is new, so that
-it stays as it was (Ruiz et al., DreamBooth, 2023)."""
+"""What is to stay as it was: pictures that the model draws before it learns. In training it sees them between the new
+ones, noisy as those, and is held to what it answers without the LoRA: so where it answers alike there is no gradient,
+and few steps of a distilled model stay enough (as in Learning without Forgetting, Li and Hoiem, 2016; trainers have it
+as differential output preservation). Flow matching on such pictures would teach what plain training teaches.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +18,32 @@ from ..pictures.recipe import recipe
 from ..pictures.saving import save
 from ..pipeline.drawing import Pipeline
 from ..pipeline.workspace import Progress
-from .dataset import Example
+from .dataset import Example, text_of
 
-LEAST = 48  # pictures, however few there are of what is new
+LEAST = 48  # pictures for words, however few there are of what is new
 _LIST = "captions.jsonl"
 
 
-def prior_examples(examples: Sequence[Example], trigger: str, words: Sequence[str], folder: Path) -> list[Example]:
-    """What `draw` will put there: the captions of what is new in turn, each with a word in the trigger's place. Raises
-    UserError."""
-    if not words:
-        return []
-    if not trigger:
+def prior_examples(
+    examples: Sequence[Example], trigger: str, words: Sequence[str], prompts: Sequence[str], folder: Path
+) -> list[Example]:
+    """What `draw` will put there: the captions of what is new in turn, each with one of the words in the trigger's
+    place, and the prompts. Raises UserError."""
+    if words and not trigger:
         raise UserError("--preserve puts its word in the place of the trigger", fix="name the --trigger, too")
-    captions, found = [example.caption for example in examples], list[Example]()
-    for number in range(max(len(examples), LEAST)):
-        word, caption = words[number % len(words)], captions[number % len(captions)]
-        told = word.join(re.split(re.escape(trigger), caption, flags=re.IGNORECASE))
-        found.append(Example(folder / f"{number:04}.png", told))
+    captions = [example.caption for example in examples]
+    told = [
+        words[number % len(words)].join(re.split(re.escape(trigger), captions[number % len(captions)], flags=re.I))
+        for number in range(max(len(examples), LEAST) if words else 0)
+    ]
+    return [Example(folder / f"{number:04}.png", caption) for number, caption in enumerate([*told, *prompts])]
+
+
+def prompts_in(file: Path) -> tuple[str, ...]:
+    """One a line. Raises UserError."""
+    found = tuple(line.strip() for line in text_of(file).splitlines() if line.strip())
+    if not found:
+        raise UserError(f"{file}: no prompts in it", expected="one on each line")
     return found
 
 

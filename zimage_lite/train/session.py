@@ -6,13 +6,14 @@ as it was, the last few), step-000250-0.png (what it drew) and index.html (how i
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.output import replacing, require_absent
+from ..checkpoint.output import clear_leftovers, replacing, require_absent
 from ..config import GenerateOptions, Lora, TrainOptions
 from ..errors import UserError
 from ..pictures.saving import save
@@ -31,14 +32,15 @@ KEPT = 4  # LoRAs of earlier steps
 
 @dataclass(frozen=True)
 class Goal:
-    """out: the file; examples: what is new; preserve: words for what is to stay as it was, see prior.py; prompts: what
-    is drawn on the way, and every so many steps."""
+    """out: the file; examples: what is new; preserve, preserve_prompts: words and prompts for what is to stay as it
+    was, see prior.py; prompts: what is drawn on the way, and every so many steps."""
 
     out: Path
     examples: Sequence[Example]
     options: TrainOptions
     assistant: tuple[Lora, ...] = ()
     preserve: tuple[str, ...] = ()
+    preserve_prompts: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()
     every: int = 250
 
@@ -59,7 +61,9 @@ class Session:
         self.pipeline, self.goal, self.resume = pipeline, goal, resume
         _require(goal, resume, overwrite)
         options, folder = goal.options, goal.folder / "preserved"
-        self.preserved = prior.prior_examples(goal.examples, options.trigger, goal.preserve, folder)
+        self.preserved = prior.prior_examples(
+            goal.examples, options.trigger, goal.preserve, goal.preserve_prompts, folder
+        )
         self.requests = [
             pipeline.complete(GenerateOptions(prompt, options.resolution, options.resolution, seed=options.seed))
             for prompt in goal.prompts
@@ -75,6 +79,7 @@ class Session:
         there."""
         goal, trainer = self.goal, self.trainer
         goal.folder.mkdir(exist_ok=True)
+        _clear_leftovers(goal)
         if not self.resume:
             _clear(goal.folder)
         prior.draw(self.pipeline, self.preserved, goal.options.resolution, goal.options.seed, progress)
@@ -152,6 +157,7 @@ class Session:
             "dtype": self.trainer.hardware.dtype_name,
             "assistant": [f"{Path(lora.path).name}:{lora.strength:g}" for lora in goal.assistant],
             "preserve": list(goal.preserve),
+            "preserve_prompts": f"{len(goal.preserve_prompts)}, {zlib.crc32(repr(goal.preserve_prompts).encode()):08x}",
         }
 
     def _facts(self) -> dict[str, str]:
@@ -173,6 +179,13 @@ def _clear(folder: Path) -> None:
     for pattern in ("state.safetensors", "step-*.safetensors", "step-*.png", "preserved/????.png"):
         for file in folder.glob(pattern):
             file.unlink()
+
+
+def _clear_leftovers(goal: Goal) -> None:
+    """What a training that was killed had not finished writing."""
+    partial = goal.folder.rglob(".*.partial")
+    for path in {goal.out, *(file.with_name(file.name[1:].rsplit(".", 2)[0]) for file in partial)}:
+        clear_leftovers(path)
 
 
 def _require(goal: Goal, resume: bool, overwrite: bool) -> None:

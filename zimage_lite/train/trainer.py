@@ -63,7 +63,7 @@ class Trainer:
         tokens = pipeline.encoding.tokens(example.caption for example in self.examples)
         self.job = TrainJob(
             options.resolution, options.rank, options.batch, options.optimizer, tuple(tokens.values()),
-            len(self.examples), options.steps, adapters,
+            len(self.examples), options.steps, 0.5 if self.preserved else 0.0, adapters,
         )  # fmt: skip
         self._plan()
         self.draws = Draws(options, len(self.examples) - self.preserved, self.preserved)
@@ -136,6 +136,8 @@ class Trainer:
             self.draws.sigmas(step),
             [_on(device, caption) for caption in captions],
             [own.to(device) for own in times[start : start + self.options.batch]],
+            sum(place >= self.draws.pictures for place in chosen),
+            self.options.preserve_weight,
         )
 
     def _vectors(self, step: int) -> list[Modulation]:

@@ -46,12 +46,21 @@ class RayDrawer:
                 else:
                     return
 
+    def recipes(self, order: Order, watch: Watch) -> list[dict[str, Any]]:
+        """As `Drawer.recipes`. Raises also LostError."""
+        found, notes = self.ask("recipes", order)
+        for line in notes:
+            watch.note(line)
+        return found
+
     def ask(self, method: str, *values: Any, timeout: float | None = None) -> Any:
-        """What its method gives. Raises LostError."""
+        """What its method gives. Raises LostError, and DrawError as the method does."""
         errors = self._ray.exceptions
         try:
             return self._ray.get(getattr(self._actor, method).remote(*values), timeout=timeout)
-        except errors.RayTaskError:
+        except errors.RayTaskError as error:
+            if isinstance(error.cause, DrawError):
+                raise error.cause from None
             raise  # our own fault, not the worker's end
         except (errors.RayError, ConnectionError) as error:
             raise LostError(f"a worker was lost ({type(error).__name__})") from error

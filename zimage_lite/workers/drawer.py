@@ -6,9 +6,9 @@ from __future__ import annotations
 import gc
 import traceback
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from io import BytesIO
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ..api import open_named
 from ..checkpoint.hashes import FileHash
@@ -45,9 +45,21 @@ class Drawer:
 
     def draw(self, order: Order, watch: Watch) -> Iterator[Drawn]:
         """The pictures as they come. Raises DrawError, CancelledError; closed before its end, it stops there."""
+        with self._answering(watch):
+            yield from self._pictures(order, watch)
+
+    def recipes(self, order: Order, watch: Watch) -> list[dict[str, Any]]:
+        """What each picture would say of itself but for its size, without drawing it. Raises DrawError."""
+        with self._answering(watch):
+            pipeline = self._opened(order)
+            sha256 = self._sha256()
+            return [pipeline.recipe(pipeline.complete(request), sha256=sha256) for request in order.requests]
+
+    @contextmanager
+    def _answering(self, watch: Watch) -> Iterator[None]:
         self._watch = watch
         try:
-            yield from self._pictures(order, watch)
+            yield
         except CancelledError as error:
             forget(error)
             raise
@@ -93,7 +105,7 @@ class Drawer:
 
     def _file(self, order: Order, place: int, pixels: Tensor, pipeline: Pipeline) -> Drawn:
         request, (height, width) = pipeline.complete(order.requests[place]), pixels.shape[:2]
-        said = pipeline.recipe(request, pixels, self._hash.result(self._tell) if self._hash else None)
+        said = pipeline.recipe(request, pixels, self._sha256())
         said |= order.told[place] if order.told else {}
         file = BytesIO()
         write(file, order.suffix, pixels, said)
@@ -106,6 +118,9 @@ class Drawer:
             self.pipeline, self._model = self.opener(order, self.runtime, self._tell), model
             self._hash = FileHash(list(self.pipeline.model.transformer.stamps), keep=self.runtime.cache).start()
         return self.pipeline
+
+    def _sha256(self) -> str | None:
+        return self._hash.result(self._tell) if self._hash else None
 
     def _tell(self, line: str) -> None:
         self._watch.note(line)

@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from threading import Condition, Lock, Thread
-from typing import Protocol
+from typing import Any, Protocol
 
 from .orders import CancelledError, Drawn, LostError, Order, Watch
 
@@ -23,6 +23,7 @@ class Drawer(Protocol):
     """`drawer.Drawer`, or `cluster.RayDrawer`."""
 
     def draw(self, order: Order, watch: Watch) -> Iterator[Drawn]: ...
+    def recipes(self, order: Order, watch: Watch) -> list[dict[str, Any]]: ...
     def renew(self) -> None: ...
 
 

@@ -50,12 +50,13 @@ class Seat:
     def hear(self, seconds: float, cancelled: bool, watched: bool) -> list[Message]:
         """What was said since the last time, waited for so long. cancelled, watched: of the watch of who asks."""
         self._watch.cancelled, self._watch.watched = cancelled, watched
-        found = list[Message]()
-        with suppress(Empty):
-            found.append(self._watch.said.get(timeout=seconds))
-            while True:
-                found.append(self._watch.said.get_nowait())
-        return found
+        return _said(self._watch, seconds)
+
+    def recipes(self, order: Order) -> tuple[list[dict[str, Any]], list[str]]:
+        """As `Drawer.recipes`, between orders; with the lines for people. Raises DrawError."""
+        watch = _Noting()
+        found = self.drawer.recipes(order, watch)
+        return found, [values[0] for name, values in _said(watch, 0) if name == "note"]
 
     def give_back(self) -> None:
         """Between orders."""
@@ -69,6 +70,16 @@ class Seat:
         except (DrawError, CancelledError) as raised:
             error = raised.with_traceback(None)
         watch.said.put((END, error))
+
+
+def _said(watch: _Noting, seconds: float) -> list[Message]:
+    """Waited for so long."""
+    found = list[Message]()
+    with suppress(Empty):
+        found.append(watch.said.get(timeout=seconds))
+        while True:
+            found.append(watch.said.get_nowait())
+    return found
 
 
 class _Noting(Watch):

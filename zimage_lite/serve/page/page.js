@@ -7,7 +7,7 @@ import * as picture from "./picture.js";
 import { language, say, setLanguage, translate } from "./texts.js";
 
 const SHAPES = [[1, 1], [4, 3], [3, 4], [3, 2], [2, 3], [16, 9], [9, 16]];
-const TOLD = ["version", "size", "model", "count", "loras", "shift", "unknown"]; // of a recipe, but not asked for
+const TOLD = ["version", "size", "model", "parts", "count", "loras", "shift", "unknown"]; // of a recipe, but not asked for
 const FALLBACK = { width: 1024, height: 1024, steps: 8, guidance: 0 }; // of a model that does not say
 const order = by("order");
 const named = [...order.elements].filter((one) => one.name);
