@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 # Before torch: threads that spin while they wait made these tests 15 times slower beside another program on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -33,6 +34,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-full-size", action="store_true", help="run tests that take minutes or gigabytes")
+
+
+_SLOW_AS_A_WHOLE = re.compile(r"^pytestmark = (?:\[[^]]*?)?pytest\.mark\.slow\b", re.MULTILINE)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The fast part does not even import files that are slow as a whole, nor the libraries that only they want."""
+    if config.option.markexpr == "not slow" and collection_path.suffix == ".py":
+        return bool(_SLOW_AS_A_WHOLE.search(collection_path.read_text(encoding="utf-8"))) or None
+    return None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -18,6 +18,8 @@ from zimage_lite.checkpoint.checkpoint import open_checkpoint
 from zimage_lite.convert.quantize import quantize
 from zimage_lite.errors import UserError
 
+pytestmark = pytest.mark.slow  # loads comfy-kitchen, and with it torch's compiler
+
 FILE = "diffusion_pytorch_model.safetensors"
 
 # ---------------------------------------------------------------- ComfyUI

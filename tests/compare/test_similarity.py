@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from zimage_lite.compare.likeness import said
 from zimage_lite.compare.similarity import psnr_db, ssim
@@ -22,6 +21,8 @@ def noisy(height: int, width: int, deviation: float) -> tuple[torch.Tensor, torc
 @pytest.mark.parametrize("size", [(64, 64), (16, 48), (33, 11)])
 def test_figures_are_those_of_scikit_image(size: tuple[int, int], deviation: float) -> None:
     """Both in float64, with the windows and constants of Wang et al.: they differ by the order of sums."""
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity  # seconds, for collecting, too
+
     a, b = noisy(*size, deviation)
     wang = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "K1": 0.01, "K2": 0.03}
     theirs = structural_similarity(a.numpy(), b.numpy(), channel_axis=2, data_range=255, **wang)

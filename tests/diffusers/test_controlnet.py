@@ -10,8 +10,9 @@ from zimage_lite.errors import UserError
 
 diffusers = pytest.importorskip("diffusers")
 
+pytestmark = pytest.mark.slow  # loads diffusers, which takes seconds
 
-@pytest.mark.slow  # a ControlNet is made
+
 def test_those_of_diffusers_are_refused(ours, controls, draw) -> None:
     net = diffusers.ZImageControlNetModel.from_config(controls[0].config)
     pipe = diffusers.ZImageControlNetPipeline.from_pipe(ours, controlnet=net)
@@ -19,7 +20,6 @@ def test_those_of_diffusers_are_refused(ours, controls, draw) -> None:
         draw(pipe, control_image=smooth((64, 64)))
 
 
-@pytest.mark.slow  # a ControlNet is made
 def test_what_cannot_be_is_refused_by_name(ours, controls) -> None:
     from zimage_lite.diffusers import load_controlnet
 

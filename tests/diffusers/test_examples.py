@@ -16,6 +16,8 @@ from PIL import Image
 
 diffusers = pytest.importorskip("diffusers")
 
+pytestmark = pytest.mark.slow  # loads diffusers, which takes seconds
+
 PIPELINES = {
     "pipeline_z_image": "ZImagePipeline",
     "pipeline_z_image_img2img": "ZImageImg2ImgPipeline",
@@ -65,7 +67,6 @@ def run(module: str, pipe: Any, control: Any, monkeypatch: pytest.MonkeyPatch) -
     return torch.from_numpy(np.array(names["image"]))
 
 
-@pytest.mark.slow  # whole pictures
 @pytest.mark.parametrize(
     "module", always("pipeline_z_image_inpaint", "pipeline_z_image_controlnet_inpaint", of=PIPELINES)
 )

@@ -16,6 +16,8 @@ from zimage_lite.errors import UserError
 
 diffusers = pytest.importorskip("diffusers")
 
+pytestmark = pytest.mark.slow  # loads diffusers, which takes seconds
+
 LoRA = Callable[..., Path]
 
 
@@ -30,7 +32,6 @@ def lora(theirs: Any, ours: Any, tmp_path: Path) -> LoRA:
     return made
 
 
-@pytest.mark.slow  # whole pictures
 def test_two_loras_with_their_strengths(theirs, ours, draw, lora) -> None:
     pytest.importorskip("peft")
     plain, drawn = draw(ours), []
@@ -54,7 +55,6 @@ def test_two_loras_with_their_strengths(theirs, ours, draw, lora) -> None:
         assert (psnr(own, plain, 1) < 60) == (number not in (3, 5)), number
 
 
-@pytest.mark.slow  # whole pictures
 def test_a_spelling_that_diffusers_does_not_know(ours, draw, lora, tmp_path) -> None:
     """As musubi writes it: no dots, and a plain alpha."""
     file = lora("a.safetensors")

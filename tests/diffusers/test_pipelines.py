@@ -19,6 +19,8 @@ from zimage_lite.errors import BudgetError, UserError
 
 diffusers = pytest.importorskip("diffusers")
 
+pytestmark = pytest.mark.slow  # loads diffusers, which takes seconds
+
 GUIDED = {"guidance_scale": 3.0, "negative_prompt": "blurry"}
 CALLS: dict[str, dict[str, Any]] = {
     "guided": GUIDED,
@@ -35,7 +37,6 @@ CALLS: dict[str, dict[str, Any]] = {
 ENDS = [("ours", "in a callback"), ("diffusers", "well"), ("ours", "well"), ("diffusers", "in a callback")]
 
 
-@pytest.mark.slow  # whole pictures
 @pytest.mark.parametrize("call", always("two prompts", "guided, truncated and normalized", of=CALLS))
 def test_it_draws_what_diffusers_draws(theirs, ours, draw, call) -> None:
     truth = draw(theirs, **deepcopy(CALLS[call]))  # they write into lists
@@ -43,7 +44,6 @@ def test_it_draws_what_diffusers_draws(theirs, ours, draw, call) -> None:
     assert psnr(draw(ours, **deepcopy(CALLS[call])), truth, 1) >= 60
 
 
-@pytest.mark.slow  # whole pictures
 @pytest.mark.parametrize("name", always("stochastic", of=["FlowMatchLCMScheduler", "karras", "stochastic"]))
 def test_schedulers_of_diffusers(theirs, ours, draw, name) -> None:
     options = {"karras": {"use_karras_sigmas": True}, "stochastic": {"stochastic_sampling": True}}
@@ -71,7 +71,6 @@ def test_embeddings_and_latents_are_diffusers(theirs, ours, draw) -> None:
     assert (latents[0] - latents[1]).norm() <= 1e-5 * latents[0].norm()
 
 
-@pytest.mark.slow  # whole pictures
 def test_a_callback_sees_every_step_and_may_change_it(theirs, ours, draw) -> None:
     def halved(pipe: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
         seen.append((step, given["latents"].clone()))
@@ -88,7 +87,6 @@ def test_a_callback_sees_every_step_and_may_change_it(theirs, ours, draw) -> Non
     assert psnr(*drawn, 1) >= 60
 
 
-@pytest.mark.slow  # whole pictures
 def test_a_callback_interrupts(theirs, ours, draw) -> None:
     def stop(pipe: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
         steps.append(step)
@@ -103,7 +101,6 @@ def test_a_callback_interrupts(theirs, ours, draw) -> None:
     assert psnr(*drawn, 1) >= 60
 
 
-@pytest.mark.slow  # whoever holds a tensor is looked for
 @pytest.mark.parametrize(("whose", "ends"), always(*ENDS[:2], of=ENDS))
 def test_nothing_is_held_after_a_call(ours, draw, whose, ends) -> None:
     def fail(*_: Any) -> dict[str, Any]:
@@ -222,7 +219,6 @@ def test_a_budget_is_kept(draw) -> None:
         draw(pipe)
 
 
-@pytest.mark.slow  # whole pictures
 def test_in_16_bits(ours, draw) -> None:
     """In a pipeline of ours, and in one of diffusers, whose `from_pipe` asks for float32."""
     from zimage_lite.checkpoint.model_card import DEMO

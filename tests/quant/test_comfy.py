@@ -21,6 +21,8 @@ from zimage_lite.errors import FileFormatError
 from zimage_lite.quant import comfy
 from zimage_lite.quant.int8 import Int8Codec
 
+pytestmark = pytest.mark.slow  # loads comfy-kitchen, and with it torch's compiler
+
 SHAPES = [(256, 512), (130, 1024), (64, 256), (7, 2560)]
 
 
