@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from zimage_lite.memory.planner import budgets_in_force, plan_phases
 from zimage_lite.plan.retry import Ways
 from zimage_lite.plan.training import ways_to_train
 from zimage_lite.train.dataset import examples_in
-from zimage_lite.train.optimizer import WEIGHT_DECAY
+from zimage_lite.train.optimizer import WEIGHT_DECAY, AdamW
 from zimage_lite.train.passes import Batch
 from zimage_lite.train.trainer import LONGEST_GRADIENT, Trainer
 
@@ -80,6 +81,23 @@ def test_streamed_it_learns_the_same_to_the_bit(small: Path, tmp_path: Path) -> 
     assert not plan.resident and not free.ways.plan.streamed
     assert [*free.steps(0, 3), *free.steps(3, 5)] == [*tight.steps(0, 3), *tight.steps(3, 5)]
     assert all(map(torch.equal, free.lora.parameters, tight.lora.parameters))
+
+
+def test_what_is_kept_is_what_was_planned(small: Path, tmp_path: Path) -> None:
+    """Tensors between two steps, of a training that is shorter than what is made at once."""
+    trainer = trainer_of(small, tmp_path / "lessons", FEW)
+    list(trainer.steps(0, 1))
+    planned, optimizer = trainer.ways.plan.fixed, cast(AdamW, trainer.optimizer)
+    kept = {
+        "LoRA": trainer.lora.parameters,
+        "its gradients": [own.grad for own in trainer.lora.parameters],
+        "its optimizer": [moment for pair in optimizer.moments for moment in pair],
+        "latents": trainer._latents,
+        "captions": [part for told in trainer._captions.values() for part in (told.tokens, *told.rope)],
+        "adaLN vectors": [part for own in trainer._times[1] for part in (own.noise_refiner, own.layers, own.final)],
+    }
+    for name, tensors in kept.items():
+        assert 0.3 * planned[name] <= sum(tensor.nbytes for tensor in tensors) <= planned[name], name
 
 
 @pytest.mark.slow

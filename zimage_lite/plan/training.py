@@ -128,11 +128,14 @@ def _host_bytes(model: Model, job: TrainJob, dtype: str, load: Load) -> dict[str
     """Bytes in RAM, wherever it computes: what was made of the pictures and captions, and what steps take of it."""
     c, tokens = model.transformer_config, sum(map(padded, job.caption_tokens))
     latent = 4 * c.in_channels * (job.resolution // VAE_FACTOR) ** 2
-    steps = min(job.steps, STEPS_AT_ONCE) * job.batch
     return {
         "latents": latent * (job.pictures + 3 * job.batch),
         "captions": STREAM_BYTES[dtype] * tokens * (c.dim + c.cap_feat_dim) + 4 * tokens * c.head_dim,
-        "adaLN vectors": ITEM_BYTES[dtype] * steps * (4 * (c.n_refiner_layers + c.n_layers) + 1) * c.dim,
+        "adaLN vectors": ITEM_BYTES[dtype]
+        * STEPS_AT_ONCE
+        * job.batch
+        * (4 * (c.n_refiner_layers + c.n_layers) + 1)
+        * c.dim,
         **({"bitsandbytes": _BITSANDBYTES_BYTES} if job.optimizer == "adamw8bit" else {}),
         **({"assistant in the making": READERS * load.making} if load.making else {}),
     }
