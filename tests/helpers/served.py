@@ -6,7 +6,7 @@ import base64
 import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from threading import Thread
@@ -20,6 +20,7 @@ from starlette.testclient import TestClient
 from zimage_lite.serve.app import app_of
 from zimage_lite.serve.options import ServeOptions
 from zimage_lite.serve.service import Service
+from zimage_lite.serve.worker import Drawer
 
 BASE = "http://localhost:7860"
 
@@ -32,9 +33,9 @@ def serving(options: ServeOptions) -> Iterator[tuple[TestClient, Service]]:
 
 
 @contextmanager
-def listening(options: ServeOptions) -> Iterator[tuple[str, Service]]:
-    """A real one, on a port of its own: its address."""
-    service, place = Service(options), socket.create_server(("127.0.0.1", 0))
+def listening(options: ServeOptions, drawers: Sequence[Drawer] = ()) -> Iterator[tuple[str, Service]]:
+    """A real one, on a port of its own: its address. drawers: see Service."""
+    service, place = Service(options, drawers), socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app_of(service), log_level="warning", ws="none"))
     thread = Thread(target=server.run, args=([place],), daemon=True)
     thread.start()

@@ -29,10 +29,11 @@ _OPENAI = """
 prompt model n size quality response_format output_format output_compression background stream partial_images user
 images mask image
 """
-_PREFIXES = "/ /page/ /api/jobs/ /api/pictures/ /v1/models/ /sdapi/v1/ /api/jobs?limit= /api/jobs?before="
+_PREFIXES = "/ /page/ /api/jobs/ /api/pictures/ /api/given/ /v1/models/ /sdapi/v1/ /api/jobs?limit= /api/jobs?before="
 PREFIXES, A1111, OPENAI = _PREFIXES.split(), _A1111.split(), _OPENAI.split()
 PATHS = {
     "/api/jobs": [*FIELDS, *ALIASES, "latents"],
+    "/api/plan": [*FIELDS, *ALIASES, "latents"],
     "/api/read": ["image"],
     "/v1/images/generations": [*OPENAI, *FIELDS],
     "/v1/images/edits": [*OPENAI, *FIELDS],

@@ -135,7 +135,7 @@ TRAVERSAL = [
 
 @pytest.mark.parametrize("name", TRAVERSAL)
 def test_path_traversal(client: TestClient, name: str) -> None:
-    for path in ("/api/pictures/", "/api/jobs/", "/v1/models/", "/"):
+    for path in ("/api/pictures/", "/api/given/", "/api/jobs/", "/v1/models/", "/"):
         answer = client.get(path + name)
         assert answer.status_code == 404 and "SQLite" not in answer.text
 

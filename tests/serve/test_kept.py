@@ -53,10 +53,12 @@ def test_what_was_drawn_over_a_picture_is_drawn_again(client: TestClient, tmp_pa
     assert recipe_of(paths[0])["image"] == one["settings"]["image"] == {"sha256": sha256(IMAGE)}
     folder = tmp_path / "served" / "given"
     assert len(names(folder)) == 2
+    there = client.get(f"/api/given/{sha256(IMAGE)}")
+    assert there.content == IMAGE and there.headers["content-type"] == "image/png"
     client.delete(f"/api/jobs/{first}")
     assert len(names(folder)) == 2
     client.delete(f"/api/jobs/{again}")
-    assert names(folder) == set()
+    assert names(folder) == set() and client.get(f"/api/given/{sha256(IMAGE)}").status_code == 404
     gone = client.post("/api/jobs", json=one["settings"])
     assert gone.status_code == 404 and "send it again" in gone.json()["error"]["message"]
 

@@ -11,8 +11,11 @@ from PIL import Image
 from served import base64_of, events, finished, png, serving
 from starlette.testclient import TestClient
 
+from zimage_lite.config import RuntimeOptions
 from zimage_lite.pictures.saving import recipe_of
+from zimage_lite.serve import own_routes
 from zimage_lite.serve.options import ServeOptions
+from zimage_lite.workers.orders import LostError, Order
 
 Options = Callable[..., ServeOptions]
 RED = {"prompt": "a red circle", "steps": 2, "seed": 3}
@@ -119,6 +122,61 @@ def test_what_a_picture_says_of_itself(client: TestClient) -> None:
     said = client.post("/api/read", json={"image": base64_of(raw)}).json()
     assert said["settings"]["seed"] == 3 and said["text"].startswith("a red circle\nSteps: 2, ")
     assert client.post("/api/read", json={"image": base64_of(png())}).json() == {"settings": {}, "text": ""}
+
+
+def plan(client: TestClient, **values: Any) -> dict[str, Any]:
+    answer = client.post("/api/plan", json={**RED, **values})
+    assert answer.status_code == 200, answer.text
+    schemas = client.get("/api/openapi.json").json()["components"]["schemas"]
+    found, wanted = answer.json(), schemas["Plan"]["properties"]
+    assert found.keys() == wanted.keys()
+    for name in ("memory", "phases"):
+        for one in found[name]:
+            assert one.keys() == wanted[name]["items"]["properties"].keys()
+    return found
+
+
+def test_what_a_job_would_take_while_another_is_drawn(client: TestClient) -> None:
+    before, large = plan(client), plan(client, width=512, height=512, count=2, image=base64_of(png()))
+    assert before["fits"] and [one["phase"] for one in before["phases"]] == ["encode", "denoise", "decode"]
+    assert [one["phase"] for one in large["phases"]] == ["encode", "picture", "denoise", "decode"]
+    (memory,), (more,) = before["memory"], large["memory"]
+    assert memory["place"] == "Memory" and 0 < memory["planned"] < more["planned"] <= more["limit"]
+    assert before["seconds"] < large["seconds"] and client.get("/api/jobs").json() == {"jobs": []}
+    job, running = submit(client, steps=100, count=10), None
+    while not running:
+        running = client.get(f"/api/jobs/{job}").json()["memory"]
+    (during,) = plan(client)["memory"]
+    assert client.get(f"/api/jobs/{job}").json()["state"] == "running"
+    assert abs(during["planned"] - running["planned"]) < 50e6  # without what that job holds
+    client.post(f"/api/jobs/{job}/cancel")
+    assert finished(client, job)["state"] == "cancelled"
+
+
+def test_what_does_not_fit_is_told_before_it_is_ordered(serve_options: Options) -> None:
+    with serving(serve_options(runtime=RuntimeOptions("cpu", cache=False, ram_bytes=10**8))) as (client, _):
+        found = plan(client)
+        assert found["fits"] is False and "the smallest that works is" in found["message"]
+        assert found["memory"] == [{"place": "Memory", "planned": 0, "limit": 10**8}] and found["phases"] == []
+
+
+def test_what_cannot_be_planned(serve_options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = serve_options(models={"demo": "demo", "hub": "nobody/nothing", "none": "/nowhere"})
+    with serving(options) as (client, service):
+        found = plan(client, model="hub")  # which is not downloaded for a plan
+        assert found["fits"] is None and "nobody/nothing is planned once it was opened" in found["message"]
+        for values, says in (({"model": "none"}, "no such model"), ({"steps": 0}, "steps: got 0")):
+            answer = client.post("/api/plan", json={**RED, **values})
+            assert answer.status_code == 400 and says in answer.json()["error"]["message"]
+        monkeypatch.setattr(own_routes, "_PLANS", 0)
+        assert client.post("/api/plan", json=RED).status_code == 429
+        monkeypatch.undo()
+        monkeypatch.setattr(service.workers[0].drawer, "plan", lost)
+        assert client.post("/api/plan", json=RED).status_code == 503
+
+
+def lost(order: Order) -> None:
+    raise LostError("gone")
 
 
 @pytest.mark.parametrize(

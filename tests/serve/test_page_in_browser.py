@@ -6,19 +6,25 @@ import base64
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
+from threading import Event
 from typing import Any
 
+import numpy as np
 import pytest
 from control_files import save_control, tiny_config
+from PIL import Image
 from served import listening, png
 from trained_loras import save_lora
 
 from zimage_lite.api import open_named
 from zimage_lite.checkpoint.model_card import DEMO
+from zimage_lite.config import GenerateOptions, RuntimeOptions
 from zimage_lite.serve.options import ServeOptions
+from zimage_lite.workers.orders import Drawn, Order, Watch
 
 pytestmark = pytest.mark.slow
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright (pip install playwright)")
@@ -38,9 +44,9 @@ def browser() -> Iterator[Any]:
 
 
 @contextmanager
-def opened(browser: Any, width: int, options: ServeOptions) -> Iterator[Any]:
+def opened(browser: Any, width: int, options: ServeOptions, drawers: Sequence[Any] = ()) -> Iterator[Any]:
     """The page of a server of its own. No console message, and no request off the server, whatever a test does."""
-    with listening(options) as (address, service):
+    with listening(options, drawers) as (address, service):
         found = browser.new_page(viewport={"width": width, "height": 900}, locale="en-GB")
         said, asked = [], []
         found.on("console", lambda message: said.append(message.text))
@@ -233,6 +239,38 @@ def test_a_control_image_is_followed_and_drawn_again(control_page: Any, tmp_path
     cards(page, 2)
     first, second = (job["settings"] for job in page.service.history.jobs(2))
     assert first["controls"][0]["name"] == "union" and first["control_image"] == second["control_image"]
+    page.reload()
+    found.first.get_by_text("Use settings").click()
+    sync_api.expect(page.locator("#control")).to_have_value("union")
+    page.click("#draw")
+    cards(page, 3)
+    third = page.service.history.jobs(1)[0]["settings"]
+    assert {**third, "seed": 0} == {**first, "seed": 0}
+
+
+def test_settings_come_back_with_their_pictures(page: Any) -> None:
+    white = np.zeros((64, 64), np.uint8)
+    white[8:24, 8:40] = 255
+    mask = BytesIO()
+    Image.fromarray(white).save(mask, format="PNG")
+    order = GenerateOptions("x", image=png(), mask=mask.getvalue(), steps=2, seed=5, strength=0.5)
+    page.service.submit("demo", [order])
+    found = cards(page, 1)
+    for again in (1, 2):  # as it was, and painted over
+        page.reload()
+        found.first.get_by_text("Use settings").click()
+        sync_api.expect(page.locator("#mask-thumb")).to_be_visible()
+        sync_api.expect(page.locator("#problem")).to_have_text("")
+        assert page.input_value("#strength") == "0.5" and page.is_checked("#lock")
+        if again == 2:
+            page.click("#paint")
+            page.click("#done")
+        page.click("#draw")
+        sync_api.expect(cards(page, 1 + again).locator("img")).to_have_count(1 + again)
+    second, first, given = (job["settings"] for job in page.service.history.jobs(3))
+    assert first == given and second["image"] == given["image"]
+    painted = Image.open(page.service.history.kept.path(second["mask"]["sha256"])).convert("L")
+    assert np.array_equal(np.asarray(painted), white)
 
 
 def test_chinese_is_kept(page: Any) -> None:
@@ -245,12 +283,85 @@ def test_chinese_is_kept(page: Any) -> None:
     assert page.inner_text("#draw span") == "Draw"
 
 
+def test_memory_is_told_before_it_is_drawn(page: Any) -> None:
+    text, bar = page.locator("#plan-bars p"), page.locator("#plan-bars meter")
+    sync_api.expect(text).to_have_text(re.compile(r"Memory: [\d.]+ GB planned of [\d.]+"))
+    before = bar.evaluate("bar => bar.value")
+    page.fill("#width", "1024")
+    page.fill("#height", "1024")
+    sync_api.expect(bar).not_to_have_js_property("value", before)
+    assert before < bar.evaluate("bar => bar.value") < bar.evaluate("bar => bar.max")
+    sync_api.expect(page.locator("#plan-text")).to_contain_text("by prediction")
+    page.click("#language")
+    sync_api.expect(text).to_have_text(re.compile("计划"))
+
+
+def test_what_does_not_fit_is_not_ordered(browser: Any, serve_options: Callable[..., ServeOptions]) -> None:
+    runtime = RuntimeOptions("cpu", cache=False, ram_bytes=10**8)
+    with opened(browser, WIDTHS[0], serve_options(runtime=runtime)) as page:
+        sync_api.expect(page.locator("#plan-text")).to_contain_text("It does not fit.")
+        draw(page)
+        sync_api.expect(page.locator("#problem")).to_contain_text("the smallest that works is")
+        assert page.service.history.jobs(1) == []
+
+
+class Held:
+    """A worker that shows a preview, and draws when it may."""
+
+    def __init__(self, may: Event) -> None:
+        self.may = may
+
+    def draw(self, order: Order, watch: Watch) -> Iterator[Drawn]:
+        watch.progress("denoise", 1, 2)
+        watch.preview(png(32, 32))
+        self.may.wait(60)
+        yield Drawn(0, png(), 64, 64)
+
+    def plan(self, order: Order) -> dict[str, Any]:
+        return {"fits": None, "message": "nothing is known", "memory": [], "phases": [], "seconds": None}
+
+    def renew(self) -> None: ...
+    def give_back(self) -> None: ...
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_all_that_is_drawn_at_once_is_shown(
+    browser: Any, width: int, serve_options: Callable[..., ServeOptions]
+) -> None:
+    may = Event()
+    with opened(browser, width, serve_options(), [Held(may), Held(may)]) as page:
+        for prompt in ("one", "two"):
+            draw(page, prompt)
+            sync_api.expect(page.locator("#draw")).not_to_have_attribute("aria-disabled", "true")
+        other = page.locator("#others li")
+        blob = re.compile("^blob:")
+        sync_api.expect(page.locator("#shown")).to_have_attribute("src", blob)
+        sync_api.expect(page.locator("#shown")).to_have_attribute("alt", "one")
+        sync_api.expect(other.locator("img")).to_have_attribute("src", blob)
+        sync_api.expect(other.locator("img")).to_have_js_property("naturalWidth", 32)
+        sync_api.expect(other.locator("p")).to_have_text("Drawing · step 1 of 2")
+        other.get_by_text("Cancel").click()
+        accessible(page)
+        may.set()
+        cards(page, 2)
+        sync_api.expect(other).to_have_count(0)
+        states = {job["prompt"]: job["state"] for job in page.service.history.jobs(2)}
+        assert states["one"] == "done"
+
+
+def accessible(page: Any) -> None:
+    """By axe-core, where there is one."""
+    if AXE:
+        page.evaluate(Path(AXE).read_text())
+        found = page.evaluate("axe.run()")["violations"]
+        assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == []
+
+
 @pytest.mark.skipif(AXE is None, reason="no axe-core (its axe.min.js is named by AXE_CORE)")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing(page: Any, scheme: str) -> None:
     page.emulate_media(color_scheme=scheme)
     draw(page)
     cards(page, 1)
-    page.evaluate(Path(AXE).read_text())
-    found = page.evaluate("axe.run()")["violations"]
-    assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == []
+    sync_api.expect(page.locator("#plan-bars meter")).to_be_visible()
+    accessible(page)

@@ -77,6 +77,16 @@ def test_what_goes_wrong_there_is_told_here(drawers: list[RayDrawer]) -> None:
 
 
 @pytest.mark.slow
+def test_it_plans_while_it_draws(drawers: list[RayDrawer]) -> None:
+    before, during = drawers[0].plan(order([1])), list[dict[str, object]]()
+    for _ in drawers[0].draw(order(list(range(3))), Watch()):
+        during.append(drawers[0].plan(order([1])))
+    assert [found["fits"] for found in (before, *during)] == [True] * 4
+    with pytest.raises(DrawError, match="nowhere"):
+        drawers[0].plan(Order("nowhere", order([1]).requests))
+
+
+@pytest.mark.slow
 def test_a_recipe_there_is_the_one_here(drawers: list[RayDrawer]) -> None:
     wanted = Drawer(RUNTIME).recipes(order([1, 2]), Watch())
     assert [drawer.recipes(order([1, 2]), Watch()) for drawer in drawers] == [wanted] * 2

@@ -193,9 +193,16 @@ class Pipeline:
         ]
         return Drawing(ways, prompts, encode, kept)
 
+    def planned(self, requests: Sequence[GenerateOptions]) -> list[Plan]:
+        """How `images` would draw them now, in the order of its phases. Raises BudgetError for what does not fit.
+        Loads no weights."""
+        todo = self._planned(self._tasks([self.complete(request) for request in requests]))
+        ways = [todo.encode, *(way for one in todo.groups for way in (one.picture, one.denoise, one.decode))]
+        return [way.plan for way in ways if way]
+
     def require_fit(self, requests: Sequence[GenerateOptions]) -> None:
         """Raises BudgetError for what `images` could not draw now. Loads no weights."""
-        self._planned(self._tasks([self.complete(request) for request in requests]))
+        self.planned(requests)
 
     def complete(self, request: GenerateOptions) -> GenerateOptions:
         """What was left open is what the model says of itself."""

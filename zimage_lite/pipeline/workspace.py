@@ -27,7 +27,7 @@ def silent(*_: object) -> None:
 @dataclass
 class Workspace:
     """What encode, denoise and decode share. plans: by phase; of several, the one that takes the most.
-    int8: the transformer multiplies in 8 bits."""
+    int8: the transformer multiplies in 8 bits. machine: see `Planning`."""
 
     hardware: Hardware
     options: RuntimeOptions
@@ -35,6 +35,7 @@ class Workspace:
     meter: Meter = field(default_factory=Meter)
     plans: dict[str, Plan] = field(default_factory=dict)
     int8: bool = False
+    machine: Machine | None = None
 
     def begin(self) -> None:
         """A call's record starts empty."""
@@ -42,7 +43,7 @@ class Workspace:
 
     @property
     def planning(self) -> Planning:
-        return Planning(self.hardware, self.options, self.tell, self.int8)
+        return Planning(self.hardware, self.options, self.tell, self.int8, self.machine)
 
     def hardware_of(self, plan: Plan) -> Hardware:
         """The GPU's work may be done by the CPU beside it."""

@@ -32,14 +32,17 @@ class Ways:
 
 @dataclass(frozen=True)
 class Planning:
+    """machine: to plan for; None: this one, as it is whenever something is planned."""
+
     hardware: Hardware
     options: RuntimeOptions
     tell: Tell
     int8: bool = False  # the transformer multiplies in 8 bits
+    machine: Machine | None = None
 
     def planned(self, todo: Sequence[Callable[[Machine], Sequence[Phase]]]) -> list[Ways]:
         """todo: for each phase, what ways there are on a machine. All fit the budgets. Raises BudgetError."""
-        machine, budgets = self._now()
+        machine, budgets = self.now()
         ways = [ways_on(machine) for ways_on in todo]
         return [Ways(way, plan) for way, plan in zip(ways, plan_phases(ways, machine, budgets), strict=True)]
 
@@ -62,12 +65,13 @@ class Planning:
                 ways.plan = self.planned_again(ways)
         raise _ran_out(f"twice, although {_peaks(ways.plan)} were planned", ways.plan)
 
-    def budgets(self) -> Budgets:
-        """The ceilings as they are now."""
-        return self._now()[1]
+    def now(self) -> tuple[Machine, Budgets]:
+        """The machine and the ceilings as they are now."""
+        machine = self.machine or machine_here(self.hardware, self.int8)
+        return machine, budgets_in_force(machine, self.options.vram_bytes, self.options.ram_bytes)
 
     def planned_again(self, ways: Ways) -> Plan:
-        (machine, limits), old = self._now(), ways.plan
+        (machine, limits), old = self.now(), ways.plan
         if old.device == "gpu":
             limits = replace(limits, vram_bytes=min(limits.vram_bytes, int(LESS_AFTER_OOM * old.peak_vram_bytes)))
         else:
@@ -79,10 +83,6 @@ class Planning:
         why = f"memory ran out, although {_peaks(old)} were planned: another program took it, or it takes more"
         self.tell(f"{old.phase}: {why}; going on with {_peaks(plan)}")
         return plan
-
-    def _now(self) -> tuple[Machine, Budgets]:
-        machine = machine_here(self.hardware, self.int8)
-        return machine, budgets_in_force(machine, self.options.vram_bytes, self.options.ram_bytes)
 
 
 def _ran_out(how: str, plan: Plan) -> BudgetError:

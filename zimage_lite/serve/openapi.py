@@ -12,16 +12,40 @@ _PATHS = {
     "/health": {"get": "Whether the server draws."},
     "/api/status": {"get": "Models and their defaults, LoRAs, samplers, limits, and how long the queue is."},
     "/api/jobs": {"get": "The history, newest first.", "post": "Order pictures: a job that waits its turn."},
+    "/api/plan": {"post": "What an order would take: memory and seconds as predicted, and whether it fits."},
     "/api/jobs/{job}": {"get": "How far a job is, or what came of it.", "delete": "Remove it with its pictures."},
     "/api/jobs/{job}/cancel": {"post": "Stop a job: at once if it waits, within a step if it runs."},
     "/api/jobs/{job}/preview": {"get": "What the running picture will be like, as JPEG; 204 while there is none."},
     "/api/jobs/{job}/events": {"get": "A job's changes as server-sent events, until it is over."},
     "/api/events": {"get": "Changes of all jobs as server-sent events."},
     "/api/pictures/{name}": {"get": "A picture, as PNG."},
+    "/api/given/{sha256}": {"get": "A picture that a client sent, while a job of the history was made from it."},
     "/api/read": {"post": "The settings that a picture carries."},
 }  # fmt: skip
 _STREAMS = ("/api/events", "/api/jobs/{job}/events")
-_IMAGES = {"/api/jobs/{job}/preview": "image/jpeg", "/api/pictures/{name}": "image/png"}
+_IMAGES = {
+    "/api/jobs/{job}/preview": "image/jpeg",
+    "/api/pictures/{name}": "image/png",
+    "/api/given/{sha256}": "image/*",
+}
+
+_BYTES = {"type": "integer", "minimum": 0}
+_SECONDS = {"type": "number", "minimum": 0, "description": "As predicted."}
+_PLACE = {"place": {"enum": ["GPU memory", "Memory"]}, "planned": _BYTES, "limit": _BYTES}
+_PHASE = {
+    "phase": {"enum": ["encode", "picture", "denoise", "decode"]}, "device": {"enum": ["gpu", "cpu"]},
+    "peak_vram_bytes": _BYTES, "peak_ram_bytes": _BYTES, "seconds": _SECONDS,
+}  # fmt: skip
+_PLAN = {
+    "type": "object",
+    "properties": {
+        "fits": {"type": ["boolean", "null"], "description": "null: it cannot be said yet."},
+        "message": {"type": ["string", "null"], "description": "Why it does not fit, or is not known."},
+        "memory": {"type": "array", "items": {"type": "object", "properties": _PLACE}},
+        "phases": {"type": "array", "items": {"type": "object", "properties": _PHASE}},
+        "seconds": {**_SECONDS, "type": ["number", "null"]},
+    },
+}
 
 
 def document(limits: Limits) -> dict[str, Any]:
@@ -32,7 +56,7 @@ def document(limits: Limits) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "zimage-lite", "version": __version__},
         "paths": paths,
-        "components": {"schemas": {"Request": _request(limits)}},
+        "components": {"schemas": {"Request": _request(limits), "Plan": _PLAN}},
     }
 
 
@@ -49,11 +73,16 @@ def _operation(path: str, verb: str, says: str) -> dict[str, Any]:
         found["responses"]["404"] = {"description": "There is none of that name."}
     schema = {
         "/api/jobs": {"$ref": "#/components/schemas/Request"},
+        "/api/plan": {"$ref": "#/components/schemas/Request"},
         "/api/read": {"type": "object", "required": ["image"], "properties": {"image": FIELDS["image"].schema}},
     }.get(path)
     if verb == "post" and schema:
         found["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
         found["responses"]["400"] = {"description": "The request is at fault; error.param names the field."}
+    if path == "/api/plan":
+        found["responses"]["200"]["content"] = {"application/json": {"schema": {"$ref": "#/components/schemas/Plan"}}}
+        found["responses"]["429"] = {"description": "Too many plans are made at once."}
+        found["responses"]["503"] = {"description": "No worker is there."}
     if (path, verb) == ("/api/jobs", "post"):
         found["responses"]["429"] = {"description": "The queue is full; Retry-After says when to come back."}
     return found

@@ -13,19 +13,22 @@ from starlette.routing import Route
 from .. import __version__
 from ..config import CONTROL_SOURCES, SAMPLERS, SCHEDULES
 from ..pictures.saving import infotext_of, recipe_of
+from ..workers.orders import LostError
 from .failures import failure
 from .fields import asked_for
 from .openapi import document
 from .service import Service
-from .uploads import picture_of
+from .uploads import media_type, picture_of
 from .waiting import COMMENT, HEARTBEAT_S, changed, event_stream, event_text, job_events, json_of, woken_by
 
 _PAGE = 50  # jobs
+_UNCHANGING = {"cache-control": "private, max-age=31536000, immutable"}
+_PLANS = 4  # at once, each of which holds a thread
 
 
 class OwnRoutes:
     def __init__(self, service: Service) -> None:
-        self.service, self.streams = service, 0
+        self.service, self.streams, self.plans = service, 0, 0
 
     def routes(self) -> list[Route]:
         return [
@@ -34,6 +37,7 @@ class OwnRoutes:
             Route("/api/openapi.json", self.openapi, methods=["GET"]),
             Route("/api/jobs", self.jobs, methods=["GET"]),
             Route("/api/jobs", self.submit, methods=["POST"]),
+            Route("/api/plan", self.plan, methods=["POST"]),
             Route("/api/events", self.events, methods=["GET"]),
             Route("/api/read", self.read, methods=["POST"]),
             Route("/api/jobs/{job}", self.job, methods=["GET"]),
@@ -42,6 +46,7 @@ class OwnRoutes:
             Route("/api/jobs/{job}/preview", self.preview, methods=["GET"]),
             Route("/api/jobs/{job}/events", self.job_events, methods=["GET"]),
             Route("/api/pictures/{name}", self.picture, methods=["GET"], name="picture"),
+            Route("/api/given/{sha256}", self.given, methods=["GET"]),
         ]
 
     async def health(self, request: Request) -> Response:
@@ -68,6 +73,20 @@ class OwnRoutes:
         model, requests = await run_in_threadpool(asked_for, values, service.catalog, service.options.limits)
         job = await run_in_threadpool(service.submit, model, requests)
         return JSONResponse(service.board.facts(job), 202, {"location": f"/api/jobs/{job.id}"})
+
+    async def plan(self, request: Request) -> Response:
+        """Of what `submit` takes, while jobs are drawn. That it does not fit is an answer, not an error."""
+        if self.plans >= _PLANS:
+            return _too_many(request, "plans are made")
+        self.plans += 1
+        try:
+            values, service = await json_of(request), self.service
+            asked = await run_in_threadpool(asked_for, values, service.catalog, service.options.limits)
+            return JSONResponse(await run_in_threadpool(service.plan, *asked))
+        except LostError as error:
+            return failure(request.url.path, 503, str(error), "lost")
+        finally:
+            self.plans -= 1
 
     async def jobs(self, request: Request) -> Response:
         """The history, newest first; `before` is the time of the last one of the page before."""
@@ -108,9 +127,14 @@ class OwnRoutes:
         path = await run_in_threadpool(self.service.history.picture, request.path_params["name"])
         if path is None:
             return _no_such(request, "picture")
-        return FileResponse(
-            path, media_type="image/png", headers={"cache-control": "private, max-age=31536000, immutable"}
-        )
+        return FileResponse(path, media_type="image/png", headers=_UNCHANGING)
+
+    async def given(self, request: Request) -> Response:
+        """A picture that a client sent for a job that the history has, by its hash."""
+        path = await run_in_threadpool(self.service.history.kept.path, request.path_params["sha256"])
+        if path is None:
+            return _no_such(request, "picture")
+        return FileResponse(path, media_type=await run_in_threadpool(media_type, path), headers=_UNCHANGING)
 
     async def read(self, request: Request) -> Response:
         """What a picture says of itself."""
@@ -147,13 +171,17 @@ class OwnRoutes:
 
     def _streamed(self, request: Request, events: AsyncIterator[str]) -> Response:
         if self.streams >= self.service.options.limits.streams:
-            return failure(request.url.path, 429, "too many streams are open", "too_many", headers={"retry-after": "5"})
+            return _too_many(request, "streams are open")
         self.streams += 1
 
         def finished() -> None:
             self.streams -= 1
 
         return event_stream(events, finished)
+
+
+def _too_many(request: Request, what: str) -> Response:
+    return failure(request.url.path, 429, f"too many {what}", "too_many", headers={"retry-after": "5"})
 
 
 def _no_such(request: Request, what: str) -> Response:

@@ -11,9 +11,10 @@ from typing import Any
 from ..config import GenerateOptions, RuntimeOptions
 from ..errors import UserError
 from ..pictures.recipe import asked
-from ..workers.orders import Drawn, Order
+from ..workers.orders import DrawError, Drawn, LostError, Order
 from .board import Board
 from .catalog import Catalog
+from .fields import FieldError
 from .history import History, StorageError
 from .jobs import LOST, Failure, Job
 from .kept import told
@@ -68,6 +69,15 @@ class Service:
             self.history.kept.release(job.id)
             raise
 
+    def plan(self, model: str, requests: Sequence[GenerateOptions]) -> dict[str, Any]:
+        """What they would take, by the first worker that is there; see `Forecast.of`. Raises UserError, LostError if
+        there is none."""
+        order = Order(self.catalog.place_of(model), requests)
+        plans = (_plan(worker.drawer, order) for worker in self.workers if worker.is_alive())
+        if found := next(filter(None, plans), None):
+            return found
+        raise LostError("no worker is there")
+
     def _keep_pictures(self, job: Job) -> None:
         """So that it does not hold them while it waits."""
         try:
@@ -102,6 +112,16 @@ class Service:
             self.history.put(job)
         except StorageError as error:  # it is drawn all the same, and what cannot be kept is known
             _log.error("%s", error)
+
+
+def _plan(drawer: Drawer, order: Order) -> dict[str, Any] | None:
+    """None if it was lost, as the job will find that it draws or the next one that it gets."""
+    try:
+        return drawer.plan(order)
+    except DrawError as error:
+        raise FieldError.of(UserError(error.message)) from None
+    except LostError:
+        return None
 
 
 def _here(runtime: RuntimeOptions) -> Drawer:

@@ -6,10 +6,16 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.ImageFile import ImageFile
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # whose decoders run no programs and open no files
 _DATA_URL = re.compile(r"data:image/[\w.+-]{1,40};base64,")
@@ -32,6 +38,19 @@ def picture_of(value: object, name: str, most_pixels: int) -> bytes:
 
 def size_of(source: bytes | Path, name: str = "the picture") -> tuple[int, int]:
     """Width and height, as its file has them. Raises UserError for what is no picture."""
+    with _opened(source, name) as picture:
+        return picture.size
+
+
+def media_type(source: Path) -> str:
+    """Such as image/png. Raises UserError for what is no picture."""
+    with _opened(source, "the picture") as picture:
+        return picture.get_format_mimetype() or "application/octet-stream"
+
+
+@contextmanager
+def _opened(source: bytes | Path, name: str) -> Iterator[ImageFile]:
+    """Its header. Raises UserError."""
     from PIL import Image
 
     from ..pictures.reading import decoding
@@ -40,7 +59,7 @@ def size_of(source: bytes | Path, name: str = "the picture") -> tuple[int, int]:
         decoding(name),
         Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture,
     ):
-        return picture.size
+        yield picture
 
 
 def checked(raw: bytes, name: str, most_pixels: int) -> bytes:

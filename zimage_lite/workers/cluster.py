@@ -53,6 +53,10 @@ class RayDrawer:
             watch.note(line)
         return found
 
+    def plan(self, order: Order) -> dict[str, Any]:
+        """As `Drawer.plan`. Raises also LostError, and UserError for a picture that cannot be read here."""
+        return self.ask("plan", order.carried())
+
     def ask(self, method: str, *values: Any, timeout: float | None = None) -> Any:
         """What its method gives. Raises LostError, and DrawError as the method does."""
         errors = self._ray.exceptions

@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any, cast
 from ..api import open_named
 from ..checkpoint.hashes import FileHash
 from ..config import RuntimeOptions
-from ..errors import BudgetError, UserError
+from ..errors import UserError
 from ..memory.failures import forget, is_out_of_memory
 from ..pictures.saving import write
 from ..pipeline.drawing import Pipeline
 from ..pipeline.previews import previewer
+from .forecast import Forecast
 from .memory_facts import memory_facts
 from .orders import CancelledError, DrawError, Drawn, Order, Watch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..memory.machine import Machine
     from ..pipeline.denoise import Step
 
 Opener = Callable[[Order, RuntimeOptions, Callable[[str], None]], Pipeline]
@@ -42,6 +44,7 @@ class Drawer:
         self._model: tuple[object, ...] | None = None
         self._hash: FileHash | None = None
         self._watch = Watch()
+        self._forecast, self._before = Forecast(runtime), cast("Machine | None", None)  # before what is drawn now
 
     def draw(self, order: Order, watch: Watch) -> Iterator[Drawn]:
         """The pictures as they come. Raises DrawError, CancelledError; closed before its end, it stops there."""
@@ -64,17 +67,24 @@ class Drawer:
             forget(error)
             raise
         except UserError as error:
-            raise DrawError("too_large" if isinstance(error, BudgetError) else "invalid_request", str(error)) from None
+            raise DrawError.of(error) from None
         except Exception as error:  # noqa: BLE001 - whatever it was, the next one is drawn
             failure = _failure(error)
             forget(error)
             self.give_back()
             raise failure from None
         finally:
-            self._watch = Watch()
+            self._watch, self._before = Watch(), None
+
+    def plan(self, order: Order) -> dict[str, Any]:
+        """As `Forecast.of`; whatever is drawn meanwhile, in another thread, goes on. Raises DrawError."""
+        pipeline = self.pipeline
+        files = pipeline.model if pipeline and self._model == order.weights else None
+        return self._forecast.of(order, files, self._before)
 
     def give_back(self) -> None:
         """What is open is closed; the next order opens it again."""
+        self._forecast.give_back()
         if self.pipeline is not None:
             self.pipeline = self._model = self._hash = None
             gc.collect()
@@ -84,7 +94,7 @@ class Drawer:
 
     def _pictures(self, order: Order, watch: Watch) -> Iterator[Drawn]:
         pipeline = self._opened(order)
-        budgets, preview = pipeline.work.planning.budgets(), previewer(pipeline.model)
+        (self._before, budgets), preview = pipeline.work.planning.now(), previewer(pipeline.model)
 
         def on_step(step: Step) -> None:
             _check(watch)
@@ -112,10 +122,9 @@ class Drawer:
         return Drawn(place, file.getvalue(), width, height)
 
     def _opened(self, order: Order) -> Pipeline:
-        model = order.model, *sorted((name, path) for name, path in order.parts.items() if path)
-        if self.pipeline is None or self._model != model:
+        if self.pipeline is None or self._model != order.weights:
             self.give_back()
-            self.pipeline, self._model = self.opener(order, self.runtime, self._tell), model
+            self.pipeline, self._model = self.opener(order, self.runtime, self._tell), order.weights
             self._hash = FileHash(list(self.pipeline.model.transformer.stamps), keep=self.runtime.cache).start()
         return self.pipeline
 

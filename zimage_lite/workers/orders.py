@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import GenerateOptions
-from ..errors import UserError
+from ..errors import BudgetError, UserError
 from ..pictures.recipe import sources_told
 
 _CARRIED = ("image", "mask", "control_image")  # small enough; latents have to lie where the worker is
@@ -24,6 +24,11 @@ class Order:
     parts: Mapping[str, Path | None] = field(default_factory=dict)
     suffix: str = ".png"
     told: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def weights(self) -> tuple[Any, ...]:
+        """What tells its model from others."""
+        return self.model, *sorted((name, path) for name, path in self.parts.items() if path)
 
     def carried(self) -> Order:
         """For another process, maybe on another machine: with the pictures themselves, each once. Raises UserError."""
@@ -93,3 +98,7 @@ class DrawError(Exception):
     def __init__(self, code: str, message: str, detail: str = "") -> None:
         super().__init__(code, message, detail)
         self.code, self.message, self.detail = code, message, detail
+
+    @classmethod
+    def of(cls, error: UserError) -> DrawError:
+        return cls("too_large" if isinstance(error, BudgetError) else "invalid_request", str(error))

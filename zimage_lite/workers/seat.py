@@ -58,6 +58,10 @@ class Seat:
         found = self.drawer.recipes(order, watch)
         return found, [values[0] for name, values in _said(watch, 0) if name == "note"]
 
+    def plan(self, order: Order) -> dict[str, Any]:
+        """As `Drawer.plan`, whatever is drawn."""
+        return self.drawer.plan(order)
+
     def give_back(self) -> None:
         """Between orders."""
         self.drawer.give_back()

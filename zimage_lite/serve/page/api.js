@@ -17,6 +17,14 @@ export async function previewOf(id, number) {
   return response.status === 200 ? URL.createObjectURL(await response.blob()) : null;
 }
 
+/** A picture that was sent before, as a file. Throws if it is no longer there. */
+export async function given(sha256) {
+  const response = await fetch(`/api/given/${sha256}`);
+  if (!response.ok) throw new Error(response.statusText);
+  const blob = await response.blob();
+  return new File([blob], sha256.slice(0, 10), { type: blob.type });
+}
+
 /** Hears of all jobs until the page closes. opened: at each connection, also after the server was away. */
 export function listen(since, heard, opened, lost) {
   const source = new EventSource(`/api/events?since=${since}`);

@@ -10,14 +10,15 @@ const PAGE = 50; // of the history
 const jobs = new Map(); // by id, of all that are shown
 const cards = new Map(); // by id: {version, card}
 const mine = new Set(JSON.parse(sessionStorage.getItem("mine") ?? "[]")); // ordered in this tab
+const previews = new Map(); // by id, of what runs: {number, address, loading}
 let actions = {}; // of cards: reuse(job, picture), again(job), failed(error)
-let seen = ""; // the preview that is shown or on its way
 
 export const setUp = (given) => (actions = given);
 const isOver = (job) => OVER.includes(job.state);
 const isOld = (job) => jobs.get(job.id)?.version > job.version; // the history's have none
 const newestFirst = (one, other) => other.created - one.created;
-const running = () => [...jobs.values()].find((job) => job.state === "running");
+const running = () =>
+  [...jobs.values()].filter((job) => job.state === "running").sort((one, other) => one.started - other.started);
 const queued = () => [...jobs.values()].filter((job) => job.state === "queued").sort((a, b) => a.position - b.position);
 const over = () => [...jobs.values()].filter(isOver).sort(newestFirst);
 
@@ -69,11 +70,11 @@ async function history(before) {
 
 /** The one that runs; else the first of this tab's that waits. For a key, never one that somebody else ordered. */
 export function cancelMine() {
-  const own = [running(), ...queued()].find((job) => job && mine.has(job.id));
+  const own = [...running(), ...queued()].find((job) => mine.has(job.id));
   if (own) cancel(own.id);
 }
 
-export const cancelRunning = () => running() && cancel(running().id);
+export const cancelRunning = () => running().slice(0, 1).forEach((job) => cancel(job.id));
 
 const cancel = (id) => call("POST", `/api/jobs/${id}/cancel`).catch(actions.failed);
 
@@ -94,23 +95,48 @@ export function render(again = false) {
 }
 
 function renderStage() {
-  const job = running();
+  const [job, ...others] = running();
   const last = over().find((one) => one.pictures.length);
   show(job, by("going"));
   document.title = job?.step ? `${Math.round((100 * job.step) / job.steps)} % – zimage-lite` : "zimage-lite";
-  if (job) renderProgress(job);
-  if (job?.previews) preview(job);
+  forgetPreviews();
+  if (job) renderProgress(job, by("progress"), by("state"));
+  const address = job && previewFor(job);
+  if (address) stage(address, job.prompt);
   else if (!job) stage(last ? `/api/pictures/${last.pictures.at(-1).name}` : "", last?.prompt ?? "");
   renderMemory((job ?? last)?.memory);
+  show(others.length, by("others"));
+  keep(by("others"), others, otherItem);
+  for (const other of others) renderOther(other, cards.get(other.id).card);
 }
 
-function renderProgress(job) {
-  const bar = by("progress");
+/** One that another worker draws. */
+function otherItem(job) {
+  const bar = element("progress", { ariaLabel: `${say("Progress")}: ${job.prompt}` });
+  const row = element("div", { className: "row" }, element("p"), cancelling(job));
+  return element("li", { className: "card" }, element("img", { alt: job.prompt }), bar, row);
+}
+
+function renderOther(job, item) {
+  const [image, bar, state] = ["img", "progress", "p"].map((name) => item.querySelector(name));
+  renderProgress(job, bar, state);
+  const address = previewFor(job);
+  show(address, image);
+  if (address && image.src !== address) image.src = address;
+}
+
+function cancelling(job) {
+  const stop = button(say("Cancel"), () => cancel(job.id));
+  stop.setAttribute("aria-label", `${say("Cancel")}: ${job.prompt}`);
+  return stop;
+}
+
+function renderProgress(job, bar, state) {
   if (job.step) [bar.max, bar.value] = [job.steps, job.step];
   else bar.removeAttribute("value"); // before the steps and after them nobody knows
   const phase = say(PHASES[job.phase] ?? "Opening the model");
   const steps = job.step === null ? "" : ` · ${say("step {step} of {steps}", job)}`;
-  by("state").textContent = phase + steps + (job.seconds_left === null ? "" : ` · ${left(job.seconds_left)}`);
+  state.textContent = phase + steps + (job.seconds_left === null ? "" : ` · ${left(job.seconds_left)}`);
 }
 
 function left(seconds) {
@@ -118,18 +144,32 @@ function left(seconds) {
   return m ? say("{m} min {s} s left", { m, s }) : say("{s} s left", { s });
 }
 
-/** One at a time: what comes in between is too late anyway. */
-let loading = false;
-async function preview(job) {
-  const which = `${job.id} ${job.previews}`;
-  if (loading || which === seen) return;
-  loading = true;
+/** The newest that is here, as an object URL, "" if none. The next is fetched one at a time: what comes in between is
+    too late anyway. */
+function previewFor(job) {
+  if (!previews.has(job.id)) previews.set(job.id, { number: 0, address: "", loading: false });
+  const mine = previews.get(job.id);
+  if (job.previews > mine.number && !mine.loading) load(job, mine);
+  return mine.address;
+}
+
+async function load(job, mine) {
+  Object.assign(mine, { loading: true, number: job.previews });
   const address = await previewOf(job.id, job.previews).catch(() => null);
-  loading = false;
-  if (running()?.id === job.id && address) {
-    stage(address, job.prompt);
-    seen = which;
-  } else if (address) URL.revokeObjectURL(address);
+  mine.loading = false;
+  if (address) URL.revokeObjectURL(mine.address);
+  if (address) mine.address = address;
+  renderStage();
+}
+
+/** Of what runs no longer. */
+function forgetPreviews() {
+  const still = new Set(running().map((job) => job.id));
+  for (const [id, { address, loading }] of previews)
+    if (!still.has(id) && !loading) {
+      URL.revokeObjectURL(address);
+      previews.delete(id);
+    }
 }
 
 function stage(address, alt) {
@@ -138,7 +178,6 @@ function stage(address, alt) {
   show(!address, by("nothing"));
   image.alt = alt;
   if (image.getAttribute("src") === address) return;
-  if (image.src.startsWith("blob:")) URL.revokeObjectURL(image.src);
   if (address) image.src = address;
   else image.removeAttribute("src");
 }
@@ -165,9 +204,7 @@ function renderQueue() {
 }
 
 function queueItem(job) {
-  const stop = button(say("Cancel"), () => cancel(job.id));
-  stop.setAttribute("aria-label", `${say("Cancel")}: ${job.prompt}`);
-  return element("li", {}, element("span"), stop);
+  return element("li", {}, element("span"), cancelling(job));
 }
 
 function renderGallery() {

@@ -5,7 +5,7 @@ import { by } from "./elements.js";
 const canvas = by("canvas");
 const pen = canvas.getContext("2d");
 const COLOUR = "magenta"; // seen on white and on black
-let done = []; // of strokes {width, points}, and "invert"
+let done = []; // of strokes {width, points}, "invert", and a canvas to start from
 let place = { x: 0, y: 0 }; // of the brush, for the keyboard
 let finish = () => {};
 
@@ -23,9 +23,24 @@ export function forgetMask() {
   done = [];
 }
 
+/** One that is there already: what is painted goes on from it. picture: an <img> that is loaded, white on black. */
+export function startFrom(picture) {
+  const whole = document.createElement("canvas");
+  [whole.width, whole.height] = [picture.naturalWidth, picture.naturalHeight];
+  const paper = whole.getContext("2d");
+  paper.drawImage(picture, 0, 0);
+  const pixels = paper.getImageData(0, 0, whole.width, whole.height);
+  for (let at = 0; at < pixels.data.length; at += 4) pixels.data.set([255, 0, 255, pixels.data[at]], at); // magenta
+  paper.putImageData(pixels, 0, 0);
+  done = [whole];
+}
+
 function repaint() {
   pen.clearRect(0, 0, canvas.width, canvas.height);
-  for (const one of done) one === "invert" ? invert() : stroke(one);
+  for (const one of done)
+    if (one === "invert") invert();
+    else if (one.points) stroke(one);
+    else pen.drawImage(one, 0, 0, canvas.width, canvas.height);
 }
 
 function invert() {

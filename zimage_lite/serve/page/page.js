@@ -3,6 +3,7 @@
 import { call, listen } from "./api.js";
 import { button, by, element, options, show } from "./elements.js";
 import * as jobs from "./jobs.js";
+import * as plan from "./plan.js";
 import * as picture from "./picture.js";
 import { language, say, setLanguage, translate } from "./texts.js";
 
@@ -30,12 +31,25 @@ async function draw(event) {
   await send(await asked());
 }
 
+/** What does not fit is not ordered. */
 async function send(values) {
   failed();
   sending = true; // not `disabled`, which would take the focus away
   by("draw").ariaDisabled = true;
-  await call("POST", "/api/jobs", values).then(jobs.ordered).catch(failed);
+  const found = isPlannable(values) ? await plan.planFor(values) : null;
+  if (found?.fits === false) failed(new Error(`${say("It does not fit.")} ${found.message}`));
+  else await call("POST", "/api/jobs", values).then(jobs.ordered).catch(failed);
   by("draw").ariaDisabled = sending = false;
+}
+
+/** What the server would refuse is not asked about, for browsers log each refusal. */
+const isPlannable = ({ width = 1, height = 1 }) => width * height <= status.limits.drawn_pixels;
+
+/** What would be ordered, if all but the prompt, which is still to come, is as it has to be. */
+async function plannable() {
+  const valid = status && [...order.elements].every((one) => one.name === "prompt" || one.validity.valid);
+  const values = valid && (await asked());
+  return values && isPlannable(values) ? { prompt: "", ...values } : null;
 }
 
 /** Told where the button is, and at the field that is at fault; without an error, what was told is taken back. */
@@ -48,8 +62,8 @@ function newSeed() {
   by("seed").value = crypto.getRandomValues(new Uint32Array(1))[0];
 }
 
-/** A recipe into the form. What it has no place for is told, not dropped in silence. */
-function reuse(settings) {
+/** A recipe into the form. What it has no place for is told, not dropped in silence. taken: what is there already. */
+function reuse(settings, taken = []) {
   for (const one of named) {
     const [value] = [settings[one.name]].flat();
     put(one, one.name === "model" ? value?.name ?? value : value);
@@ -60,7 +74,7 @@ function reuse(settings) {
   setLoras(here);
   presets();
   remember();
-  const others = leftOut(settings, here);
+  const others = leftOut(settings, here).filter((name) => !taken.includes(name));
   failed(others.length ? new Error(say("Not taken over: {names}", { names: others.join(", ") })) : undefined);
   by("prompt").focus();
 }
@@ -82,6 +96,11 @@ function leftOut(settings, loras) {
 }
 
 const fits = (one, value) => one.tagName !== "SELECT" || [...one.options].some((option) => option.value === value);
+
+/** All of a job, with the pictures that it was made from. */
+async function reuseJob({ settings }) {
+  reuse(settings, await picture.bring(settings));
+}
 
 /** The same with another seed. */
 function again(job) {
@@ -157,6 +176,7 @@ function remember() {
   const values = named.map((one) => [one.name, one.value]);
   const more = { lock: by("lock").checked, loras: loraRows() };
   sessionStorage.setItem("form", JSON.stringify({ ...Object.fromEntries(values), ...more }));
+  plan.soon();
 }
 
 function recall() {
@@ -191,6 +211,7 @@ function inLanguage(name) {
   by("language").textContent = name === "zh-CN" ? "English" : "中文";
   by("language").lang = name === "zh-CN" ? "en" : "zh-CN";
   jobs.render(true);
+  plan.render();
   if (!status) return;
   presets();
   setLoras(loraRows());
@@ -210,7 +231,7 @@ function wire() {
   by("swap").onclick = swap;
   by("random").onclick = () => (newSeed(), remember());
   by("add-lora").onclick = () => addLora();
-  by("model").onchange = presets;
+  by("model").onchange = () => (presets(), remember());
   by("cancel").onclick = jobs.cancelRunning;
   by("older").onclick = () => jobs.older().catch(failed);
   by("language").onclick = () => inLanguage(language() === "zh-CN" ? "en" : "zh-CN");
@@ -218,14 +239,16 @@ function wire() {
 }
 
 async function start() {
-  jobs.setUp({ reuse: (job) => reuse(job.settings), again, failed });
-  picture.setUp(reuse, failed);
+  jobs.setUp({ reuse: (job) => reuseJob(job).catch(failed), again, failed });
+  picture.setUp(reuse, failed, plan.soon);
+  plan.setUp(plannable);
   wire();
   inLanguage(language());
   status = await call("GET", "/api/status");
   fill();
   recall();
   presets();
+  plan.soon();
   const away = () => failed(new Error(say("The server is away.")));
   const back = () => by("problem").textContent === say("The server is away.") && failed();
   listen(status.changes, jobs.heard, () => jobs.refresh().then(back, away), away);

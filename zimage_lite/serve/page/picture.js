@@ -1,12 +1,13 @@
 /** The picture that another one is made from, its mask, and what a ControlNet follows. */
 
-import { call } from "./api.js";
+import { call, given } from "./api.js";
 import { base64Of, by, show } from "./elements.js";
-import { forgetMask, paintOver } from "./mask.js";
+import { forgetMask, paintOver, startFrom } from "./mask.js";
 
 let image = null; // in base64
 let mask = null;
 let recipe = {};
+let changed = () => {};
 
 /** Of the order. */
 export async function pictures() {
@@ -17,7 +18,9 @@ export async function pictures() {
   return { ...found, controls, ...(file && { control_image: await base64Of(file) }) };
 }
 
-export function setUp(reuse, failed) {
+/** hears: called whenever there is another picture or mask. */
+export function setUp(reuse, failed, hears) {
+  changed = hears;
   by("file").onchange = () => take(by("file").files[0]).then(() => failed(), failed);
   by("use-recipe").onclick = () => reuse(recipe);
   by("paint").onclick = () => paintOver(by("thumb"), setMask);
@@ -47,12 +50,48 @@ async function take(file) {
   by("picture").disabled = false;
   show(true, by("picture"));
   show(recipe.prompt !== undefined, by("use-recipe"));
+  changed();
 }
 
-function setMask(painted) {
+/** Those of a job, from the server. -> the names of what was taken over. */
+export async function bring({ image: source, mask: over, control_image: followed, controls = [] }) {
+  const taken = [];
+  const name = controls.length === 1 && controls[0].name;
+  leave();
+  by("control").value = name || "";
+  if (name && by("control").value !== name) by("control").value = "";
+  if (by("control").value) {
+    by("scale").value = controls[0].scale ?? ""; // the authors'
+    taken.push("controls");
+    if (await into(by("control-file"), [followed].flat()[0])) taken.push("control_image");
+  } else by("control-file").value = "";
+  const file = await before(source);
+  if (!file) return taken;
+  await take(file);
+  taken.push("image");
+  const painted = await before(over);
+  if (!painted) return taken;
+  setMask(await base64Of(painted), painted.type);
+  await by("mask-thumb").decode();
+  startFrom(by("mask-thumb"));
+  return [...taken, "mask"];
+}
+
+/** null: there is none, or no longer. */
+const before = (said) => (said?.sha256 ? given(said.sha256).catch(() => null) : null);
+
+async function into(field, said) {
+  const [file, files] = [await before(said), new DataTransfer()];
+  if (file) files.items.add(file);
+  field.files = files.files;
+  return file;
+}
+
+function setMask(painted, kind = "image/png") {
   mask = painted;
   show(mask, by("mask-thumb"), by("drop-mask"));
-  if (mask) by("mask-thumb").src = `data:image/png;base64,${mask}`;
+  if (mask) by("mask-thumb").src = `data:${kind};base64,${mask}`;
+  changed();
 }
 
 function leave() {

@@ -74,6 +74,10 @@ const CHINESE = {
   "The server is away.": "服务器没有响应。",
   "GPU memory": "显存",
   "Memory": "内存",
+  "It does not fit.": "内存不足。",
+  "About {s} s, by prediction.": "预计约 {s} 秒。",
+  "About {m} min {s} s, by prediction.": "预计约 {m} 分 {s} 秒。",
+  "Drawn at the same time": "同时绘制",
   "{place}: {planned} GB planned of {most}": "{place}：计划 {planned} GB，上限 {most} GB",
   "{place}: {used} GB used, {planned} planned, of {most}": "{place}：已用 {used} GB，计划 {planned} GB，上限 {most} GB",
 };
