@@ -34,7 +34,7 @@ FLOORS = (
     ("pipeline",),
     ("plan",),
     ("convert",),
-    ("adapters",),
+    ("adapters", "calibration"),
     ("doctor", "pictures"),
     ("checkpoint", "model"),
     ("memory", "quant", "page"),
