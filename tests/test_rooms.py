@@ -35,7 +35,7 @@ FLOORS = (
     ("pipeline",),
     ("plan",),
     ("convert",),
-    ("adapters",),
+    ("adapters", "calibration"),
     ("doctor", "pictures"),
     ("checkpoint", "model"),
     ("memory", "quant", "page"),

@@ -1,4 +1,5 @@
-"""Makes tests/golden/ggml_quants.npz: what ggml's own quantizers give for a set of awkward rows.
+"""Makes tests/golden/ggml_quants.npz: what ggml's own quantizers give for a set of awkward rows, and
+ggml_quants_imatrix.npz: the same with an importance matrix.
 
     python tools/golden_ggml.py PATH_TO_LIBGGML_BASE.so
 
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "ggml_quants.npz"
+WEIGHTED = GOLDEN.with_name("ggml_quants_imatrix.npz")
 COLUMNS = 768
 # ggml's number, elements and bytes per block
 TYPES = {
@@ -22,6 +24,17 @@ TYPES = {
     "q2_k": (10, 256, 84), "q3_k": (11, 256, 110), "q4_k": (12, 256, 144), "q5_k": (13, 256, 176),
     "q6_k": (14, 256, 210), "iq4_nl": (20, 32, 18), "iq4_xs": (23, 256, 136),
 }  # fmt: skip
+
+
+# With an importance matrix q4_0, q4_1 and q8_0 are of interest, too, which else gguf-py can write.
+WEIGHTED_TYPES = {**TYPES, "q4_0": (2, 32, 18), "q4_1": (3, 32, 20), "q8_0": (8, 32, 34)}
+
+
+def importance() -> np.ndarray:
+    """[COLUMNS] float32: of sizes from 2^-6 to 2^6."""
+    bits = np.random.PCG64(16).random_raw(2 * COLUMNS)
+    sizes, parts = (bits[:COLUMNS] % np.uint64(13)).astype(np.int32) - 6, (bits[COLUMNS:] >> np.uint64(11)) * 2.0**-53
+    return (2.0**sizes * (0.5 + parts)).astype(np.float32)
 
 
 def inputs() -> dict[str, np.ndarray]:
@@ -78,17 +91,24 @@ def main(library: str) -> None:
     ggml.ggml_quantize_chunk.argtypes = (
         [ctypes.c_int] + [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 3 + [ctypes.c_void_p]
     )
+    for path, types, weights in ((GOLDEN, TYPES, None), (WEIGHTED, WEIGHTED_TYPES, importance())):
+        golden = quantized(ggml, types, weights)
+        np.savez_compressed(path, **golden)
+        print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
+
+
+def quantized(
+    ggml: ctypes.CDLL, types: dict[str, tuple[int, int, int]], weights: np.ndarray | None
+) -> dict[str, np.ndarray]:
     rows = inputs()
-    x = np.stack(list(rows.values()))
-    golden = {"checksum": np.uint32(checksum(rows))}
-    for name, (number, block, block_bytes) in TYPES.items():
+    x, golden = np.stack(list(rows.values())), {"checksum": np.uint32(checksum(rows))}
+    told = None if weights is None else weights.ctypes.data
+    for name, (number, block, block_bytes) in types.items():
         out = np.zeros((len(x), COLUMNS // block * block_bytes), np.uint8)
-        written = ggml.ggml_quantize_chunk(number, x.ctypes.data, out.ctypes.data, 0, *x.shape, None)
+        written = ggml.ggml_quantize_chunk(number, x.ctypes.data, out.ctypes.data, 0, *x.shape, told)
         assert written == out.nbytes, f"{name}: ggml wrote {written} bytes, expected {out.nbytes}"
         golden[name] = out
-    GOLDEN.parent.mkdir(exist_ok=True)
-    np.savez_compressed(GOLDEN, **golden)
-    print(f"{GOLDEN}: {GOLDEN.stat().st_size / 1000:.0f} kB")
+    return golden
 
 
 if __name__ == "__main__":

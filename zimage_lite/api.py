@@ -80,13 +80,15 @@ def quantize(
     keep: Sequence[str] = (),
     tensors: Sequence[str] = (),
     effort: str = "reference",
+    calibration: StrPath | None = None,
     merge_loras: Sequence[Lora | str] = (),
     measure: bool = False,
     overwrite: bool = False,
 ) -> list[Written]:
     """Convert a model (also one of the Hub) or a single weights file to format `to`. Raises UserError.
 
-    keep: patterns of tensors that stay 16-bit; tensors: "PATTERN=FORMAT"; merge_loras: adapters, as texts
+    keep: patterns of tensors that stay 16-bit; tensors: "PATTERN=FORMAT"; calibration: statistics, or an imatrix, that
+    errors in the transformer are weighed by; merge_loras: adapters, as texts
     "PATH:STRENGTH", that become part of the transformer; measure: fill `Written.errors`.
     """
     return _quantize(
@@ -97,6 +99,7 @@ def quantize(
         keep=keep,
         tensors=tensors,
         effort=effort,
+        calibration=Path(calibration) if calibration else None,
         merge_loras=Lora.several(merge_loras),
         measure=measure,
         overwrite=overwrite,

@@ -30,6 +30,7 @@ _VERBS = {
     "generate": "Draw images from prompts.",
     "serve": "Draw for other programs, over HTTP: OpenAI's API, A1111's, and our own.",
     "train-lora": "Teach a model what some pictures show, as a LoRA.",
+    "calibrate": "Gather what a model's linears are given, for better quantizing.",
     "quantize": "Turn a checkpoint into a smaller one.",
     "plan": "Predict memory and time, for any GPU.",
     "bench": "Measure time and memory, or predict them for a tier of hardware.",

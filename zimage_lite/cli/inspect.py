@@ -15,6 +15,8 @@ from ..config import TransformerConfig
 from ..units import format_gb
 from . import print_json, table_printer
 
+RULES = 4  # of a recipe that are shown
+
 
 @click.command(name="inspect")
 @click.argument("path", metavar="FILE_OR_FOLDER")
@@ -69,10 +71,17 @@ def _describe(part: Any, say: Callable[[str], None]) -> None:
     if part.unused:
         say(f"    carries what the model has no use for: {said_of_unused(part.unused)}")
     if part.recipe:
-        say(f"    made by the recipe {part.recipe}")
+        say(f"    made by the recipe {_shortened(part.recipe)}")
 
 
 def _as_json(part: Any) -> dict[str, Any]:
     formats = {name: {"tensors": count, "bytes": nbytes} for name, (count, nbytes) in part.formats.items()}
     groups = {name: {"formats": formats, "bytes": nbytes} for name, (formats, nbytes) in part.groups.items()}
     return {**asdict(part), "formats": formats, "groups": groups}
+
+
+def _shortened(recipe: str) -> str:
+    """Its first rules: `auto` has one for each tensor, which --json has all of."""
+    name, *rules = recipe.split(" ")
+    more = f" and {len(rules) - RULES} more" if len(rules) > RULES else ""
+    return " ".join([name, *rules[:RULES]]) + more

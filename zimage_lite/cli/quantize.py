@@ -29,7 +29,13 @@ WORST = 5  # tensors that --verify names
     type=click.Path(path_type=Path),
     help="Folder or file to write.  [default: SOURCE-FORMAT here]",
 )
-@click.option("--to", required=True, metavar="FORMAT", help=f"One of {', '.join(targets())}; see zimage-lite formats.")
+@click.option(
+    "--to",
+    required=True,
+    metavar="FORMAT",
+    help=f"One of {', '.join(targets())}; see zimage-lite formats. auto:4.5bpw or auto:3.6GB: a transformer of that "
+    "size, each of its tensors in the GGUF type that pays there.",
+)
 @click.option(
     "--text-encoder-to", metavar="FORMAT", help="The text encoder's format, or keep.  [default: one of the same size]"
 )
@@ -52,6 +58,13 @@ WORST = 5  # tensors that --verify names
     default="reference",
     show_default=True,
     help="How hard to search for scales: reference gives ggml's own bytes, best a smaller error.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Statistics that `zimage-lite calibrate` gathered, or an imatrix: errors count as the transformer's inputs "
+    "make them count. best also makes up for each column's error in the others.",
 )
 @click.option(
     "--device",

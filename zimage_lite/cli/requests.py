@@ -65,7 +65,7 @@ def requests_of(
 
 def _read_prompts(path: Path, base: Mapping[str, Any]) -> list[GenerateOptions]:
     requests = []
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(lines_of(path), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -79,7 +79,7 @@ def _read_prompts(path: Path, base: Mapping[str, Any]) -> list[GenerateOptions]:
     return requests
 
 
-def _lines(path: Path) -> list[str]:
+def lines_of(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold what splitlines would split at
     except OSError as error:

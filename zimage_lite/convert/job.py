@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from ..adapters.library import place_of
 from ..adapters.reading import file_of
+from ..calibration.known import Calibration
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.detect import said_of_unused
+from ..checkpoint.detect import KINDS, said_of_unused
 from ..checkpoint.hub import LocalFiles
 from ..checkpoint.output import clear_leftovers, require_absent
 from ..config import Lora
 from ..errors import UserError
 from ..quant.formats import FORMATS
 from . import streaming
+from .allocation import allocated
 from .fidelity import TensorError
 from .output_file import output_tensors, require_overrides_fit
 from .recipe import Target
@@ -51,6 +53,18 @@ class Job:
     files: LocalFiles = field(default_factory=lambda: LocalFiles(Path()))
     loras: Sequence[Lora] = ()  # merged into the transformer
 
+    def settled(self, transformer: Checkpoint) -> Job:
+        """With a target that says what each tensor gets. Raises UserError."""
+        if self.target.goal is None or transformer.component == "text_encoder":
+            return self
+        if transformer.component != "transformer":
+            raise UserError(f"--to {self.target.name} is for the transformer", got=f"a {KINDS[transformer.component]}")
+        if self.files.file_bytes:
+            raise UserError(f"--to {self.target.name} measures the weights first", fix="download the model before")
+        if self.options.calibration:
+            _require_statistics_of(transformer, self.options.calibration)
+        return replace(self, target=allocated(self.target, transformer, self.options))
+
     def target_of(self, component: str) -> Target | None:
         if component == "vae":
             return None
@@ -79,9 +93,21 @@ def prepare(out: Path, sources: Sequence[Checkpoint], job: Job) -> None:
     adapters = [file_of(place_of(lora.path)) for lora in job.loras]
     _require_apart(out, {*adapters, *(file for source in sources for file in _files_read(source))})
     require_overrides_fit(job.target, sources[0])
+    if job.options.calibration:
+        if job.target.container != "gguf":
+            raise UserError("--calibration is for GGUF formats", got=job.target.name)
+        _require_statistics_of(sources[0], job.options.calibration)
     for leftover in clear_leftovers(out):
         job.note(f"an earlier run was killed before it had finished: {leftover.name} was cleared away")
     require_absent(out, job.overwrite)  # again, for an old folder may have come back
+
+
+def _require_statistics_of(checkpoint: Checkpoint, calibration: Calibration) -> None:
+    """Raise UserError unless these statistics are of such a transformer."""
+    if checkpoint.component != "transformer":
+        raise UserError("--calibration is for the transformer", got=f"a {KINDS[checkpoint.component]}")
+    columns = {name: tensor.columns for name, tensor in checkpoint.tensors.items()}
+    calibration.require_fits(asdict(checkpoint.config), columns)
 
 
 def _require_apart(out: Path, files: Collection[Path]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..calibration.files import read as read_statistics
 from ..checkpoint.checkpoint import components_in
 from ..checkpoint.detect import COMPONENTS, KINDS
 from ..checkpoint.hub import LocalFiles, hub_files, is_hub_id
@@ -36,6 +37,7 @@ def quantize(
     keep: Sequence[str] = (),
     tensors: Sequence[str] = (),
     effort: str = "reference",
+    calibration: Path | None = None,
     device: str = "cpu",
     measure: bool = False,
     verify: bool = False,
@@ -53,9 +55,9 @@ def quantize(
     keeps one of its files at a time and none in the end, and downloaded is told of bytes.
 
     out: default is the source's name with the format added, in the current folder. keep: patterns of tensors that stay
-    16-bit; tensors: PATTERN=FORMAT; of a model, both are about its transformer. merge_loras: adapters that become part
-    of the transformer. measure: decode everything again and
-    compare; verify: read it back as well.
+    16-bit; tensors: PATTERN=FORMAT; of a model, both are about its transformer. calibration: statistics, or an
+    imatrix, that errors in the transformer are weighed by. merge_loras: adapters that become part of the transformer.
+    measure: decode everything again and compare; verify: read it back as well.
     """
     chosen = overridden(target(to), keep, tensors)
     encoder = text_encoder_to or chosen.text_encoder_to
@@ -66,7 +68,8 @@ def quantize(
         raise UserError(f"--device cuda: torch {torch.__version__} sees no such device", fix="use --device cpu")
     if out is not None:
         require_absent(out, overwrite)
-    options = Options(device, effort, measure or verify, verify)
+    known = read_statistics(calibration) if calibration else None
+    options = Options(device, effort, measure or verify, verify, known)
     parts = tuple(COMPONENTS) if component == "all" else (component,)
     with _files(source, revision, discard_source, out, parts, downloaded) as files:
         job = Job(chosen, part, options, overwrite, progress, note, files, merge_loras)
@@ -122,7 +125,7 @@ def _quantize_file(path: Path, out: Path | None, source: Path, component: str | 
     if job.loras and checkpoint.component != "transformer":
         raise UserError("--merge-lora is for the transformer", got=f"a {KINDS[checkpoint.component]}")
     checkpoint = with_merged(checkpoint, job.loras, job.note, not job.files.file_bytes)
-    suffix = job.target.suffix
+    job, suffix = job.settled(checkpoint), job.target.suffix
     part = "" if component is None and path == source else f"-{checkpoint.component}"
     out = out or Path(f"{source_name(source)}{part}-{job.target.name}{suffix}")
     if out.is_dir():

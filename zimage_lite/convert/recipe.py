@@ -20,7 +20,9 @@ from typing import Any
 
 from ..errors import UserError
 from ..quant.formats import FORMATS, Format
+from ..units import parse_bytes
 
+AUTO = "auto:"  # and a size: the transformer's tensors get what makes it so large
 KEEP = "keep"  # as a format: what the tensor has, or 16 bits
 
 # Group -> patterns of canonical names.
@@ -113,8 +115,31 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Goal:
+    """How large the transformer shall be: so many bits for each of its weights, or bytes."""
+
+    bits_per_weight: float = 0.0
+    nbytes: int = 0
+
+    @classmethod
+    def of(cls, text: str) -> Goal:
+        """text: 4.5bpw, or 3.6GB. Raises UserError."""
+        number = text.lower().removesuffix("bpw")
+        if number == text.lower():
+            return cls(nbytes=parse_bytes(text))
+        try:
+            return cls(bits_per_weight=float(number))
+        except ValueError:
+            raise UserError("--to auto", got=repr(text), expected="a size such as 4.5bpw or 3.6GB") from None
+
+    def bytes_of(self, weights: int) -> int:
+        return self.nbytes or int(self.bits_per_weight * weights / 8)
+
+
+@dataclass(frozen=True)
 class Target:
-    """A recipe file: what `quantize --to` offers. overrides: the user's own rules, in front of all others."""
+    """A recipe file: what `quantize --to` offers. overrides: the user's own rules, in front of all others. goal: of
+    `auto`, for which rules are still to be found, see `allocation`."""
 
     name: str
     container: str  # "gguf", "comfy", "bnb" or "quanto"
@@ -124,6 +149,7 @@ class Target:
     file_type: int  # llama.cpp's general.file_type
     recipes: Mapping[str, Recipe]
     overrides: tuple[Rule, ...] = field(default=())
+    goal: Goal | None = None
 
     @property
     def suffix(self) -> str:
@@ -145,9 +171,14 @@ def targets() -> tuple[str, ...]:
 
 def target(name: str, flag: str = "--to", also: tuple[str, ...] = ()) -> Target:
     """The recipe of that name, or a UserError that lists them all. also: what else the flag takes."""
+    if name.lower().startswith(AUTO) and flag == "--to":
+        goal = Goal.of(name[len(AUTO) :])
+        return replace(_load("_auto"), name=name.lower().replace(":", "-"), goal=goal)
     if name.lower() not in targets():
         raise UserError(
-            f"{flag}: not a format that can be written", got=repr(name), expected=", ".join(targets() + also)
+            f"{flag}: not a format that can be written",
+            got=repr(name),
+            expected=", ".join((*targets(), *also, *((f"{AUTO}4.5bpw",) if flag == "--to" else ()))),
         )
     return _load(name.lower())
 

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..calibration.known import Calibration
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.stored import StoredTensor
 from ..checkpoint.writer import TensorWriter, open_writer
@@ -47,12 +48,14 @@ class Files(Protocol):
 
 @dataclass(frozen=True)
 class Options:
-    """How to convert. measure: decode everything again and compare; verify: read it back from the file as well."""
+    """How to convert. measure: decode everything again and compare; verify: read it back from the file as well;
+    calibration: what the weights are multiplied by."""
 
     device: str = "cpu"
     effort: str = "reference"
     measure: bool = False
     verify: bool = False
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)
@@ -257,7 +260,8 @@ def _read_wide(chunk: _Chunk) -> Tensor:
 
 def _encode(tensor: OutTensor, wide: Tensor, source: StoredTensor, options: Options) -> Parts:
     """The parts as they go into the file, on the CPU. Raises UserError for weights that the format cannot hold."""
-    parts = tensor.format.codec.quantize(wide.to(options.device), tensor.options, options.effort)
+    inputs = options.calibration.inputs(tensor.sources[0].name) if options.calibration else None
+    parts = tensor.format.codec.quantize(wide.to(options.device), tensor.options, options.effort, inputs)
     low, high = torch.aminmax(wide)
     if (
         max(-low, high) > SAFE_WEIGHT

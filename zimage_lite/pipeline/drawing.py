@@ -119,21 +119,49 @@ class Pipeline:
         self, requests: Sequence[GenerateOptions], progress: Progress, on_step: OnStep | None,
         on_latents: OnLatents | None,
     ) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
-        tasks = self._tasks(requests)
-        todo, within = self._planned(tasks), self.work.planning.within
+        tasks, within = self._tasks(requests), self.work.planning.within
         notes = dict.fromkeys(note for task in tasks if task.sketch for note in task.sketch.notes)
         base = self.model.scheduler.undistilled
         notes |= dict.fromkeys(note for task in tasks for note in unusual(task.request, task.controls, base))
         for line in (*advice(requests, self.model), *notes) if self.advises else ():
             self.tell(line)
+        images = Count(progress, "decode", len(tasks))
+        for planned, some, latents in self._denoised(tasks, progress, on_step):
+            if on_latents:
+                for task, latent in zip(some, latents, strict=True):
+                    on_latents(task.place, latent)
+            with closing(within(planned.decode, partial(self.decoding.run, latents))) as decoded:
+                for task, image in zip(some, decoded, strict=True):
+                    images.add()
+                    finished = task.sketch.finished(image) if task.sketch else image
+                    if task.enlarged and task.enlarged.sketch:
+                        task.enlarged.sketch.made_from(finished)
+                    else:
+                        yield task.place, finished
+
+    @torch.inference_mode()
+    def denoised(
+        self, requests: Sequence[GenerateOptions], progress: Progress = silent, on_step: OnStep | None = None
+    ) -> Iterator[list[int]]:
+        """What `images` does without decoding, for who watches the transformer: the places in `requests` of those that
+        are done, some at a time, before any of the next is begun."""
+        with Clearing(self.release):
+            tasks = self._tasks([self.complete(request) for request in requests])
+            for _, some, _ in self._denoised(tasks, progress, on_step):
+                yield [task.place for task in some]
+
+    def _denoised(
+        self, tasks: Sequence[Task], progress: Progress, on_step: OnStep | None
+    ) -> Iterator[tuple[Planned, Sequence[Task], list[Tensor]]]:
+        """In rounds, with their latents."""
+        todo, within = self._planned(tasks), self.work.planning.within
         self.work.begin()
         embeddings = todo.kept
         if todo.encode:
             embeddings = {**embeddings, **self.encoding.embeddings(todo.prompts, todo.encode, progress)}
         steps = Count(progress, "denoise", sum(task.steps for task in tasks))
-        images = Count(progress, "decode", len(tasks))
         for planned in todo.groups:
-            job, decode = planned.group.job, planned.decode
+            job = planned.group.job
             sigmas = as_tensor(planned.group.tasks[0].sigmas)
             controls = planned.group.tasks[0].controls
             times = within(planned.denoise, partial(self.denoising.schedules, sigmas, job.adapters, controls))
@@ -141,18 +169,7 @@ class Pipeline:
             for some in rounds(planned.group, planned.denoise.plan):
                 wanted = self._begun(some, planned)
                 run = partial(self.denoising.run, wanted, embeddings, sets, job, controls, steps, on_step)
-                latents = list(within(planned.denoise, run))
-                if on_latents:
-                    for task, latent in zip(some, latents, strict=True):
-                        on_latents(task.place, latent)
-                with closing(within(decode, partial(self.decoding.run, latents))) as decoded:
-                    for task, image in zip(some, decoded, strict=True):
-                        images.add()
-                        finished = task.sketch.finished(image) if task.sketch else image
-                        if task.enlarged and task.enlarged.sketch:
-                            task.enlarged.sketch.made_from(finished)
-                        else:
-                            yield task.place, finished
+                yield planned, some, list(within(planned.denoise, run))
 
     def _begun(self, tasks: Sequence[Task], planned: Planned) -> list[Image]:
         """With the latents of the pictures that they are made from, and that ControlNets see, each encoded once."""

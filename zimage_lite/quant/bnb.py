@@ -25,6 +25,7 @@ from torch import Tensor
 from ..errors import FileFormatError
 from ..units import round_up
 from .formats import Codec, Format, Layout, Options, Parts, Shapes
+from .inputs import Inputs
 from .pieces import by_pieces, count_below, pack_nibbles, unpack_nibbles, widen
 
 BLOCK, NESTED_BLOCK = 64, 256
@@ -108,7 +109,7 @@ class FourBitCodec(Codec):
         blocks = round_up(rows * columns, options["blocksize"]) // options["blocksize"]
         return shapes | {"": (-(-rows * columns // 2), 1), ".absmax": (blocks,)}
 
-    def quantize(self, x: Tensor, options: Options, effort: str = "reference") -> Parts:
+    def quantize(self, x: Tensor, options: Options, effort: str = "reference", inputs: Inputs | None = None) -> Parts:
         """The bytes that bitsandbytes makes of the same float32. Rows must be whole blocks."""
         rows, columns = x.shape
         size, nested = options["blocksize"], options.get("nested_blocksize", 0)
@@ -184,7 +185,7 @@ class EightBitCodec(Codec):
     def stored(self, rows: int, columns: int, options: Options) -> Shapes:
         return {"": (rows, columns), "_scb": (rows,), "_format": ()}
 
-    def quantize(self, x: Tensor, options: Options, effort: str = "reference") -> Parts:
+    def quantize(self, x: Tensor, options: Options, effort: str = "reference", inputs: Inputs | None = None) -> Parts:
         """bitsandbytes rounds to float16 first, which these codes do without."""
 
         def pack(piece: slice) -> Parts:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..units import round_up
 from .formats import Codec, Format, Layout, Options, Parts, Shapes
+from .inputs import Inputs
 from .pieces import by_pieces, largest, unpack_nibbles, widen
 from .tensor import TORCH_DTYPES
 
@@ -37,7 +38,7 @@ class Fp8Codec(Codec):
         """options: {"per_row": True} where rows have scales of their own, which is only ever read."""
         return {"": (self.dtype, (rows, columns)), "_scale": ("F32", (rows, 1) if options.get("per_row") else ())}
 
-    def quantize(self, x: Tensor, options: Options, effort: str = "reference") -> Parts:
+    def quantize(self, x: Tensor, options: Options, effort: str = "reference", inputs: Inputs | None = None) -> Parts:
         """The bytes of comfy-kitchen's TensorCoreFP8Layout, which multiplies by 1 / scale."""
         dtype = TORCH_DTYPES[self.dtype]
         limit = torch.finfo(dtype).max

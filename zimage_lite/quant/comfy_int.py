@@ -20,6 +20,7 @@ from torch import Tensor
 from zimage_kernels import hadamard_rotate
 
 from .formats import Codec, Format, Layout, Options, Parts, Shapes
+from .inputs import Inputs
 from .int8 import rotation_group
 from .pieces import by_pieces, count_below, unpack_nibbles, widen
 
@@ -63,7 +64,7 @@ class Int4Codec(Codec):
     def stored(self, rows: int, columns: int, options: Options) -> Shapes:
         return super().stored(rows, columns, options) | {"_s_channel": (rows,)}
 
-    def quantize(self, x: Tensor, options: Options, effort: str = "reference") -> Parts:
+    def quantize(self, x: Tensor, options: Options, effort: str = "reference", inputs: Inputs | None = None) -> Parts:
         codebook = torch.tensor(_CODEBOOK, device=x.device)
         group = options["scale_group"]
 

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .inputs import Inputs
+
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
@@ -70,8 +72,10 @@ class Codec:
         """What ComfyUI's `<layer>.comfy_quant` says of a tensor with these options."""
         raise NotImplementedError
 
-    def quantize(self, x: Tensor, options: Options, effort: str = "reference") -> Parts:
-        """x: [rows, columns] float32 -> one tensor per part, typed and shaped as the layout says."""
+    def quantize(self, x: Tensor, options: Options, effort: str = "reference", inputs: Inputs | None = None) -> Parts:
+        """x: [rows, columns] float32 -> one tensor per part, typed and shaped as the layout says.
+
+        inputs: what x will be multiplied by, as far as it is known; a format without a choice takes no notice."""
         raise NotImplementedError
 
     def dequantize(self, parts: Parts, columns: int, options: Options) -> Tensor:

@@ -13,35 +13,68 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from . import blocks, kquants
-from .flat import PACK_BEST
+from . import blocks, flat, kquants
+from .compensate import Cells, Nearest, compensate, counted
 from .formats import GGML_TYPES, Codec, Format, Layout, Options, Parts
+from .importance import Importance
+from .inputs import Inputs
+from .klayouts import PACK_BITS
+from .refine import compiled
 
 
 @dataclass(frozen=True)
 class BlockCodec(Codec):
     """Blocks are independent, so the arithmetic sees them as [blocks, elements] and rows do not matter."""
 
+    name: str
     block: int
     block_bytes: int
-    pack: Callable[[Tensor, str], Tensor] | None
+    pack: Callable[..., Tensor] | None
     unpack: Callable[[Tensor], Tensor]
 
     def layout(self, rows: int, columns: int, options: Options) -> Layout:
         return {"": ("U8", (rows, columns // self.block * self.block_bytes))}
 
-    def quantize(self, x: Tensor, options: Options, effort: str = "reference") -> Parts:
+    def quantize(self, x: Tensor, options: Options, effort: str = "reference", inputs: Inputs | None = None) -> Parts:
         assert self.pack is not None, "the table marks this format as read-only"
-        return {"": self.pack(x.reshape(-1, self.block), effort).reshape(x.shape[0], -1)}
+        if inputs is not None and inputs.hessian is not None and effort == "best":
+            return {"": self._compensated(x, inputs.factor())}
+        importance = None if inputs is None else Importance.of(self.name, x, inputs.squares, self.block)
+        blocks = x.reshape(-1, self.block)
+        return {"": self.pack(blocks, effort, importance=importance).reshape(x.shape[0], -1)}
+
+    def _compensated(self, x: Tensor, factor: Tensor) -> Tensor:
+        """Each block's scales are searched when the errors of those before it have been made up for in it."""
+        found, counts = [], counted(factor)
+
+        def fit(start: int, block: Tensor) -> Nearest:
+            importance = Importance.of(self.name, block, counts[start : start + self.block], self.block)
+            cells, encode = self._cells(block, importance)
+            found.append((cells, encode))
+            return cells
+
+        compensate(x, factor, self.block, fit)
+        return torch.cat([encode(cells.codes()) for cells, encode in found], dim=1)
+
+    def _cells(self, block: Tensor, importance: Importance) -> tuple[Cells, Callable[[Tensor], Tensor]]:
+        """block: [rows, elements]. -> its grid, and what packs codes."""
+        searches = compiled(block)
+        if self.name in flat.GRIDS:
+            grid, scales = flat.GRIDS[self.name], flat.scales_of(self.name, searches, block, importance)
+            return Cells.of(grid, scales), partial(flat.bits, self.name, scales)
+        grid, (scales, _) = kquants.GRIDS[self.name], kquants.scales_of(self.name, searches, block, "best", importance)
+        return Cells.of(grid, scales), partial(PACK_BITS[self.name], scales)
 
     def dequantize(self, parts: Parts, columns: int, options: Options) -> Tensor:
         packed = parts[""].reshape(-1, self.block_bytes)
         return self.unpack(packed).reshape(-1, columns)
 
 
-def _pack_simple(name: str, x: Tensor, effort: str) -> Tensor:
+def _pack_simple(name: str, x: Tensor, effort: str, importance: Importance | None) -> Tensor:
     if effort == "best":
-        return PACK_BEST[name](x)
+        return flat.PACK_BEST[name](x, importance=importance)
+    if importance is not None and name != "q8_0":  # of which ggml takes no notice there
+        return flat.pack_weighted(name, x, importance)
     if x.device.type == "cpu" and name in ("q8_0", "q4_0"):
         from . import rows_cpu  # half a second of imports
 
@@ -67,4 +100,4 @@ def codec(row: Format) -> BlockCodec:
     _, block, block_bytes = GGML_TYPES[row.name]
     pack = partial(_pack_simple, row.name) if row.name in blocks.PACK else kquants.PACK.get(row.name)
     unpack = blocks.UNPACK.get(row.name) or kquants.UNPACK.get(row.name) or _unpack_with_gguf_py(row.name)
-    return BlockCodec(block, block_bytes, pack, unpack)
+    return BlockCodec(row.name, block, block_bytes, pack, unpack)

@@ -13,6 +13,7 @@ from torch import Tensor
 from zimage_kernels import hadamard_rotate
 
 from .formats import Codec, Format, Layout, Options, Parts
+from .inputs import Inputs
 
 MARKER_FORMAT = "int8_tensorwise"
 _GROUPS = (256, 64, 16)
@@ -35,7 +36,7 @@ class Int8Codec(Codec):
         rotation = {"convrot": True, "convrot_groupsize": options["group"]} if options["group"] else {}
         return {"format": MARKER_FORMAT, **rotation}
 
-    def quantize(self, x: Tensor, options: Options, effort: str = "reference") -> Parts:
+    def quantize(self, x: Tensor, options: Options, effort: str = "reference", inputs: Inputs | None = None) -> Parts:
         if x.device.type == "cpu" and options["group"] != 4:
             from . import rows_cpu  # half a second of imports
 

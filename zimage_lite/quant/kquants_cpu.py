@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from zimage_kernels._numba import compiled
 
-from .search import IQ4_BORDERS, IQ4_VALUES, MAGNITUDE, PLAIN, ZERO_BELOW
+from .search import GIVEN, IQ4_BORDERS, IQ4_VALUES, MIXED, PLAIN, SQUARED, ZERO_BELOW, Weighting
 
 LANES = 64
 ZERO, ONE = np.float32(0), np.float32(1)
@@ -57,11 +57,15 @@ def _store(codes, start, out):
 
 
 @compiled
-def _weigh(x, weighting, w, scratch):
+def _weigh(x, start, weighting, given, w, scratch):
+    """w: what errors in the tile x count; its sub-blocks are given[start:] and on."""
     n = x.shape[0]
+    if weighting == GIVEN:
+        _load(given, start, w)
+        return
     for t in range(LANES):
         scratch[t] = ZERO
-    if weighting != PLAIN and weighting != MAGNITUDE:
+    if weighting == MIXED:
         for i in range(n):
             for t in range(LANES):
                 scratch[t] += x[i, t] * x[i, t]
@@ -69,7 +73,8 @@ def _weigh(x, weighting, w, scratch):
             scratch[t] = np.sqrt(scratch[t] / np.float32(n))
     for i in range(n):
         for t in range(LANES):
-            w[i, t] = ONE if weighting == PLAIN else scratch[t] + abs(x[i, t])
+            v = x[i, t]
+            w[i, t] = ONE if weighting == PLAIN else v * v if weighting == SQUARED else scratch[t] + abs(v)
 
 
 @compiled
@@ -104,14 +109,14 @@ def _affine_error(x, w, codes, absolute, scale, base, error):
 
 
 @compiled
-def _affine(x, weighting, top, steps, absolute, free, scales, minima, all_codes):
+def _affine(x, weighting, given, top, steps, absolute, free, scales, minima, all_codes):
     n = x.shape[1]
     tile, w, codes = _tile(n), _tile(n), _tile(n)
     low, high, sum_w, sum_x, scale, best, best_multiplier, best_base = _eight_lanes()
     multiplier, sum_l, sum_l2, sum_xl, new_scale, new_low, error, flat = _eight_lanes()
     for start in range(0, x.shape[0], LANES):
         _load(x, start, tile)
-        _weigh(tile, weighting, w, sum_x)
+        _weigh(tile, start, weighting, given, w, sum_x)
         for t in range(LANES):
             low[t] = tile[0, t]
             high[t] = tile[0, t]
@@ -181,14 +186,13 @@ def _symmetric_codes(x, multiplier, top, codes):
 
 
 @compiled
-def _weighted_sums(x, weighted, values, sum_xl, sum_l2):
+def _weighted_sums(x, w, values, sum_xl, sum_l2):
     for t in range(LANES):
         sum_xl[t] = sum_l2[t] = ZERO
     for i in range(x.shape[0]):
         for t in range(LANES):
-            w = x[i, t] * x[i, t] if weighted else ONE
-            sum_xl[t] += w * x[i, t] * values[i, t]
-            sum_l2[t] += w * values[i, t] * values[i, t]
+            sum_xl[t] += w[i, t] * x[i, t] * values[i, t]
+            sum_l2[t] += w[i, t] * values[i, t] * values[i, t]
 
 
 @compiled
@@ -200,18 +204,19 @@ def _shift_codes(codes, extreme, top):
 
 
 @compiled
-def _symmetric(x, weighted, top, steps, scales, all_codes):
+def _symmetric(x, weighting, given, top, steps, scales, all_codes):
     n = x.shape[1]
-    tile, codes = _tile(n), _tile(n)
+    tile, w, codes = _tile(n), _tile(n), _tile(n)
     extreme, scale, best, best_multiplier, multiplier, sum_xl, sum_l2, _ = _eight_lanes()
     for start in range(0, x.shape[0], LANES):
         _load(x, start, tile)
+        _weigh(tile, start, weighting, given, w, sum_xl)
         _extreme(tile, extreme)
         for c in range(steps.shape[0]):
             for t in range(LANES):
                 multiplier[t] = steps[c] / extreme[t]
             _symmetric_codes(tile, multiplier, top, codes)
-            _weighted_sums(tile, weighted, codes, sum_xl, sum_l2)
+            _weighted_sums(tile, w, codes, sum_xl, sum_l2)
             for t in range(LANES):
                 s = sum_xl[t] / sum_l2[t] if sum_l2[t] != ZERO else ZERO
                 gains = sum_l2[t] > ZERO and sum_xl[t] * sum_xl[t] > best[t] * sum_l2[t]
@@ -229,7 +234,7 @@ def _symmetric(x, weighted, top, steps, scales, all_codes):
 @compiled
 def _descend(x, top, passes, scales, all_codes):
     n = x.shape[1]
-    tile, codes = _tile(n), _tile(n)
+    tile, squares, codes = _tile(n), _tile(n), _tile(n)
     extreme, multiplier, sum_xl, sum_l2, _, _, _, _ = _eight_lanes()
     for start in range(0, x.shape[0], LANES):
         _load(x, start, tile)
@@ -237,7 +242,8 @@ def _descend(x, top, passes, scales, all_codes):
         for t in range(LANES):
             multiplier[t] = -top / extreme[t]
         _symmetric_codes(tile, multiplier, top, codes)
-        _weighted_sums(tile, True, codes, sum_xl, sum_l2)
+        _weigh(tile, start, SQUARED, x, squares, sum_xl)
+        _weighted_sums(tile, squares, codes, sum_xl, sum_l2)
         for step in range(passes * n):
             i = step % n
             for t in range(LANES):
@@ -273,11 +279,13 @@ def _nearest(v):
 
 
 @compiled
-def _lookup(x, weighted, steps, scales):
-    tile, values = _tile(x.shape[1]), _tile(x.shape[1])
+def _lookup(x, weighting, given, steps, scales):
+    n = x.shape[1]
+    tile, w, values = _tile(n), _tile(n), _tile(n)
     extreme, scale, best, multiplier, sum_xl, sum_l2, _, _ = _eight_lanes()
     for start in range(0, x.shape[0], LANES):
         _load(x, start, tile)
+        _weigh(tile, start, weighting, given, w, sum_xl)
         _extreme(tile, extreme)
         for t in range(LANES):
             multiplier[t] = ONE / (extreme[t] / np.float32(127))
@@ -286,10 +294,10 @@ def _lookup(x, weighted, steps, scales):
             if c > 0:
                 for t in range(LANES):
                     multiplier[t] = steps[c - 1] / extreme[t]
-            for i in range(x.shape[1]):
+            for i in range(n):
                 for t in range(LANES):
                     values[i, t] = _nearest(multiplier[t] * tile[i, t])
-            _lookup_sums(tile, weighted, values, sum_xl, sum_l2)
+            _lookup_sums(tile, w, values, sum_xl, sum_l2)
             for t in range(LANES):
                 gains = sum_xl[t] * sum_xl[t] > best[t] * sum_l2[t] or c == 0
                 better = sum_l2[t] > ZERO and gains
@@ -300,23 +308,24 @@ def _lookup(x, weighted, steps, scales):
 
 
 @compiled
-def _lookup_sums(x, weighted, values, sum_xl, sum_l2):
+def _lookup_sums(x, w, values, sum_xl, sum_l2):
     """As _weighted_sums, but the factors come in the order in which ggml multiplies here."""
     for t in range(LANES):
         sum_xl[t] = sum_l2[t] = ZERO
     for i in range(x.shape[0]):
         for t in range(LANES):
-            wl = values[i, t] * (x[i, t] * x[i, t] if weighted else ONE)
+            wl = values[i, t] * w[i, t]
             sum_xl[t] += wl * x[i, t]
             sum_l2[t] += wl * values[i, t]
 
 
 @compiled
-def _score(x, scale, minimum, low, high, table, out):
-    tile = _tile(x.shape[1])
+def _score(x, weighting, given, scale, minimum, low, high, table, out):
+    tile, w = _tile(x.shape[1]), _tile(x.shape[1])
     d, m, inverse, error, sum_v, sum_v2, sum_vx, _ = _eight_lanes()
     for start in range(0, x.shape[0], LANES):
         _load(x, start, tile)
+        _weigh(tile, start, weighting, given, w, error)
         count = min(LANES, x.shape[0] - start)
         for c in range(scale.shape[0]):
             for t in range(LANES):
@@ -334,10 +343,11 @@ def _score(x, scale, minimum, low, high, table, out):
                         v = v if v > low else low
                         v = v if v < high else high
                     off = d[t] * v - m[t] - tile[i, t]
-                    error[t] += off * off
-                    sum_v[t] += v
-                    sum_v2[t] += v * v
-                    sum_vx[t] += v * tile[i, t]
+                    wv = w[i, t] * v
+                    error[t] += w[i, t] * off * off
+                    sum_v[t] += wv
+                    sum_v2[t] += wv * v
+                    sum_vx[t] += wv * tile[i, t]
             for t in range(count):
                 out[0, c, start + t] = error[t]
                 out[1, c, start + t] = sum_v[t]
@@ -349,18 +359,25 @@ def _outputs(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0]), torch.empty(x.shape, dtype=torch.uint8)
 
 
+def _told(x: Tensor, weighting: Weighting) -> tuple[int, np.ndarray]:
+    """As the compiled functions take it."""
+    if isinstance(weighting, Tensor):
+        return GIVEN, weighting.contiguous().numpy()
+    return weighting, x.numpy()
+
+
 def affine(
-    x: Tensor, weighting: int, top: int, steps: Tensor, absolute: bool, free: bool
+    x: Tensor, weighting: Weighting, top: int, steps: Tensor, absolute: bool, free: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     (scale, codes), minimum = _outputs(x), x.new_empty(x.shape[0])
     outputs = (scale.numpy(), minimum.numpy(), codes.numpy())
-    _affine(x.numpy(), weighting, np.float32(top), steps.numpy(), absolute, free, *outputs)
+    _affine(x.numpy(), *_told(x, weighting), np.float32(top), steps.numpy(), absolute, free, *outputs)
     return scale, minimum, codes
 
 
-def symmetric(x: Tensor, weighted: bool, top: int, steps: Tensor) -> tuple[Tensor, Tensor]:
+def symmetric(x: Tensor, weighting: Weighting, top: int, steps: Tensor) -> tuple[Tensor, Tensor]:
     scale, codes = _outputs(x)
-    _symmetric(x.numpy(), weighted, np.float32(top), steps.numpy(), scale.numpy(), codes.numpy())
+    _symmetric(x.numpy(), *_told(x, weighting), np.float32(top), steps.numpy(), scale.numpy(), codes.numpy())
     return scale, codes
 
 
@@ -370,14 +387,14 @@ def descend(x: Tensor, top: int, passes: int) -> tuple[Tensor, Tensor]:
     return scale, codes
 
 
-def lookup(x: Tensor, weighted: bool, steps: Tensor) -> Tensor:
+def lookup(x: Tensor, weighting: Weighting, steps: Tensor) -> Tensor:
     scale = x.new_empty(x.shape[0])
-    _lookup(x.numpy(), weighted, steps.numpy(), scale.numpy())
+    _lookup(x.numpy(), *_told(x, weighting), steps.numpy(), scale.numpy())
     return scale
 
 
-def score(x: Tensor, scale: Tensor, minimum: Tensor, low: int, high: int, table: bool) -> Tensor:
+def score(x: Tensor, weighting: Weighting, scale: Tensor, minimum: Tensor, low: int, high: int, table: bool) -> Tensor:
     sums = x.new_empty(4, *scale.shape)
     bounds = (np.float32(low), np.float32(high), table)
-    _score(x.numpy(), scale.numpy(), minimum.numpy(), *bounds, sums.numpy())
+    _score(x.numpy(), *_told(x, weighting), scale.numpy(), minimum.numpy(), *bounds, sums.numpy())
     return sums

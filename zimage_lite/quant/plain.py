@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .formats import Codec, Format, Layout, Options, Parts
+from .inputs import Inputs
 from .tensor import TORCH_DTYPES
 
 
@@ -17,7 +18,7 @@ class PlainCodec(Codec):
     def layout(self, rows: int, columns: int, options: Options) -> Layout:
         return {"": (self.dtype, (rows, columns))}
 
-    def quantize(self, x: Tensor, options: Options, effort: str = "reference") -> Parts:
+    def quantize(self, x: Tensor, options: Options, effort: str = "reference", inputs: Inputs | None = None) -> Parts:
         return {"": x.to(TORCH_DTYPES[self.dtype])}
 
     def dequantize(self, parts: Parts, columns: int, options: Options) -> Tensor:

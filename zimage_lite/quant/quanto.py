@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .formats import Codec, Format, Layout, Options, Parts
+from .inputs import Inputs
 from .pieces import by_pieces, row_pieces, widen
 from .tensor import TORCH_DTYPES
 
@@ -56,7 +57,7 @@ class ByteCodec(Codec):
         layout: Layout = {"": (self.dtype, (rows, columns)), "._scale": (scale, (rows, 1))}
         return layout | dict.fromkeys(_MODULE_SCALES, (scale, ()))
 
-    def quantize(self, x: Tensor, options: Options, effort: str = "reference") -> Parts:
+    def quantize(self, x: Tensor, options: Options, effort: str = "reference", inputs: Inputs | None = None) -> Parts:
         stored, model = TORCH_DTYPES[self.dtype], TORCH_DTYPES[options["dtype"]]
         limits = torch.finfo(stored) if stored.is_floating_point else torch.iinfo(stored)
 
@@ -92,7 +93,7 @@ class PackedCodec(Codec):
         module: Layout = dict.fromkeys(_MODULE_SCALES, (dtype, ()))
         return {"": ("U8", (-(-groups * self.bits // 8), group)), **scales, **module}
 
-    def quantize(self, x: Tensor, options: Options, effort: str = "reference") -> Parts:
+    def quantize(self, x: Tensor, options: Options, effort: str = "reference", inputs: Inputs | None = None) -> Parts:
         groups = x.reshape(-1, options["group"])
         model, stack = TORCH_DTYPES[options["dtype"]], -(-len(groups) * self.bits // 8)
         packed = torch.zeros(stack, options["group"], dtype=torch.uint8, device=x.device)

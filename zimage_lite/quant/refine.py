@@ -1,12 +1,14 @@
 """Better scales for ggml's blocks: less squared error in the same bytes.
 
 ggml weighs errors and rounds each scale on its own. Here the integer scales of the sub-blocks, the float16 scales of
-the block and the codes are improved in turn, each with the other two fixed, and a step is kept only where the plain
-squared error of a block falls. So what starts from ggml's own scales never ends up worse.
+the block and the codes are improved in turn, each with the other two fixed, and a step is kept only where the squared
+error of a block falls, as it is or weighted by the importance of its columns. So what starts from ggml's own scales
+never ends up worse.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from types import ModuleType
@@ -15,8 +17,9 @@ import torch
 from torch import Tensor
 
 from . import search
+from .importance import Importance
 from .klayouts import Scales
-from .search import divide
+from .search import PLAIN, Weighting, divide
 
 ROUNDS = 4
 CPU_PIECE_WEIGHTS = 2**17  # 512 KB of float32: the element-wise passes stay in the L2 cache
@@ -43,10 +46,15 @@ def compiled(x: Tensor) -> ModuleType:
     return kquants_cpu
 
 
-def pieces(x: Tensor) -> tuple[Tensor, ...]:
-    """x: [blocks, elements] in parts that suit its device."""
+def in_pieces(x: Tensor, importance: Importance | None = None) -> Iterator[tuple[Tensor, Importance | None]]:
+    """x: [blocks, elements] in parts that suit its device, each with its importance."""
     blocks = max(CPU_PIECE_WEIGHTS // x.shape[1], 1) if x.device.type == "cpu" else max(x.shape[0], 1)
-    return x.contiguous().split(blocks)
+    parts = x.contiguous().split(blocks)
+    if importance is None:
+        yield from ((part, None) for part in parts)
+        return
+    split = (own.split(blocks) for own in importance)
+    yield from zip(parts, (Importance(*own) for own in zip(*split, strict=True)), strict=True)
 
 
 def nearest_codes(x: Tensor, grid: Grid, s: Scales, fallback: Tensor | None = None) -> Tensor:
@@ -64,12 +72,15 @@ def nearest_codes(x: Tensor, grid: Grid, s: Scales, fallback: Tensor | None = No
     return codes.view_as(x)
 
 
-def best_of(searches: ModuleType, x: Tensor, grid: Grid, starts: list[Scales]) -> Scales:
-    """x: [blocks, elements]. Improves each start and takes the best result of each block."""
+def best_of(
+    searches: ModuleType, x: Tensor, grid: Grid, starts: list[Scales], importance: Tensor | None = None
+) -> Scales:
+    """x, importance: [blocks, elements]. Improves each start and takes the best result of each block."""
     x = x.reshape(-1, grid.sub_block)
-    chosen, error = _refine(searches, x, grid, starts[0])
+    weighting = PLAIN if importance is None else importance.reshape(x.shape)
+    chosen, error = _refine(searches, x, weighting, grid, starts[0])
     for start in starts[1:]:
-        other, other_error = _refine(searches, x, grid, start)
+        other, other_error = _refine(searches, x, weighting, grid, start)
         chosen, error = _where(other_error < error, other, chosen), torch.minimum(error, other_error)
     return chosen
 
@@ -78,12 +89,12 @@ def _where(mask: Tensor, yes: Scales, no: Scales) -> Scales:
     return Scales(*(torch.where(mask, a, b) for a, b in zip(yes, no, strict=True)))
 
 
-def _score(searches: ModuleType, x: Tensor, grid: Grid, candidates: list[Scales]) -> Tensor:
+def _score(searches: ModuleType, x: Tensor, weighting: Weighting, grid: Grid, candidates: list[Scales]) -> Tensor:
     """-> [4, candidates, blocks, sub-blocks], see `search.score`."""
     scale = torch.stack([s.d * s.sc for s in candidates])
     minimum = torch.stack([s.dmin * s.mn for s in candidates])
     flat = (len(candidates), -1)
-    sums = searches.score(x, scale.view(flat), minimum.view(flat), grid.low, grid.high, grid.table)
+    sums = searches.score(x, weighting, scale.view(flat), minimum.view(flat), grid.low, grid.high, grid.table)
     return sums.view(4, *scale.shape)
 
 
@@ -96,20 +107,20 @@ def _neighbours(grid: Grid, s: Scales) -> list[Scales]:
     ]
 
 
-def _refine(searches: ModuleType, x: Tensor, grid: Grid, s: Scales) -> tuple[Scales, Tensor]:
+def _refine(searches: ModuleType, x: Tensor, weighting: Weighting, grid: Grid, s: Scales) -> tuple[Scales, Tensor]:
     """-> scales and the squared error of each block, [blocks, 1]."""
     s = Scales(*(part.half().float() for part in s))  # integers up to 2048 are float16s
     for _ in range(ROUNDS):
         candidates = _neighbours(grid, s)
-        sums = _score(searches, x, grid, candidates)
+        sums = _score(searches, x, weighting, grid, candidates)
         which = sums[0].argmin(0, keepdim=True)
         sc = torch.stack([c.sc for c in candidates]).gather(0, which)[0]
         mn = torch.stack([c.mn for c in candidates]).gather(0, which)[0]
         s = s._replace(sc=sc, mn=mn)
         sums = sums.gather(1, which.expand(4, *which.shape))[:, 0]
         error = sums[0].sum(1, keepdim=True)
-        refitted = _refit(x, grid, s, sums.double())
-        new_error = _score(searches, x, grid, [refitted])[0, 0].sum(1, keepdim=True)
+        refitted = _refit(x, weighting, grid, s, sums.double())
+        new_error = _score(searches, x, weighting, grid, [refitted])[0, 0].sum(1, keepdim=True)
         better = new_error < error
         s, error = _where(better, refitted, s), torch.where(better, new_error, error)
         if not (better.any() or which.any()):
@@ -117,16 +128,17 @@ def _refine(searches: ModuleType, x: Tensor, grid: Grid, s: Scales) -> tuple[Sca
     return s, error.nan_to_num(torch.inf)  # where a float16 scale overflows, any other start is better
 
 
-def _refit(x: Tensor, grid: Grid, s: Scales, sums: Tensor) -> Scales:
+def _refit(x: Tensor, weighting: Weighting, grid: Grid, s: Scales, sums: Tensor) -> Scales:
     """The float16 scales that fit best with all integers as they are: least squares in one or two unknowns."""
     _, sum_v, sum_v2, sum_vx = sums
     a = (s.sc * s.sc * sum_v2).sum(1, keepdim=True)
     p = (s.sc * sum_vx).sum(1, keepdim=True)
     d, dmin = p / a, s.dmin
     if grid.minima[1]:
-        sum_x = x.double().sum(1).view_as(s.mn)
+        w = weighting.double() if isinstance(weighting, Tensor) else torch.ones_like(x, dtype=torch.float64)
+        sum_x, sum_w = (w * x).sum(1).view_as(s.mn), w.sum(1).view_as(s.mn)
         b = (s.sc * s.mn * sum_v).sum(1, keepdim=True)
-        c = (s.mn * s.mn).double().sum(1, keepdim=True) * grid.sub_block
+        c = (s.mn * s.mn * sum_w).sum(1, keepdim=True)
         q = (s.mn * sum_x).sum(1, keepdim=True)
         determinant = a * c - b * b
         d = torch.where(determinant > 0, (p * c - b * q) / determinant, d)

@@ -13,8 +13,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-# How a squared error counts: as it is, times |x|, or times |x| + the root mean square of the sub-block.
-PLAIN, MAGNITUDE, MIXED = 0, 1, 2
+# How a squared error counts: as it is; times |x|, |x| + the root mean square of the sub-block, or x^2; or times given
+# weights, of the shape of x.
+PLAIN, MAGNITUDE, MIXED, SQUARED, GIVEN = 0, 1, 2, 3, 4
+Weighting = int | Tensor
 ZERO_BELOW = 1e-15  # a sub-block of smaller values than this is zero to the searches without a minimum
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 IQ4_BORDERS = tuple((low + high) / 2 for low, high in pairwise(IQ4_VALUES))
@@ -47,13 +49,28 @@ def _ordered_sum(terms: Tensor) -> Tensor:
     return total
 
 
-def _weights(x: Tensor, weighting: int) -> Tensor:
+def ordered_sum(terms: Tensor) -> Tensor:
+    """[..., elements] -> [...], first element first."""
+    return _ordered_sum(terms.movedim(-1, 0))
+
+
+def root(x: Tensor) -> Tensor:
+    """The square root, rounded once: torch's float32 one can be a bit off."""
+    return x.double().sqrt_().float()
+
+
+def _weights(x: Tensor, weighting: Weighting) -> Tensor:
+    """x: [elements, sub-blocks] -> the same shape. weighting: a tensor is [sub-blocks, elements]."""
+    if isinstance(weighting, Tensor):
+        return weighting.t().contiguous()
     if weighting == PLAIN:
         return torch.ones_like(x)
     if weighting == MAGNITUDE:
         return x.abs()
+    if weighting == SQUARED:
+        return x * x
     mean = _ordered_sum(x * x).div_(x.shape[0])  # by 32, which is exact
-    return mean.double().sqrt_().float() + x.abs()  # torch's float32 square root can be one bit off
+    return root(mean) + x.abs()
 
 
 def _stored(codes: Tensor) -> Tensor:
@@ -61,7 +78,7 @@ def _stored(codes: Tensor) -> Tensor:
 
 
 def affine(
-    x: Tensor, weighting: int, top: int, steps: Tensor, absolute: bool, free: bool
+    x: Tensor, weighting: Weighting, top: int, steps: Tensor, absolute: bool, free: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x ~ scale * code - minimum with codes 0..top: -> scale, minimum [sub-blocks], codes [sub-blocks, elements] uint8.
 
@@ -113,13 +130,13 @@ def _extreme(x: Tensor) -> tuple[Tensor, Tensor]:
     return extreme, extreme.abs() < ZERO_BELOW
 
 
-def symmetric(x: Tensor, weighted: bool, top: int, steps: Tensor) -> tuple[Tensor, Tensor]:
+def symmetric(x: Tensor, weighting: Weighting, top: int, steps: Tensor) -> tuple[Tensor, Tensor]:
     """x ~ scale * (code - top) with codes 0..2 top - 1: -> scale [sub-blocks], codes [sub-blocks, elements] uint8.
 
-    Lays the extreme on each of `steps` (near -top) and fits the scale by least squares, weighted by x^2 if `weighted`.
+    Lays the extreme on each of `steps` (near -top) and fits the scale by weighted least squares.
     """
     x = x.t().contiguous()
-    w = x * x if weighted else torch.ones_like(x)
+    w = _weights(x, weighting)
     extreme, zero = _extreme(x)
 
     def code(multiplier: Tensor) -> Tensor:
@@ -168,10 +185,10 @@ def _nearest(x: Tensor) -> Tensor:
     return torch.tensor(IQ4_VALUES, dtype=torch.float32, device=x.device)[lookup_codes(x).int()]
 
 
-def lookup(x: Tensor, weighted: bool, steps: Tensor) -> Tensor:
+def lookup(x: Tensor, weighting: Weighting, steps: Tensor) -> Tensor:
     """x ~ scale * one of IQ4_VALUES: -> scale [sub-blocks]. The extreme is laid on 127, then on each of `steps`."""
     x = x.t().contiguous()
-    w = x * x if weighted else torch.ones_like(x)
+    w = _weights(x, weighting)
     extreme, zero = _extreme(x)
     scale, best = torch.zeros_like(extreme), torch.zeros_like(extreme)
     first = divide(1, extreme / torch.full_like(extreme, 127))
@@ -184,18 +201,19 @@ def lookup(x: Tensor, weighted: bool, steps: Tensor) -> Tensor:
     return torch.where(zero, 0.0, scale)
 
 
-def score(x: Tensor, scale: Tensor, minimum: Tensor, low: int, high: int, table: bool) -> Tensor:
+def score(x: Tensor, weighting: Weighting, scale: Tensor, minimum: Tensor, low: int, high: int, table: bool) -> Tensor:
     """How well given scales fit. x: [sub-blocks, elements]; scale, minimum: [candidates, sub-blocks].
 
     x ~ scale * v - minimum with v the best of the integers low..high, or of IQ4_VALUES.
-    -> [4, candidates, sub-blocks]: the squared error, and the sums of v, v^2 and v x.
+    -> [4, candidates, sub-blocks]: the squared error, and the sums of v, v^2 and v x, all weighted.
     """
     x = x.t().contiguous()
+    w = _weights(x, weighting)
     sums = x.new_empty(4, *scale.shape)
     for index, (d, m) in enumerate(zip(scale, minimum, strict=True)):
         v = (x + m) * torch.where(d == 0, 0.0, divide(1, d))
         v = _nearest(v) if table else v.nan_to_num_(low).round_().clamp_(low, high)
         off = d * v - m - x
-        for which, terms in enumerate((off * off, v, v * v, v * x)):
+        for which, terms in enumerate((w * off * off, w * v, w * v * v, w * v * x)):
             sums[which, index] = _ordered_sum(terms)
     return sums

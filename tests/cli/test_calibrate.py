@@ -1,0 +1,172 @@
+"""zimage-lite calibrate, and quantize --calibration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from zimage_lite.calibration import files, imatrix
+from zimage_lite.calibration.statistics import Moments, Statistics, input_of
+from zimage_lite.cli import run
+from zimage_lite.pipeline import calibrating
+
+QUICK = ("--steps", "2", "--products", "whole")
+
+
+def calibrate(out: Path, prompts: str, *options: str) -> int:
+    file = out.with_name("prompts.txt")
+    file.write_text(prompts, encoding="utf-8")
+    return run(["calibrate", "demo", "-o", str(out), "--prompts", str(file), *QUICK, *options])
+
+
+@pytest.fixture(scope="module")
+def statistics(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("statistics") / "demo.safetensors"
+    assert calibrate(out, "a red circle on a blue background\n\n蓝色背景上的红色圆形\n") == 0
+    return out
+
+
+def written(path: Path) -> Statistics:
+    return files.resume(path)
+
+
+def test_what_is_gathered(statistics: Path) -> None:
+    """Of two prompts and two steps of 16 patches, filled up to 32, with 32 tokens of a caption each."""
+    found = written(statistics)
+    assert found.prompts == ["a red circle on a blue background", "蓝色背景上的红色圆形"]
+    assert len(found.inputs) == len({input_of(name) for name in found.inputs})
+    layer = found.inputs["layers.0.attention.to_q.weight"]
+    assert layer.counts.tolist() == [2 * 64, 0, 2 * 64, 0]
+    assert found.inputs["all_x_embedder.2-1.weight"].counts.sum() == 2 * 2 * 16
+    assert found.inputs["layers.0.adaLN_modulation.0.weight"].counts.sum() == calibrating.TIMES
+    for name, own in found.inputs.items():
+        assert own.products is None or torch.allclose(
+            own.products.diagonal(dim1=1, dim2=2).flatten(), own.squares.sum(0).float(), rtol=1e-3
+        ), name
+
+
+def test_moments_are_those_of_the_rows() -> None:
+    rng = np.random.default_rng(1)
+    x = rng.normal(0, 1, (70, 32)).astype(np.float32)
+    own = Moments.empty(32, 16)
+    own.add(torch.from_numpy(x[:30]), 0)
+    own.add(torch.from_numpy(x[30:]), 3)
+    assert own.counts.tolist() == [30, 0, 0, 40]
+    assert np.allclose(own.mean_squares, np.square(x).mean(0), rtol=1e-5)
+    assert own.products is not None
+    for at in (0, 16):
+        assert np.allclose(own.products[at // 16], x[:, at : at + 16].T @ x[:, at : at + 16], atol=1e-4)
+
+
+def test_only_what_is_missing_is_drawn(statistics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "demo.safetensors"
+    out.write_bytes(statistics.read_bytes())
+    before = out.read_bytes()
+    assert calibrate(out, "a red circle on a blue background\n") == 0
+    assert out.read_bytes() == before
+    assert calibrate(out, "a red circle on a blue background\na green star\n", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["prompts"] == 3
+    assert written(out).inputs["layers.0.attention.to_q.weight"].counts.sum() == 3 * 2 * 64
+    assert calibrate(out, "a cross\n", "--width", "128") == 2
+    assert "was gathered otherwise" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_interrupt_leaves_whole_statistics_of_fewer_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds of one; the third prompt is interrupted in its last step."""
+    out, steps = tmp_path / "demo.safetensors", list[int]()
+    add = Moments.add
+
+    def interrupted(self: Moments, x: torch.Tensor, quarter: int) -> None:
+        steps.append(quarter)
+        if len(written(out).prompts if out.exists() else []) == 2 and quarter:
+            raise KeyboardInterrupt
+        add(self, x, quarter)
+
+    monkeypatch.setattr("zimage_lite.pipeline.grouping.MOST_PER_ROUND", 1)
+    monkeypatch.setattr("zimage_lite.plan.prediction._BATCHES", (1,))
+    monkeypatch.setattr(calibrating, "SAVING_SHARE", 1e9)
+    monkeypatch.setattr(Moments, "add", interrupted)
+    assert calibrate(out, "a red circle\na green star\na blue cross\n") == 130
+    found = written(out)
+    assert found.prompts == ["a red circle", "a green star"]
+    assert found.inputs["layers.0.attention.to_q.weight"].counts.sum() == 2 * 2 * 64
+
+
+@pytest.mark.parametrize("end", imatrix.SUFFIXES)
+def test_an_imatrix_says_the_same(statistics: Path, tmp_path: Path, end: str) -> None:
+    out = tmp_path / f"imatrix{end}"
+    files.write(out, written(statistics))
+    ours, theirs = files.read(statistics), files.read(out)
+    assert theirs.squares.keys() == ours.squares.keys()
+    for name, mean in ours.squares.items():
+        assert torch.allclose(theirs.squares[name], mean, rtol=1e-5), name
+    assert theirs.config is None and not theirs.products
+
+
+def test_gguf_py_reads_our_imatrix(statistics: Path, tmp_path: Path) -> None:
+    out = tmp_path / "imatrix.gguf"
+    files.write(out, written(statistics))
+    reader = gguf.GGUFReader(out)
+    assert reader.fields["general.type"].contents() == "imatrix"
+    found = {tensor.name: tensor.data for tensor in reader.tensors}
+    own = written(statistics).inputs["layers.0.attention.to_q.weight"]
+    assert np.allclose(found["layers.0.attention.qkv.weight.in_sum2"].flatten(), own.squares.sum(0), rtol=1e-6)
+    assert found["layers.0.attention.qkv.weight.counts"].flatten().tolist() == [own.counts.sum()]
+    assert {"layers.0.feed_forward.w1.weight.in_sum2", "layers.0.feed_forward.w3.weight.in_sum2"} <= found.keys()
+
+
+def quantized(out: Path, *options: str) -> int:
+    some = ("--component", "transformer", "--to", "q4_0", "--keep", "layers.1.*", "--keep", "layers.2.*")
+    return run(["quantize", "demo", "-o", str(out), *some, *options])
+
+
+def test_quantizing_with_statistics(statistics: Path, tmp_path: Path) -> None:
+    """An imatrix gives what our own file gives, but for the rounding of its sums; with X^T X best gives something else
+    of the same size."""
+    files.write(tmp_path / "sums.gguf", written(statistics))
+    known, options = ("--calibration", str(statistics)), ("--effort", "best")
+    for name, more in {
+        "blind": (), "own": known, "imatrix": ("--calibration", str(tmp_path / "sums.gguf")),
+        "best": (*known, *options),
+    }.items():  # fmt: skip
+        assert quantized(tmp_path / f"{name}.gguf", *more) == 0
+    blind, own, same, best = ((tmp_path / f"{name}.gguf").read_bytes() for name in ("blind", "own", "imatrix", "best"))
+    assert len({blind, own, best}) == 3 and len({len(blind), len(own), len(best), len(same)}) == 1
+    assert np.mean(np.frombuffer(own, np.uint8) == np.frombuffer(same, np.uint8)) > 0.9999
+    assert np.mean(np.frombuffer(own, np.uint8) == np.frombuffer(blind, np.uint8)) < 0.999
+
+
+def refused(capsys: pytest.CaptureFixture[str]) -> str:
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def changed(statistics: Path, out: Path, **config: Any) -> Path:
+    found = written(statistics)
+    files.write(out, Statistics({**found.config, **config}, found.settings, found.prompts, found.inputs))
+    return out
+
+
+def test_what_does_not_fit_is_refused(statistics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    other = changed(statistics, tmp_path / "other.safetensors", n_layers=30)
+    assert quantized(tmp_path / "x.gguf", "--calibration", str(other)) == 2
+    assert "statistics of another model: got n_layers 30, expected n_layers 3" in refused(capsys)
+    own = written(statistics)
+    short = {name: Moments(m.counts, m.squares[:, :16]) for name, m in own.inputs.items()}
+    files.write(tmp_path / "short.gguf", Statistics({}, {}, own.prompts, short))
+    assert quantized(tmp_path / "x.gguf", "--calibration", str(tmp_path / "short.gguf")) == 2
+    assert "statistics of another model: got 16 channels" in refused(capsys)
+    (tmp_path / "broken.dat").write_bytes(b"\x01\x00\x00\x00\xff\xff")
+    assert quantized(tmp_path / "x.gguf", "--calibration", str(tmp_path / "broken.dat")) == 2
+    assert "not an imatrix" in refused(capsys)
+    assert run(["calibrate", "demo", "-o", str(tmp_path / "x.npz")]) == 2
+    assert "its end says what it is" in refused(capsys)
+    assert not (tmp_path / "x.gguf").exists()

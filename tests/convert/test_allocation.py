@@ -1,0 +1,70 @@
+"""Formats by what they cost and gain: against the best of all combinations, and as a file."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from zimage_lite.checkpoint.checkpoint import open_checkpoint
+from zimage_lite.cli import run
+from zimage_lite.convert.allocation import Choice, allocate
+from zimage_lite.convert.recipe import Goal, target
+from zimage_lite.errors import UserError
+
+
+def offered(seed: int) -> dict[str, list[Choice]]:
+    """Five tensors of many sizes, whose errors fall by about four for each bit."""
+    rng, found = np.random.default_rng(seed), {}
+    for name in "abcde":
+        size, level = int(rng.integers(100, 1000)), rng.random() * 10
+        bits = enumerate((2, 3, 4, 6))
+        found[name] = [Choice(f"f{i}", size * b, float(level * 4.0**-b * (0.5 + rng.random()))) for i, b in bits]
+    return found
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_allocation_is_nearly_the_best(seed: int) -> None:
+    """But for the bytes that are left over in the end, which a dearer step somewhere else may use better."""
+    own = offered(seed)
+    budget = int(0.6 * sum(choices[-1].nbytes for choices in own.values()))
+    chosen = allocate(own, budget)
+    taken = sum(choice.nbytes for choice in chosen.values())
+    assert chosen.keys() == own.keys() and taken <= budget
+    found = sum(choice.error for choice in chosen.values())
+    mixes = [mix for mix in product(*own.values()) if sum(choice.nbytes for choice in mix) <= budget]
+    best = min(sum(choice.error for choice in mix) for mix in mixes)
+    dearest = max(choices[0].error for choices in own.values())
+    assert best <= found <= best + 0.2 * dearest
+    assert allocate(dict(reversed(own.items())), budget) == chosen
+
+
+@pytest.mark.parametrize(("text", "nbytes"), [("4.5bpw", 5625), ("4bpw", 5000), ("3MB", 3_000_000)])
+def test_goals(text: str, nbytes: int) -> None:
+    assert target(f"auto:{text}").goal == Goal.of(text)
+    assert Goal.of(text).bytes_of(10_000) == nbytes
+
+
+@pytest.mark.parametrize("text", ["auto:many", "auto:xbpw", "auto:"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UserError):
+        target(text)
+
+
+@pytest.mark.slow
+def test_a_file_of_the_size_that_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "auto.gguf"
+    common = ("--component", "transformer", "-o", str(out), "--keep", "layers.0.attention.*")
+    assert run(["quantize", "demo", "--to", "auto:8bpw", *common]) == 0
+    written = open_checkpoint(out)
+    weights = sum(int(np.prod(tensor.shape)) for tensor in written.tensors.values())
+    assert 7.5 < 8 * written.nbytes / weights <= 8
+    assert written.tensors["layers.0.attention.to_q.weight"].format.name == "bf16"
+    assert len({tensor.format.name for tensor in written.tensors.values()}) > 3
+    capsys.readouterr()
+    assert run(["inspect", str(out)]) == 0
+    assert "made by the recipe auto-8bpw layers.0.attention.*=keep" in capsys.readouterr().out
+    assert run(["quantize", "demo", "--to", "auto:3bpw", *common, "--overwrite"]) == 2
+    assert "auto-3bpw: too small for this model: expected" in capsys.readouterr().err

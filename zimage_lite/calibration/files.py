@@ -1,0 +1,122 @@
+"""Statistics on the disk: our own files, and llama.cpp's, told apart by their first bytes.
+
+Ours are safetensors: of each input `.counts`, `.squares` and `.products`, see `statistics.Moments`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import safetensors
+from ..checkpoint.container import Entry, TensorFile
+from ..checkpoint.opening import open_tensor_file
+from ..checkpoint.writer import open_writer
+from ..errors import FileFormatError, UserError
+from ..quant.formats import DTYPE_BYTES
+from . import imatrix
+from .known import Calibration
+from .statistics import STEP_RANGES, Moments, Statistics
+
+KEY = "zimage_lite.calibration"  # metadata: config, settings and prompts as JSON
+_COUNTS, _SQUARES, _PRODUCTS = ".counts", ".squares", ".products"
+_DTYPES = {_COUNTS: ("F64", torch.float64), _SQUARES: ("F64", torch.float64), _PRODUCTS: ("F32", torch.float32)}
+
+
+def write(path: Path, statistics: Statistics) -> None:
+    """Whole or not at all, in the form that the name's end tells. Raises UserError."""
+    if path.suffix in imatrix.SUFFIXES:
+        imatrix.write(path, statistics)
+        return
+    tensors = {f"{name}{part}": tensor for name, own in statistics.inputs.items() for part, tensor in _parts(own)}
+    arrays = [(name, _DTYPES[_part(name)][0], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    said = {"config": statistics.config, "settings": statistics.settings, "prompts": statistics.prompts}
+    header, offsets = safetensors.encode_header(arrays, {KEY: json.dumps(said, ensure_ascii=False)})
+    total = len(header) + sum(DTYPE_BYTES[dtype] * math.prod(shape) for _, dtype, shape in arrays)
+    with open_writer(path, header, total) as writer:
+        for offset, tensor in zip(offsets, tensors.values(), strict=True):
+            writer.write(offset, tensor)
+
+
+def read(path: Path) -> Calibration:
+    """What quantizers take of a file; products are read when they are asked for. Raises UserError."""
+    if imatrix.is_old(path):
+        return imatrix.read_old(path)
+    file = open_tensor_file(path)
+    if file.container == "gguf":
+        return imatrix.read(file)
+    said, inputs = _said(file), {}
+    for name, own in _inputs(file).items():
+        counts = _read(own[_COUNTS]).sum()
+        inputs[name] = (_read(own[_SQUARES]).sum(0) / counts).float()
+    products = {name: (own[_PRODUCTS], float(_read(own[_COUNTS]).sum())) for name, own in _with_products(file)}
+    return Calibration(path, said["config"], inputs, products, len(said["prompts"]))
+
+
+def resume(path: Path) -> Statistics:
+    """A file of ours, to be added to. Raises UserError."""
+    if path.suffix in imatrix.SUFFIXES:
+        raise UserError(f"{path}: an imatrix keeps too little to be added to", fix="gather into a .safetensors file")
+    file = open_tensor_file(path)
+    said = _said(file)
+    inputs = {
+        name: Moments(*(_read(own[part]) for part in (_COUNTS, _SQUARES, _PRODUCTS) if part in own))
+        for name, own in _inputs(file).items()
+    }
+    return Statistics(said["config"], said["settings"], said["prompts"], inputs)
+
+
+def _parts(own: Moments) -> list[tuple[str, Tensor]]:
+    found = [(_COUNTS, own.counts), (_SQUARES, own.squares)]
+    return found if own.products is None else [*found, (_PRODUCTS, own.products)]
+
+
+def _part(name: str) -> str:
+    return name[name.rindex(".") :]
+
+
+def _said(file: TensorFile) -> dict[str, Any]:
+    try:
+        said = json.loads(file.metadata[KEY])
+        if {key: type(said[key]) for key in ("config", "settings", "prompts")} == _KINDS:
+            return said
+    except (KeyError, ValueError, TypeError, RecursionError):
+        pass
+    raise FileFormatError(f"{file.path}: no statistics", expected="what `zimage-lite calibrate` writes, or an imatrix")
+
+
+_KINDS = {"config": dict, "settings": dict, "prompts": list}
+
+
+def _inputs(file: TensorFile) -> dict[str, dict[str, Entry]]:
+    """Input -> its parts, of which the sizes go together."""
+    found: dict[str, dict[str, Entry]] = {}
+    for name, entry in file.entries.items():
+        part = _part(name) if "." in name else ""
+        if entry.kind != _DTYPES.get(part, ("",))[0]:
+            raise FileFormatError(f"{file.path}: tensor {name[:200]} is no statistic")
+        found.setdefault(name.removesuffix(part), {})[part] = entry
+    for name, own in found.items():
+        shapes = {part: entry.shape for part, entry in own.items()}
+        columns = shapes.get(_SQUARES, (0, 0))[-1]
+        blocks, width = (*shapes.get(_PRODUCTS, (1, columns)), 0, 0)[:2]
+        expected = {_COUNTS: (STEP_RANGES,), _SQUARES: (STEP_RANGES, columns)}
+        if _PRODUCTS in shapes:
+            expected[_PRODUCTS] = (blocks, width, width)
+        if shapes != expected or blocks * width != columns:
+            raise FileFormatError(f"{file.path}: the statistics of {name[:200]} do not add up", got=shapes)
+    return found
+
+
+def _with_products(file: TensorFile) -> list[tuple[str, Mapping[str, Entry]]]:
+    return [(name, own) for name, own in _inputs(file).items() if _PRODUCTS in own]
+
+
+def _read(entry: Entry) -> Tensor:
+    return entry.read().view(_DTYPES[_part(entry.name)][1]).view(entry.shape)

@@ -1,0 +1,125 @@
+"""Watches what the transformer's linears are given while it draws."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.statistics import STEP_RANGES, Moments, Statistics, input_of
+from ..config import GenerateOptions
+from ..errors import UserError
+from ..model.float16 import FEED_FORWARD_SCALE, scale_in
+from ..model.linear import Linear
+from ..model.transformer import is_time_weight
+from .denoise import BLOCKS, Step
+from .drawing import Pipeline
+from .steps import modulations
+from .workspace import Progress, silent
+
+_TIMED = "t_embedder.mlp.0.weight"
+FULL = 2**30  # of the width of blocks of products: whole rows
+LARGEST_PRODUCTS_BYTES = 10**9  # that whole rows may take before they are cut into blocks
+WIDTH = 256  # of these: the super-block of K-quants, and the group of rotations
+TIMES = 512  # that the time's own linears are seen at
+SAVING_SHARE = 0.05  # of the time, at most, is spent on writing what was gathered so far
+
+
+def begun(pipeline: Pipeline, width: int | None, settings: dict[str, Any]) -> Statistics:
+    """Nothing seen yet, of all linears of the transformer. width: of the blocks of products, 0 for none; None: whole
+    rows if they are small. The memory that they take is there at once, so that it is planned with."""
+    linears = _linears(pipeline)
+    if width is None:
+        whole = sum(4 * module.weight.shape[1] ** 2 for name, module in linears.items() if _has_products(name))
+        width = FULL if whole <= LARGEST_PRODUCTS_BYTES else WIDTH
+    inputs = {
+        name: Moments.empty(module.weight.shape[1], width if _has_products(name) else 0)
+        for name, module in linears.items()
+    }
+    return Statistics(asdict(pipeline.model.transformer.config), settings, [], inputs)
+
+
+def require_like(kept: Statistics, new: Statistics, where: str) -> None:
+    """Raise UserError unless what was gathered can be added to."""
+    if kept.settings != new.settings or _shapes(kept) != _shapes(new):
+        raise UserError(
+            f"{where}: was gathered otherwise", got=kept.settings, expected=new.settings, fix="add --overwrite"
+        )
+
+
+def gather(
+    pipeline: Pipeline, requests: Sequence[GenerateOptions], statistics: Statistics, save: Callable[[], None],
+    progress: Progress = silent,
+) -> None:  # fmt: skip
+    """Draw all but the pixels, and add what was seen to the statistics. save: is called now and then, with nothing half
+    seen, and in the end. Raises UserError, BudgetError."""
+    saved, took = time.monotonic(), 0.0
+    _see_times(pipeline, statistics)
+    with _watching(pipeline, statistics, timed=False) as on_step:
+        for places in pipeline.denoised(requests, progress, on_step):
+            statistics.prompts += [requests[place].prompt for place in places]
+            if time.monotonic() - saved >= took / SAVING_SHARE and len(statistics.prompts) < len(requests):
+                start = time.monotonic()
+                save()
+                saved = time.monotonic()
+                took = saved - start
+    save()
+
+
+def _see_times(pipeline: Pipeline, statistics: Statistics) -> None:
+    """What depends on the time alone is computed for all of it, so that it serves any steps."""
+    if float(statistics.inputs[_TIMED].counts.sum()):
+        return  # they were there before
+    with _watching(pipeline, statistics, timed=True), torch.inference_mode():
+        modulations(pipeline.denoising.component, torch.linspace(0, 1, TIMES), pipeline.hardware)
+
+
+@contextmanager
+def _watching(pipeline: Pipeline, statistics: Statistics, timed: bool) -> Iterator[Callable[[Step], None]]:
+    """Yields what is to be told of each step. timed: watch the linears of the time alone, else the others."""
+    quarter = 0
+
+    def on_step(step: Step) -> None:
+        nonlocal quarter
+        quarter = step.step % step.of * STEP_RANGES // step.of
+
+    def see(moments: Moments, scale: float, module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        x = given[0]
+        factor = scale_in(x.dtype, scale)
+        moments.add(x if factor == 1 else x.float() / factor, quarter)
+
+    handles = []
+    for name, module in _linears(pipeline).items():
+        if is_time_weight(name) != timed:
+            continue
+        scale = FEED_FORWARD_SCALE if name.endswith(".feed_forward.w2.weight") else 1.0
+        handles.append(module.register_forward_pre_hook(partial(see, statistics.inputs[name], scale)))
+    try:
+        yield on_step
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _linears(pipeline: Pipeline) -> dict[str, Linear]:
+    """The transformer's, one for each input, by the names of their weights."""
+    named = pipeline.denoising.transformer.named_modules()
+    linears = {f"{name}.weight": module for name, module in named if isinstance(module, Linear)}
+    return {name: module for name, module in linears.items() if input_of(name) == name}
+
+
+def _has_products(name: str) -> bool:
+    """Of what recipes shrink."""
+    return name.split(".")[0] in BLOCKS
+
+
+def _shapes(statistics: Statistics) -> dict[str, object]:
+    return {
+        name: (own.squares.shape, own.products is None or own.products.shape) for name, own in statistics.inputs.items()
+    }
