@@ -161,18 +161,27 @@ def test_as_open_webui_asks(client: TestClient) -> None:
     values = {"model": "demo", "prompt": "x", "n": 1, "size": "64x64", "response_format": "b64_json", **SHORT}
     (one,) = client.post("/v1/images/generations", json=values).json()["data"]
     assert one.keys() == {"b64_json", "seed"}
-    for name in ("image", "image[]"):
-        form = {"model": "demo", "prompt": "x", "n": "1", "size": "64x64", "steps": "2"}
-        answer = client.post("/v1/images/edits", data=form, files={name: ("a.png", png(), "image/png")})
-        assert answer.status_code == 200, answer.text
+    unnamed = {"model": "dall-e-2", "prompt": "x", "n": 1, "response_format": "b64_json", **SHORT}
+    assert client.post("/v1/images/generations?api-version=1", json=unnamed).status_code == 200
+    form = {"model": "demo", "prompt": "x", "n": "1", "size": "64x64", "response_format": "b64_json", "steps": "2"}
+    for name, count in (("image", 1), ("image[]", 1), ("image[]", 2)):
+        files = [(name, (f"{number}.png", png(), "image/png")) for number in range(count)]
+        answer = client.post("/v1/images/edits", data={**form, "background": "auto"}, files=files)
+        assert answer.status_code == 200 and answer.json()["data"][0]["b64_json"], answer.text
 
 
 @pytest.mark.slow
 def test_as_librechat_asks(client: TestClient) -> None:
-    values = {"model": "gpt-image-1", "prompt": "x", "quality": "auto", "size": "auto", "background": "auto", "n": 1}
+    values = {
+        "model": "gpt-image-1", "prompt": "x", "quality": "auto", "size": "auto", "background": "auto", "n": 1,
+        "output_format": "png",
+    }  # fmt: skip
     assert "b64_json" in client.post("/v1/images/generations", json=values).json()["data"][0]
     (one,) = client.post("/v1/images/generations", json={**values, "response_format": "url"}).json()["data"]
     assert client.get(one["url"]).headers["content-type"] == "image/png"
+    form = {"model": "gpt-image-1", "prompt": "x", "quality": "auto", "size": "auto"}
+    answer = client.post("/v1/images/edits", data=form, files={"image[]": ("a.png", png(), "image/png")})
+    assert answer.status_code == 200 and answer.json()["data"][0]["b64_json"], answer.text
 
 
 def test_a_full_queue_says_when(serve_options: Options) -> None:
