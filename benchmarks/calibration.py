@@ -2,6 +2,8 @@
 
     python benchmarks/calibration.py --out benchmarks/results/calibration/demo_cpu.json
 
+Each row is written as it is done.
+
 Statistics come from captions of the demo's training grammar; pictures are of captions that neither training nor the
 statistics have seen, drawn with the transformer's weights decoded from each format (the text encoder stays as it is),
 against those of the unquantized demo with the same seeds: PSNR, SSIM, and how often the caption is shown right.
@@ -25,13 +27,13 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from full_size import machine
 from PIL import Image
@@ -47,6 +49,7 @@ from zimage_lite.compare.similarity import pixels, psnr_db, ssim
 from zimage_lite.convert.allocation import CANDIDATES, Choice, allocate
 from zimage_lite.convert.recipe import target
 from zimage_lite.pipeline import calibrating
+from zimage_lite.pipeline.denoise import BLOCKS
 from zimage_lite.quant.formats import FORMATS, Format
 from zimage_lite.quant.inputs import Inputs
 
@@ -54,10 +57,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from demo_judge import judge
 from demo_scenes import LANGUAGES, caption, held_out_captions, random_scene
 
+AUTO = ("auto:4.5bpw", "auto:q4_k_m")  # so many bits for each weight of the transformer, or as many as that recipe
 RECIPES = (
-    "q5_k_s", "q5_0", "q5_1", "q4_k_m", "q4_k_s", "q4_0", "q4_1", "iq4_nl", "iq4_xs", "q3_k_m", "q3_k_s", "q2_k",
+    "q4_k_m", "q3_k_s", "q2_k", "q4_k_s", *AUTO, "q4_0", "iq4_xs", "q3_k_m", "iq4_nl", "q4_1", "q5_k_s", "q5_0", "q5_1",
 )  # fmt: skip
-AUTO = 4.5  # bits per weight, of the whole transformer
 WAYS = {  # --effort, and whether with --calibration
     "blind": ("reference", False),
     "best": ("best", False),
@@ -77,25 +80,18 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=("blind", "weighted", "calibrated"), choices=tuple(WAYS))
     args = parser.parse_args()
     bench = Bench(args.captions, args.seen)
-    rows = []
+    setup = {"captions": args.captions, "seen": args.seen, "steps": STEPS}
+    result: dict[str, Any] = {"machine": machine(), "version": __version__, "commit": commit(), **setup, "rows": []}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     for recipe in args.recipes:
         formats = bench.formats_of(recipe)
         row: dict[str, Any] = {"recipe": recipe, "bits_per_weight": bench.size(formats)}
-        rows.append(row | {way: bench.measured(formats, way) for way in args.ways})
-        print(json.dumps(rows[-1]), flush=True)
-    for name, bits in (("auto:4.5bpw", AUTO), ("auto as large as q4_k_m", bench.size(bench.formats_of("q4_k_m")))):
-        formats = bench.allocated(bits)
-        row = {
-            "recipe": name,
-            "bits_per_weight": bench.size(formats),
-            "calibrated": bench.measured(formats, "calibrated"),
-        }
-        rows.append(row | {"formats": Counter(row.name for row in formats.values())})
-        print(json.dumps(rows[-1]), flush=True)
-    setup = {"captions": args.captions, "seen": args.seen, "steps": STEPS}
-    result = {"machine": machine(), "version": __version__, "commit": commit(), **setup, "rows": rows}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+        row |= {way: bench.measured(formats, way) for way in args.ways if recipe not in AUTO or way == "calibrated"}
+        if recipe in AUTO:
+            row["formats"] = Counter(format.name for format in formats.values())
+        result["rows"].append(row)
+        print(json.dumps(row), flush=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 class Bench:
@@ -114,36 +110,43 @@ class Bench:
 
     def formats_of(self, recipe: str) -> dict[str, Format]:
         """What each tensor gets, whether or not it fits its rows."""
+        if recipe in AUTO:
+            wanted = recipe.removeprefix("auto:").removesuffix("bpw")
+            return self._allocated(self.size(self.formats_of(wanted)) if wanted in RECIPES else float(wanted))
         chosen, n_layers = target(recipe).recipe("transformer"), self.source.config.n_layers
         tensors = self.source.tensors.items()
         return {name: chosen.wanted((name,), tensor.shape, tensor.format, n_layers) for name, tensor in tensors}
 
     def size(self, formats: Mapping[str, Format]) -> float:
         """Bits for each weight of the transformer, without those that its rows are filled up with."""
-        weights = {name: math.prod(tensor.shape) for name, tensor in self.source.tensors.items()}
-        total = sum(formats[name].bits_per_weight() * count for name, count in weights.items())
-        return round(total / sum(weights.values()), 3)
+        total = sum(self._bytes(row, name) for name, row in formats.items())
+        return round(8 * total / sum(map(self._count, formats)), 3)
 
-    def allocated(self, bits: float) -> dict[str, Format]:
+    def _allocated(self, bits: float) -> dict[str, Format]:
         """As `quantize --to auto` does it."""
-        base, found = self.formats_of("q4_k_m"), {}
-        free = {name for name, row in base.items() if row.lossy or ("refiner." in name and "norm" not in name)}
-        free = {name for name in free if name.endswith(".weight")}
-        for name in free:
-            x, known = self.source.tensors[name].read_float()[::4].contiguous(), self.known.get(input_of(name))
-            count = math.prod(self.source.tensors[name].shape)
-            found[name] = [
-                Choice(each, int(FORMATS[each].bits_per_weight() * count / 8), wrong(x, FORMATS[each], known))
-                for each in CANDIDATES
-            ]
-        weights = sum(math.prod(tensor.shape) for tensor in self.source.tensors.values())
-        kept = sum(
-            row.bits_per_weight() * math.prod(self.source.tensors[name].shape) / 8
-            for name, row in base.items()
-            if name not in free
-        )
-        chosen = allocate({name: found[name] for name in sorted(found)}, int(bits * weights / 8 - kept))
-        return base | {name: FORMATS[choice.format] for name, choice in chosen.items()}
+        base, weights = self.formats_of("q4_k_m"), sum(map(self._count, self.source.tensors))
+        kept = sum(self._bytes(row, name) for name, row in base.items() if name not in self._choices)
+        return base | {
+            name: FORMATS[choice.format]
+            for name, choice in allocate(self._choices, int(bits * weights / 8 - kept)).items()
+        }
+
+    @cached_property
+    def _choices(self) -> dict[str, list[Choice]]:
+        """Of each matrix of a block, measured on every fourth row."""
+        found = {}
+        for name, tensor in sorted(self.source.tensors.items()):
+            if name.split(".")[0] in BLOCKS and len(tensor.shape) == 2:
+                x, known = tensor.read_float()[::4].contiguous(), self.known[input_of(name)]
+                rows = [FORMATS[each] for each in CANDIDATES]
+                found[name] = [Choice(row.name, int(self._bytes(row, name)), wrong(x, row, known)) for row in rows]
+        return found
+
+    def _bytes(self, row: Format, name: str) -> float:
+        return row.bits_per_weight() * self._count(name) / 8
+
+    def _count(self, name: str) -> int:
+        return math.prod(self.source.tensors[name].shape)
 
     def measured(self, formats: Mapping[str, Format], way: str) -> dict[str, float]:
         """Of the transformer in these formats."""
@@ -193,9 +196,8 @@ def inputs_of(statistics: Statistics) -> Mapping[str, Inputs]:
     return found
 
 
-def wrong(x: Tensor, row: Format, known: Inputs | None) -> float:
+def wrong(x: Tensor, row: Format, known: Inputs) -> float:
     """The share of the output's mean square."""
-    known = known or Inputs(torch.ones(x.shape[1]))
     return float(known.error(decoded(x, row, "best", known) - x).sum() / known.error(x).sum())
 
 
