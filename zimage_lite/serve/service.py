@@ -115,7 +115,7 @@ class Service:
 
 
 def _plan(drawer: Drawer, order: Order) -> dict[str, Any] | None:
-    """None if it was lost, as the job will find that it draws or the next one that it gets."""
+    """None if it was lost, which is seen to by whoever has it draw."""
     try:
         return drawer.plan(order)
     except DrawError as error:

@@ -20,6 +20,7 @@ from .seat import DRAWN, END, Seat
 
 _HEAR_S = 0.25  # and so long a worker may not know that an order was cancelled
 _START_S = 120.0  # Python, torch, and a place on the cluster
+_PLAN_S = 30.0  # of a model that is to be opened, with LoRAs; a client waits for it
 _STORE_BYTES = 100_000_000  # of what Ray shares between processes: pictures on their way
 
 
@@ -55,7 +56,7 @@ class RayDrawer:
 
     def plan(self, order: Order) -> dict[str, Any]:
         """As `Drawer.plan`. Raises also LostError, and UserError for a picture that cannot be read here."""
-        return self.ask("plan", order.carried())
+        return self.ask("plan", order.carried(), timeout=_PLAN_S)
 
     def ask(self, method: str, *values: Any, timeout: float | None = None) -> Any:
         """What its method gives. Raises LostError, and DrawError as the method does."""
