@@ -127,6 +127,7 @@ def quantized(out: Path, *options: str) -> int:
     return run(["quantize", "demo", "-o", str(out), *some, *options])
 
 
+@pytest.mark.slow
 def test_quantizing_with_statistics(statistics: Path, tmp_path: Path) -> None:
     """An imatrix gives what our own file gives, but for the rounding of its sums; with X^T X best gives something else
     of the same size."""

@@ -63,6 +63,7 @@ class Job:
             raise UserError(f"--to {self.target.name} measures the weights first", fix="download the model before")
         if self.options.calibration:
             _require_statistics_of(transformer, self.options.calibration)
+        self.note("measuring what each of the transformer's tensors loses in each type")
         return replace(self, target=allocated(self.target, transformer, self.options))
 
     def target_of(self, component: str) -> Target | None:

@@ -59,12 +59,13 @@ def gather(
 ) -> None:  # fmt: skip
     """Draw all but the pixels, and add what was seen to the statistics. save: is called now and then, with nothing half
     seen, and in the end. Raises UserError, BudgetError."""
-    saved, took = time.monotonic(), 0.0
+    saved, took, done = time.monotonic(), 0.0, 0
     _see_times(pipeline, statistics)
     with _watching(pipeline, statistics, timed=False) as on_step:
         for places in pipeline.denoised(requests, progress, on_step):
             statistics.prompts += [requests[place].prompt for place in places]
-            if time.monotonic() - saved >= took / SAVING_SHARE and len(statistics.prompts) < len(requests):
+            done += len(places)
+            if done < len(requests) and time.monotonic() - saved >= took / SAVING_SHARE:
                 start = time.monotonic()
                 save()
                 saved = time.monotonic()

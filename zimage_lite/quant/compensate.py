@@ -86,14 +86,14 @@ class Cells:
         v = (x + minimum) * self.inverse[sub]
         if self.table is None:
             v = v.round_().clamp_(self.low, self.high)
-            self._codes.append(v - self.low)
+            self._codes.append((v - self.low).to(torch.uint8))
         else:
             borders = (self.table[1:] + self.table[:-1]) / 2
             index = torch.bucketize(v, borders, right=True)
-            self._codes.append(index)
+            self._codes.append(index.to(torch.uint8))
             v = self.table[index]
         return scale * v - minimum
 
     def codes(self) -> Tensor:
         """[rows, columns] uint8, as stored."""
-        return torch.stack([codes.to(torch.uint8) for codes in self._codes], dim=1)
+        return torch.stack(self._codes, dim=1)
