@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 from PIL import Image
 
 from zimage_lite.cli import run
+from zimage_lite.cli.compare import command as compare
+from zimage_lite.config import GenerateOptions
 from zimage_lite.pictures.saving import recipe_of
 
 Refused = Callable[..., str]
@@ -45,6 +48,10 @@ def generate(model: Path | str, out: Path, *args: object) -> int:
 
 def pixels(path: Path) -> np.ndarray:
     return np.array(Image.open(path).convert("RGB"))
+
+
+def test_compare_takes_all_settings_of_an_image() -> None:
+    assert {field.name for field in fields(GenerateOptions)} - {"prompt"} <= {option.name for option in compare.params}
 
 
 def test_a_picture_keeps_its_size_and_what_the_mask_leaves(fox: Path, hole: Path, out: Path) -> None:

@@ -15,7 +15,7 @@ from recipes import a_recipe
 
 from zimage_lite.cli import run
 from zimage_lite.cli.like import Liked, liked
-from zimage_lite.config import Lora
+from zimage_lite.config import ControlUse, Lora
 from zimage_lite.errors import UserError
 from zimage_lite.pictures.saving import recipe_of, save
 
@@ -62,6 +62,16 @@ def test_what_is_given_beside_it_wins(tiny: Path, tmp_path: Path, capsys: pytest
     wanted = {"prompt": "a cat", "size": [64, 64], "steps": 1, "seed": 0, "sampler": "heun", "guidance": 0.0}
     assert {name: found[name] for name in wanted} == wanted
     assert f"note: {path} was drawn by Z-Image-Turbo-q4_k_m; this is tiny" in capsys.readouterr().err.splitlines()
+
+
+def test_controls_are_asked_at_its_scales(tmp_path: Path) -> None:
+    path = picture(tmp_path, controls=[{"name": "a", "scale": 0.5}, {"name": "b", "scale": 0.7}])
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    own, other = str(tmp_path / "a.safetensors"), str(tmp_path / "c.gguf")
+    found = like(path, controls=(own, f"{other}:1.5"))
+    assert found.settings["controls"] == (ControlUse(own, 0.5), ControlUse(other, 1.5))
+    assert notes(found) == [f"{path} was drawn with the ControlNet b; this is {other}"]
+    assert like(path, controls=(own,)).settings["controls"] == (ControlUse(own),)  # none says which of them it is
 
 
 def test_levels_give_way_to_what_they_replace(tmp_path: Path) -> None:

@@ -88,7 +88,11 @@ def test_a_control_takes_what_its_blocks_take(tmp_path: Path, capsys: pytest.Cap
                           "controls.0.control_layers.0", "layers.0"]  # fmt: skip
     assert order.index("controls.0.control_layers.1") + 1 == order.index("layers.5")
     assert more["fixed"]["control states"] == 2 * (4096 + 128) * 3840 * 2
-    assert more["pass_ms"][0] / plain["pass_ms"][0] - 1 > 8 / 32
+    step = more["pass_ms"][0] - plain["pass_ms"][0]
+    assert step / plain["pass_ms"][0] > 8 / 32
+    half = next(p for p in planned("--control", str(net), "--control-end", "0.5")["phases"] if p["phase"] == "denoise")
+    assert half["fixed"] == more["fixed"]
+    assert more["total_ms"][0] - half["total_ms"][0] == pytest.approx(4 * step, rel=0.1)  # of 8 steps
 
 
 def test_the_verb_refuses(refused, tiny: Path) -> None:

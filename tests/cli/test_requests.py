@@ -71,13 +71,15 @@ def test_a_line_has_its_own_picture_to_follow(tmp_path: Path) -> None:
         {"prompt": "b", "control_image": ["a.png", "b.png"], "controls": ["x:0.5", {"path": "y", "scale": 1}],
          "control_from": ["canny", "map"], "control_end": 0.6},
         {"prompt": "c"},
+        {"prompt": "d", "controls": []},
     )  # fmt: skip
     base = {"controls": ("net.safetensors:0.8",), "control_image": ("c.png",), "control_from": ("grey",)}
-    a, b, c = requests_of([], path, base, 1)
+    a, b, c, d = requests_of([], path, base, 1)
     assert a.controls == c.controls == (ControlUse("net.safetensors", 0.8),)
     assert (a.followed, c.followed) == ([("a.png", "grey")], [("c.png", "grey")])
     assert b.controls == (ControlUse("x", 0.5), ControlUse("y", 1.0)) and b.control_end == 0.6
     assert b.followed == [("a.png", "canny"), ("b.png", "map")]
+    assert d.controls == () and d.control_image is None
 
 
 def test_one_picture_may_be_for_several_controls() -> None:
@@ -86,6 +88,7 @@ def test_one_picture_may_be_for_several_controls() -> None:
     assert [image is picture and made for image, made in asked.followed] == ["map", "map"]
     assert asked == replace(asked, prompt="") and hash(asked) != hash(replace(asked, control_image=picture.copy()))
     assert [use.scale for use in asked.controls] == [None, None]
+    assert replace(asked, control_from=[]).followed == asked.followed  # none named is the usual one
 
 
 @pytest.mark.parametrize(
@@ -125,6 +128,7 @@ def test_what_of_controls_is_refused(wrong: dict[str, Any], line: str) -> None:
         ({"width": 1.5}, "width: got 1.5, expected a whole number"),
         ({"outpaint": "8,0,0,0"}, "outpaint: got '8,0,0,0', expected a list"),
         ({"sizes": 5}, "sizes: got 5, expected one of prompt, seed, width"),
+        ({"control_image": ["a.png", 3]}, r"control_image: got \['a.png', 3\], expected a text or a list of them"),
     ],
 )
 def test_a_value_of_another_kind(wrong: dict[str, Any], line: str, tmp_path: Path) -> None:

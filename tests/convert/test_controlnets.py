@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from control_files import save_control, tiny_config
 from controls import make_control, our_answer, ours, their_weights
 from oracles import bound, relative_error, transformer_inputs
 from planned_files import n_bytes
 from safetensors.torch import save_file
 
 from zimage_lite.checkpoint.checkpoint import open_checkpoint
+from zimage_lite.checkpoint.controlnets import names_of, settings
 from zimage_lite.config import ControlConfig
 from zimage_lite.convert.catalog import without_files
 from zimage_lite.convert.complete import open_complete
@@ -47,6 +49,17 @@ def test_sizes_of_int8_and_q4_k_m() -> None:
     """By hand, of 1008.3 million weights: a byte each; 4.5 bits each, of q, k and v 5.5, of w2 6.6 and of hints 8.5."""
     assert n_bytes(planned("int8")) == pytest.approx(1.01e9, rel=0.01)
     assert 0.62e9 < n_bytes(planned("q4_k_m")) < 0.72e9
+
+
+def test_what_it_wants_is_known_by_any_name(tmp_path: Path) -> None:
+    """Also in a folder, and quantized, and once more, under names that say nothing."""
+    source = save_control(tmp_path / "Fun-Union-2.1-8steps.safetensors", tiny_config())
+    quantize(source, tmp_path / "a.gguf", "q8_0")
+    (tmp_path / "net").mkdir()
+    quantize(tmp_path / "a.gguf", tmp_path / "net" / "b.safetensors", "int8")
+    for place in (source, tmp_path / "a.gguf", tmp_path / "net"):
+        found = open_complete(place)
+        assert settings(found.config, names_of(found)).steps == 8
 
 
 @pytest.fixture(scope="module")

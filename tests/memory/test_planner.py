@@ -12,7 +12,7 @@ from zimage_lite.errors import BudgetError
 from zimage_lite.memory.machine import Machine, Processor, Work, machine
 from zimage_lite.memory.placement import GRANULE_BYTES
 from zimage_lite.memory.plan import DEVICE, FILE, PAGEABLE, PINNED, Block, Budgets, Phase
-from zimage_lite.memory.planner import plan_phases
+from zimage_lite.memory.planner import _Clock, plan_phases
 
 # --- Small plans, by hand
 
@@ -48,6 +48,20 @@ def test_on_the_cpu_the_ram_is_the_device() -> None:
     assert made.device == "cpu" and made.peak_vram_bytes == 0
     assert len(made.resident) == 3 and made.slots == 2 and made.peak_ram_bytes <= 1121 * 10**6
     assert set(made.homes.values()) == {DEVICE, FILE}
+
+
+@pytest.mark.parametrize("idle_in", [range(0), range(3), range(2, 8), range(8)])
+def test_what_is_ruled_out_would_be_no_faster(idle_in: range, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some blocks do not run in some passes. Without the lower bound every candidate is simulated."""
+    some = frozenset({"b0", "b3", "b4", "b9"})
+    phase = replace(small(), idle=tuple(some if i in idle_in else frozenset[str]() for i in range(8)))
+    there = plain_machine(link_gbps=6.0, process_bytes=0, context_bytes=0)
+    budgets = [Budgets(vram * 10**8, ram * 10**8) for vram, ram in ((3, 4), (5, 5), (8, 12), (12, 12))]
+    found = [plan_phases([[phase]], there, one)[0] for one in budgets]
+    monkeypatch.setattr(_Clock, "at_least_ms", lambda self, candidate, spare: 0.0)
+    for made, one in zip(found, budgets, strict=True):
+        assert plan_phases([[phase]], there, one)[0].total_ms == pytest.approx(made.total_ms, abs=1e-5)
+        assert made.total_ms <= plan_phases([[small()]], there, one)[0].total_ms + 1e-5
 
 
 # --- Ways of doing the same

@@ -100,8 +100,9 @@ class Model:
 
     def run(self) -> Run:
         ends = []
-        for _ in range(self.route.passes):
-            for block in self.stream(self.route.homes):
+        for number in range(self.route.passes):
+            idle = self.route.idle[number] if self.route.idle else ()
+            for block in self.stream(name for name in self.route.homes if name not in idle):
                 assert self.clock.contents[self.bound[block]] == block, "overwritten while it was needed"
                 self.clock.compute(block)
             ends.append(self.clock.now)
@@ -139,6 +140,9 @@ def test_it_takes_what_was_simulated(seed: int) -> None:
         times = [tuple(draw.choice((0.5, 3.0, 8.0, 20.0)) for _ in range(4)) for _ in route.homes]
         passages = passages_of(route, times)
         assert Model(route, passages).run().ends_ms == simulate(passages, route.slots, route.staging, 4).ends_ms
+        idle = [frozenset(draw.sample(list(route.homes), draw.choice((0, 2, 7)))) for _ in range(4)]
+        some = simulate(passages, route.slots, route.staging, 4, idle=idle)
+        assert Model(replace(route, idle=idle), passages).run().ends_ms == some.ends_ms
 
 
 @pytest.mark.parametrize("copy_ms", [2.0, 15.0, 20.0, 25.0, 80.0])

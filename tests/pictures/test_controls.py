@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from picture_files import noise
 from PIL import Image, ImageFilter
 
 from zimage_lite.config import CONTROL_SOURCES
-from zimage_lite.pictures.controls import MAKERS, canny, in_grey, scribble, tile
+from zimage_lite.pictures.controls import MAKERS, MAKING_BYTES, canny, in_grey, scribble, tile
 
 
 def disc(width: int, height: int, radius: float) -> np.ndarray:
@@ -32,6 +34,17 @@ def test_all_are_pictures_of_the_same_size(kind: str, size: tuple[int, int]) -> 
     made = MAKERS[kind](noise(*size))
     assert made.shape == (size[1], size[0], 3) and made.dtype == np.uint8
     assert list(MAKERS) == list(CONTROL_SOURCES)
+
+
+@pytest.mark.parametrize("kind", CONTROL_SOURCES)
+def test_what_it_takes_is_planned(kind: str) -> None:
+    """Of noise, which has as many edges as there can be."""
+    picture = noise(192, 128)
+    tracemalloc.start()
+    MAKERS[kind](picture)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= 192 * 128 * MAKING_BYTES
 
 
 def test_edges_lie_where_the_shape_ends() -> None:

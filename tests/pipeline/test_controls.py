@@ -24,12 +24,14 @@ from trained_loras import save_lora
 
 from zimage_lite import load, quantize
 from zimage_lite.cli import run
-from zimage_lite.config import GenerateOptions, Lora
+from zimage_lite.config import GenerateOptions, Lora, TransformerConfig
 from zimage_lite.errors import UserError
 from zimage_lite.model.controlnet import ControlNet
 from zimage_lite.model.samplers import SAMPLERS, asked_at, evaluations
+from zimage_lite.pictures.controls import MAKING_BYTES
 from zimage_lite.pictures.saving import recipe_of
 from zimage_lite.pipeline import weights as loading
+from zimage_lite.pipeline.controls import ControlLibrary, unusual
 from zimage_lite.pipeline.sights import Sight
 from zimage_lite.plan import tiles
 
@@ -234,8 +236,24 @@ def test_a_mask_keeps_what_it_leaves(tiny: Path, nets: dict[str, Path]) -> None:
     for image in (plain, followed, filled):
         assert (image.numpy()[kept] == np.asarray(source)[kept]).all()
     assert min(difference(a, b) for a, b in ((plain, followed), (plain, filled), (followed, filled))) > 2
+
+
+def test_what_there_is_to_see(tiny: Path, nets: dict[str, Path]) -> None:
+    """What is transparent is a mask too; enlarged, a picture has none, and is drawn without the ControlNet."""
+    hole = hint(3, (64, 48)).convert("RGBA")
+    hole.paste((0, 0, 0, 0), (20, 10, 50, 40))
+    plain = hole.convert("RGB")
+    over = controlled(replace(CAT, steps=1, width=None, height=None, image=hole), nets["2.1"], control_image=None)
+    pipeline = load(tiny, device="cpu")
+    pipeline.require_fit([over, replace(over, image=plain, outpaint=(0, 0, 16, 0))])
+    first, enlarged = pipeline._tasks([pipeline.complete(replace(over, hires=2.0))])
+    assert first.sights and first.controls and not enlarged.controls
+    old = controlled(over, nets["1.0"], control_image=None)
     with pytest.raises(UserError, match="takes no mask, so it has nothing to see"):
-        drawn(tiny, controlled(over, nets["1.0"], control_image=None))
+        pipeline.require_fit([old])
+    for unmasked in (replace(over, mask="none"), replace(over, image=plain)):
+        with pytest.raises(UserError, match="neither a picture to follow nor a mask, so it has nothing to see"):
+            pipeline.require_fit([unmasked])
 
 
 def test_wrong_files_are_refused(tiny: Path, nets: dict[str, Path], tmp_path: Path) -> None:
@@ -247,6 +265,14 @@ def test_wrong_files_are_refused(tiny: Path, nets: dict[str, Path], tmp_path: Pa
             pipeline.generate([controlled(CAT, path)])
 
 
+def test_a_hint_is_open_before_the_image_is_decoded(tiny: Path, nets: dict[str, Path]) -> None:
+    pipeline, large = load(tiny, device="cpu"), np.zeros((500, 1000, 3), np.uint8)
+    request = controlled(CAT, nets["2.1"], control_image=large, control_from="canny")
+    (planned,) = pipeline._planned(pipeline._tasks([pipeline.complete(request)])).groups
+    assert planned.group.job.open_bytes >= large.nbytes + 64 * 48 * MAKING_BYTES
+    assert planned.group.job.back_bytes == 0
+
+
 def test_what_is_damaged_is_named(tiny: Path, tmp_path: Path) -> None:
     path = save_control(tmp_path / "x.safetensors", tiny_config())
     weights = load_file(path)
@@ -255,6 +281,31 @@ def test_what_is_damaged_is_named(tiny: Path, tmp_path: Path) -> None:
         save_file(weights, path, file.metadata())
     with pytest.raises(UserError, match=r"x\.safetensors: tensor control_layers\.1\.attention\.to_v\.weight"):
         load(tiny, device="cpu").generate([controlled(replace(CAT, steps=1), path)])
+
+
+def test_the_recipe_is_of_what_was_drawn_with(tiny: Path, tmp_path: Path) -> None:
+    """Whatever happens to the file: it is gone, or another one. One that is made in memory has no hash."""
+    path, pipeline = save_control(tmp_path / "x.safetensors", tiny_config()), load(tiny, device="cpu")
+    request = pipeline.complete(controlled(CAT, path))
+    pipeline.require_fit([request])
+    path.unlink()
+    said = [{"name": "x", "scale": 0.8}]
+    assert pipeline.controls.told(request) == said
+    save_control(path, tiny_config(), seed=1)
+    assert pipeline.controls.told(request) == said
+    pipeline.require_fit([request])
+    assert pipeline.controls.told(request)[0]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    synthetic = ControlLibrary(TransformerConfig(), lambda line: None)
+    assert synthetic.told(replace(request, controls="synthetic:1.0/int8"))[0].keys() == {"name", "scale"}
+
+
+def test_it_says_when_none_is_asked(tiny: Path, nets: dict[str, Path]) -> None:
+    pipeline = load(tiny, device="cpu")
+    late = pipeline.complete(controlled(replace(CAT, steps=2), nets["2.1"], control_start=0.6))
+    (task,) = pipeline._tasks([late])
+    (line, *_) = unusual(late, task.controls, task.steps, False)
+    assert line == "none of 2 steps begins between --control-start 0.6 and --control-end 1, so no ControlNet is asked"
+    assert not any("none of" in line for line in unusual(late, task.controls, 3, False))
 
 
 def test_it_says_what_its_authors_do_otherwise(tiny: Path, nets: dict[str, Path]) -> None:

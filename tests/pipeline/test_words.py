@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from zimage_lite.config import GenerateOptions
+from zimage_lite.pipeline.levels import is_within
 from zimage_lite.pipeline.words import Words, all_words, is_guided, words
 
 GUIDED = GenerateOptions("a", guidance=2.0, negative="b")
@@ -13,6 +14,14 @@ GUIDED = GenerateOptions("a", guidance=2.0, negative="b")
 
 def told(request: GenerateOptions, steps: int = 10) -> list[list[Words]]:
     return [words(request, step, steps, 1 - step / steps) for step in range(steps)]
+
+
+def test_parts_of_steps_are_whole_steps() -> None:
+    """Where a product is not quite the number of steps that it stands for: 0.28 * 25 > 7, 0.58 * 50 < 29."""
+    for steps, part, count in ((25, 0.28, 7), (25, 0.56, 14), (50, 0.58, 29)):
+        before = [step for step in range(steps) if is_within(step, steps, 0.0, part)]
+        after = [step for step in range(steps) if is_within(step, steps, part, 1.0)]
+        assert before == list(range(count)) and before + after == list(range(steps))
 
 
 def test_without_guidance_the_prompt_alone() -> None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..config import ControlConfig, TransformerConfig
 from ..errors import UserError, WrongModelError
 from .stored import StoredTensor
 
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+
+NAMES_KEY = "zimage_lite.names"  # metadata of the files we write: what the source was called
 _REFINER = "control_noise_refiner."
 
 
@@ -29,6 +34,12 @@ def _starts_with_zeros(tensor: StoredTensor) -> bool:
         return False
 
 
+def names_of(checkpoint: Checkpoint) -> str:
+    """All that it is called, one after another: its file or its folder, what lies there, and what it was made of."""
+    names = [checkpoint.source.name, *(path.name for path in checkpoint.stamps), checkpoint.metadata.get(NAMES_KEY)]
+    return " ".join(dict.fromkeys(name for name in names if name and isinstance(name, str)))
+
+
 @dataclass(frozen=True)
 class Settings:
     """What its authors draw with. base: it is for Z-Image Base, not for Turbo; scales: of hints, from and to; scale: of
@@ -40,9 +51,10 @@ class Settings:
     scale: float
 
 
-def settings(config: ControlConfig, file_name: str) -> Settings:
-    """Versions, steps and models differ in what they were trained for, of which only the file's name tells."""
-    name = file_name.lower()
+def settings(config: ControlConfig, names: str) -> Settings:
+    """Versions, steps and models differ in what they were trained for, of which only the file's name tells. names: as
+    of `names_of`."""
+    name = names.lower()
     base, tile, few = "z-image-fun" in name, "tile" in name, "8steps" in name
     if config.version == "1.0":
         return Settings(base, 9, (0.65, 0.8), 0.75)
@@ -52,9 +64,9 @@ def settings(config: ControlConfig, file_name: str) -> Settings:
     return Settings(base, 8 if few else 25, (0.65, 1.0), scale)
 
 
-def said_of(config: ControlConfig, file_name: str) -> str:
-    """For people, in one line."""
-    found = settings(config, file_name)
+def said_of(config: ControlConfig, names: str) -> str:
+    """For people, in one line. names: as of `names_of`."""
+    found = settings(config, names)
     takes = "a picture to follow" + (", a mask and the picture to change" if config.inpaints else "")
     low, high = found.scales
     model, count = "Base" if found.base else "Turbo", len(config.control_layers_places)

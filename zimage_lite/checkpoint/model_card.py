@@ -25,6 +25,12 @@ def control_place(control: str) -> Path:
     return model_folder(DEMO) / "controlnet" / "edges-8steps.safetensors" if control == DEMO else Path(control)
 
 
+def control_name(control: str) -> str:
+    """What a ControlNet is called: as its file without the ending, or its folder; one made in memory as it is named."""
+    place = control_place(control)
+    return place.stem if place.is_file() else place.name if place.is_dir() else control
+
+
 def default_size(folder: Path | None) -> tuple[int, int]:
     """Width and height that the model draws best: what its card says, or those of the true model. Raises UserError."""
     values = _card(folder)

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 _SHEET, _RESULT, _PICTURES = "sheet.png", "result.json", "pictures"
 _AS_IN_GENERATE = {
-    "prompt_file", "width", "height", "steps", "seed", "count", "guidance", "cfg", "negative", "shift", "vram", "ram",
-    "device", "dtype", "backend", "compute", "as_json", *DRAWING_FIELDS,
+    "prompt_file", "width", "height", "steps", "seed", "count", "guidance", "cfg", "negative", "shift", "loras", "vram",
+    "ram", "device", "dtype", "backend", "compute", "as_json", *DRAWING_FIELDS,
 }  # fmt: skip
 
 

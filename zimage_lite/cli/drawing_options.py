@@ -233,5 +233,5 @@ control_options = _all(_CONTROLS)
 DRAWING_FIELDS = (
     "sampler", "schedule", "sigmas", "variation", "guidance_range", "cfg_normalization", "cfg_truncation", "image",
     "strength", "strength_mode", "mask", "inpaint_area", "outpaint", "fit", "latents", "hires", "hires_strength",
-    "control_image", "control_from", "control_start", "control_end", "control_math",
+    "controls", "control_image", "control_from", "control_start", "control_end", "control_math",
 )  # fmt: skip

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..adapters.tags import find, without_tags
-from ..config import SIZE_MULTIPLE, Lora
+from ..checkpoint.model_card import control_name
+from ..config import SIZE_MULTIPLE, ControlUse, Lora
 from ..errors import UserError
 from ..pictures.recipe import SOURCES, settings, source_sha256
 from ..pictures.saving import recipe_of
@@ -61,6 +62,8 @@ def liked(picture: Path, image: Mapping[str, Any], given: Collection[str], lora_
     elif lora_dir is None and "loras" not in recipe:
         prompt = without_tags(prompt)
     mine = {name: image[name] for name in given}
+    if "controls" in given:
+        mine["controls"] = _controls(recipe, picture, ControlUse.several(image["controls"]), notes)
     return Liked(picture, (prompt,) if prompt else (), {**own, **mine}, recipe.get("model", {}).get("name"), notes)
 
 
@@ -123,6 +126,20 @@ def _loras(recipe: Mapping[str, Any], picture: Path, folder: Path | None, notes:
         found.append(Lora(str(path), lora["strength"], lora.get("blocks", ())))
         if not _is(_weights_of(path), lora):
             notes.append(f"{path} is not the {lora['name']} that {picture} was drawn with")
+    return tuple(found)
+
+
+def _controls(
+    recipe: Mapping[str, Any], picture: Path, given: Sequence[ControlUse], notes: list[str]
+) -> tuple[ControlUse, ...]:
+    """Those that are given, at the picture's scales where they name none."""
+    was, found = recipe.get("controls", ()), list[ControlUse]()
+    if len(was) != len(given):
+        return tuple(given)
+    for use, said in zip(given, was, strict=True):
+        if (name := control_name(use.path)) != said["name"]:
+            notes.append(f"{picture} was drawn with the ControlNet {said['name']}; this is {name}")
+        found.append(replace(use, scale=said["scale"]) if use.scale is None else use)
     return tuple(found)
 
 

@@ -95,15 +95,23 @@ def _request(values: dict[str, Any], base: Mapping[str, Any], where: str) -> Gen
     for name, value in values.items():
         if name not in _FIELDS:
             raise UserError(f"{where}: {name}", got=repr(value)[:60], expected=f"one of {', '.join(_FIELDS)}")
-        if not isinstance(value, _FIELDS[name]) or isinstance(value, bool):
+        if not _fits(value, _FIELDS[name]):
             raise UserError(f"{where}: {name}", got=repr(value)[:60], expected=_KINDS[_FIELDS[name]])
     for name in _LISTS.keys() & values.keys():
         values[name] = _numbers(values[name], _LISTS[name], f"{where}: {name}")
     instead = {"cfg", "guidance"} if {"cfg", "guidance"} & values.keys() else set()  # two names of one setting
+    if values.get("controls") == []:
+        instead |= {"control_image"}  # a line without any of the command line's ControlNets
     try:
         return GenerateOptions(**{**{name: base[name] for name in base.keys() - instead}, **values})
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def _fits(value: Any, kind: type | tuple[type, ...]) -> bool:
+    if kind == _TEXTS and isinstance(value, list):
+        return all(isinstance(one, str) for one in value)
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _numbers(values: list[Any], count: int, where: str) -> tuple[float, ...]:

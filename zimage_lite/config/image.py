@@ -197,7 +197,7 @@ class GenerateOptions:
         object.__setattr__(self, "controls", ControlUse.several(self.controls))
         given = None if self.control_image is None else _several(self.control_image) or None
         object.__setattr__(self, "control_image", given)
-        object.__setattr__(self, "control_from", _several(self.control_from))
+        object.__setattr__(self, "control_from", _several(self.control_from) or ("map",))
         for source in self.control_from:
             if source not in CONTROL_SOURCES:
                 raise UserError("--control-from", got=repr(source), expected=f"one of {', '.join(CONTROL_SOURCES)}")
@@ -215,8 +215,7 @@ class GenerateOptions:
                 raise UserError(
                     flag, got=f"{len(own)} times", expected=f"once, or once for each of {len(self.controls)}"
                 )
-        repaints = self.image is not None and (self.mask is not None or self.outpaint is not None)
-        if given is None and not repaints:
+        if given is None and self.image is None:
             raise UserError("--control without a picture to follow", fix="name one with --control-image")
         if self.control_math == "diffusers" and len(self.controls) > 1:
             raise UserError("diffusers has one ControlNet at a time", fix="leave out --control-math diffusers")

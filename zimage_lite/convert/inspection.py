@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint, components_in
-from ..checkpoint.controlnets import said_of
+from ..checkpoint.controlnets import names_of, said_of
 from ..checkpoint.detect import COMPONENTS, CONTROLNET, KINDS
 from ..checkpoint.impostors import no_such, refuse_cache_root
 from ..checkpoint.model_files import find_component, open_model
@@ -93,7 +93,7 @@ def _part(name: str, path: Path, component: str | None) -> Part:
         checkpoint.metadata.get(RECIPE_KEY),
         asdict(checkpoint.config),
         unused=checkpoint.unused,
-        about=said_of(checkpoint.config, path.name) if checkpoint.component == CONTROLNET else None,
+        about=said_of(checkpoint.config, names_of(checkpoint)) if checkpoint.component == CONTROLNET else None,
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..checkpoint import gguf, safetensors
 from ..checkpoint.checkpoint import CONFIG_KEY, Checkpoint
+from ..checkpoint.controlnets import NAMES_KEY, names_of
 from ..checkpoint.detect import CONTROLNET
 from ..checkpoint.names import LLAMA_CPP_QWEN3, NATIVE_TRANSFORMER, natural_order
 from ..checkpoint.stored import StoredTensor
@@ -196,6 +197,8 @@ def metadata(source: Checkpoint, target: Target) -> dict[str, Any]:
     """The file's own metadata: what llama.cpp, diffusers and this program want to know."""
     recipe = " ".join([target.name, *(f"{rule.tensors}={rule.to}" for rule in target.overrides)])
     own = {CONFIG_KEY: json.dumps(asdict(source.config)), RECIPE_KEY: recipe}
+    if source.component == CONTROLNET and (names := names_of(source)):
+        own[NAMES_KEY] = names
     if target.container != "gguf":
         return {"format": "pt", **own}
     file = {"general.quantization_version": 2, "general.file_type": target.file_type}

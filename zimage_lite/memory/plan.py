@@ -38,7 +38,8 @@ class Phase:
     before the others are there.
 
     device: "gpu" or "cpu", which computes. fixed: what else is held there while it runs, by name; ram_fixed: in RAM
-    beside a GPU. read_once_bytes: what the CPU reads for itself before all that.
+    beside a GPU. read_once_bytes: what the CPU reads for itself before all that. idle: for each pass the blocks that do
+    not run in it; empty: all run in all.
     way: what the caller calls this way; a plan carries it along.
     """
 
@@ -51,6 +52,7 @@ class Phase:
     device: str = "gpu"
     fixed: Mapping[str, int] = field(default_factory=dict)
     ram_fixed: Mapping[str, int] = field(default_factory=dict)
+    idle: tuple[frozenset[str], ...] = ()
     way: Any = None
 
 
@@ -66,7 +68,7 @@ class Budgets:
 
 @dataclass(frozen=True)
 class Plan:
-    """One phase. homes: block -> where it waits to be computed. way: of the `Phase` it was made from. Times are
+    """One phase. homes: block -> where it waits to be computed. way, idle: of the `Phase` it was made from. Times are
     predictions."""
 
     phase: str
@@ -85,6 +87,7 @@ class Plan:
     prelude_ms: float
     passages: tuple[Passage, ...]
     run: Run
+    idle: tuple[frozenset[str], ...] = ()
     way: Any = None
 
     @cached_property
@@ -101,12 +104,12 @@ class Plan:
 
     @property
     def link_bytes(self) -> int:
-        """Over the link in every pass after the first."""
+        """Over the link in every pass of all blocks after the first."""
         return sum(self.sizes[name] for name in self.streamed) if self.device == "gpu" else 0
 
     @property
     def disk_bytes(self) -> int:
-        """From the disk in every pass after the first."""
+        """From the disk in every pass of all blocks after the first."""
         return self.bytes_at(FILE)
 
     @property
@@ -124,7 +127,8 @@ class Plan:
 
     @cached_property
     def demand_ms(self) -> dict[str, float]:
-        """What each worker has to do in a pass, if it never had to wait; in the only one, everything is read."""
+        """What each worker has to do in a pass of all blocks, if it never had to wait; in the only one, everything is
+        read."""
         first, gpu = self.passes == 1, self.device == "gpu"
         moving = [p for p in self.passages if first or not p.stays]
         copies = sum(p.copy_ms for p in moving)
@@ -160,7 +164,13 @@ class Plan:
 
     def simulated(self) -> Run:
         """The same run with all its events."""
-        return simulate(self.passages, self.slots, self.staging, self.passes, record=True)
+        return simulate(self.passages, self.slots, self.staging, self.passes, True, self.idle)
+
+    def steady_pass(self) -> tuple[float, float]:
+        """Start and end of a pass of all blocks to look at: the last but one, whose copies run ahead into the next."""
+        whole = [n for n in range(self.passes) if not self.idle or not self.idle[n]] or list(range(self.passes))
+        number, ends = whole[-2:][0], self.run.ends_ms
+        return (ends[number - 1] if number else 0.0), ends[number]
 
 
 def activation_bytes(

@@ -94,7 +94,7 @@ def _search(phase: Phase, machine: Machine, budgets: Budgets, best: Plan | None)
                 pinnable = min(held, machine.pinned_limit_bytes - staging * _staging_bytes(phase))
             homes = _homes(candidate, clock.sizes, held, pinnable)
             passages = tuple(clock.passages(homes))
-            run = simulate(passages, candidate.slots, staging, phase.passes)
+            run = simulate(passages, candidate.slots, staging, phase.passes, idle=phase.idle)
             if run.total_ms < limit:
                 best = _plan(phase, machine, candidate, homes, staging, clock, passages, run)
     return best
@@ -125,9 +125,11 @@ class _Clock:
     copy: list[float]
     disk: list[float]  # nothing for the CPU, to which the disk is the link
     host_copy: list[float]
-    passes: int
+    again: list[int]  # how often it runs after the first time, -1 if it never does
+    whole: int  # passes in which all run
     prelude_ms: float
     first_ms: float  # the first pass, if there were room for everything at once
+    later_ms: float  # of computing, in all other passes
 
     @classmethod
     def of(cls, phase: Phase, machine: Machine) -> _Clock:
@@ -150,6 +152,9 @@ class _Clock:
 
         once, found = passages(phase.prelude), passages(phase.blocks)
         prelude_ms = phase.read_once_bytes / machine.disk_gbps / 1e6
+        idle = phase.idle or (frozenset[str](),) * phase.passes
+        again = [sum(passage.name not in names for names in idle) - 1 for passage in found]
+        computed = sum(passage.compute_ms for passage in found if passage.name not in idle[0])
         return cls(
             names=[passage.name for passage in found],
             sizes=sizes,
@@ -157,9 +162,11 @@ class _Clock:
             copy=[passage.copy_ms for passage in found],
             disk=[passage.first_read_ms for passage in found],
             host_copy=[size / machine.host_copy_gbps / 1e6 for size in sizes],
-            passes=phase.passes,
+            again=again,
+            whole=sum(not names for names in idle),
             prelude_ms=prelude_ms + (simulate(once, 1, 1, phase.prelude_passes).total_ms if once else 0.0),
-            first_ms=simulate(found, len(found), 1, 1).total_ms,
+            first_ms=simulate(found, len(found), 1, 1, idle=idle).total_ms,
+            later_ms=sum(p.compute_ms * (n + 1) for p, n in zip(found, again, strict=True)) - computed,
         )
 
     def passages(self, homes: Sequence[str]) -> Iterator[Passage]:
@@ -172,14 +179,12 @@ class _Clock:
         """No way of running this candidate takes less: each worker needs so long if it never waits."""
         if not self.sizes:
             return 0.0
-        later, compute, read = self.passes - 1, sum(self.compute), sum(self.disk)
-        copy = sum(self.copy[i] for i in candidate.streamed)
+        ever = [i for i, again in enumerate(self.again) if again >= 0]
+        copy = sum(self.copy[i] for i in ever)
+        copy += sum(self.copy[i] * self.again[i] for i in candidate.streamed if self.again[i] > 0)
         missing = max(candidate.streamed_bytes - spare, 0) / max(sum(self.sizes), 1)
-        return max(
-            self.first_ms + later * compute,
-            sum(self.copy) + later * copy,
-            read * (1 + later * missing),
-        )
+        read = sum(self.disk[i] for i in ever) + sum(self.disk) * max(self.whole - 1, 0) * missing
+        return max(self.first_ms + self.later_ms, copy, read)
 
 
 def _plan(
@@ -207,6 +212,7 @@ def _plan(
         prelude_ms=clock.prelude_ms,
         passages=passages,
         run=run,
+        idle=phase.idle,
         way=phase.way,
     )
 

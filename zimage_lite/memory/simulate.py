@@ -6,22 +6,22 @@ Each takes the blocks in the order they run, pass after pass, and as far ahead o
     copy     starts when the block has been read and its slot is free, which its last occupant's compute frees
     compute  starts when the block has been copied
 
-In the first pass every block comes from the disk. What stays on the device is never read or copied again, what is held
+The first time every block comes from the disk. What stays on the device is never read or copied again, what is held
 in pinned memory never read again. Every time is a maximum of sums of durations, so no block that becomes faster, and no
 further slot, can ever make the end later: that is what makes plans monotone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Passage:
-    """What one block takes. stays: on the device after the first pass; the others pass through slots.
+    """What one block takes. stays: on the device once it is there; the others pass through slots.
 
-    first_read_ms: from the disk, in the first pass; read_ms: in later ones, 0 if it is held where copies can start.
+    first_read_ms: from the disk, the first time; read_ms: later, 0 if it is held where copies can start.
     """
 
     name: str
@@ -62,24 +62,26 @@ class Run:
             return self.ends_ms[0]
         return (self.ends_ms[-1] - self.ends_ms[0]) / (len(self.ends_ms) - 1)
 
-    def steady_pass(self) -> tuple[float, float]:
-        """Start and end of a pass to look at: the last but one, whose copies run ahead into the next."""
-        number = max(len(self.ends_ms) - 2, 0)
-        return (self.ends_ms[number - 1] if number else 0.0), self.ends_ms[number]
 
-
-def simulate(passages: Sequence[Passage], slots: int, staging: int, passes: int, record: bool = False) -> Run:
-    """slots: of the device, for blocks that do not stay; staging: buffers between disk and link."""
+def simulate(
+    passages: Sequence[Passage], slots: int, staging: int, passes: int, record: bool = False,
+    idle: Sequence[Container[str]] = (),
+) -> Run:  # fmt: skip
+    """slots: of the device, for blocks that do not stay; staging: buffers between disk and link; idle: for each pass
+    the blocks that do not run in it; empty: all run in all."""
     reader = link = compute = 0.0
     slot_free, staging_free = [0.0] * slots, [0.0] * max(staging, 1)
     streamed = staged = 0  # so many have passed through slots and staging buffers, over all passes
-    ends, events = [], []
+    ends, events, met = [], [], set[str]()
     for number in range(passes):
         for block in passages:
-            slot = None
-            if number == 0 or not block.stays:
+            if idle and block.name in idle[number]:
+                continue
+            first, slot = block.name not in met, None
+            if first or not block.stays:
+                met.add(block.name)
                 ready = 0.0
-                read_ms = block.read_ms if number else block.first_read_ms
+                read_ms = block.first_read_ms if first else block.read_ms
                 through_staging = block.stays or block.read_ms > 0  # else it is read to where it stays pinned
                 if read_ms:
                     start = reader

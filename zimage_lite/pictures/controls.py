@@ -13,6 +13,7 @@ from PIL import Image
 
 from .masks import grey, resized
 
+MAKING_BYTES = 90  # a pixel of the result, at most, while it is made: canny's, as counted
 _LOW, _HIGH = 100, 200  # gradients from which on an edge goes on, and starts: OpenCV's usual ones for 8 bits
 _GAUSS = np.array([1, 4, 6, 4, 1], np.float32) / 16  # about one pixel wide
 _SMOOTH, _SLOPE = np.array([1, 2, 1], np.float32), np.array([-1, 0, 1], np.float32)  # Sobel's
@@ -95,8 +96,8 @@ def _joined(start: np.ndarray, possible: np.ndarray) -> np.ndarray:
     around = np.array([rows * row + columns for rows in (-1, 0, 1) for columns in (-1, 0, 1)])
     front = np.flatnonzero(found)
     while front.size:
-        near = np.unique(front[:, None] + around)
-        front = near[left[near] & ~found[near]]
+        near = (front[:, None] + around).ravel()
+        front = np.unique(near[left[near] & ~found[near]])
         found[front] = True
     return found.reshape(-1, row)[1:-1, 1:-1]
 

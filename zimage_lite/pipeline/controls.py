@@ -7,18 +7,22 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.container import file_stamp
-from ..checkpoint.controlnets import Settings, require_goes_with, said_of, settings
+from ..checkpoint.controlnets import Settings, names_of, require_goes_with, said_of, settings
 from ..checkpoint.detect import CONTROLNET
 from ..checkpoint.hashes import sha256_of
-from ..checkpoint.model_card import control_place
+from ..checkpoint.model_card import control_name, control_place
 from ..config import ControlConfig, ControlUse, GenerateOptions, TransformerConfig
 from ..convert.catalog import stored_parts
 from ..convert.complete import open_complete
-from ..convert.synthetic import is_synthetic, open_synthetic_control
+from ..convert.synthetic import PREFIX, is_synthetic, open_synthetic_control
 from ..model.controlnet import CONTROLS, unrolled, unrolled_weights
+from ..model.samplers import asked_at
 from ..plan.job import ControlSizes
+from .levels import is_within
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,20 @@ class OpenControl:
         found = unrolled_weights(self.checkpoint.config, parts)
         return ControlSizes(self.config, tuple(replace(part, name=name) for name, part in found.items()), copies)
 
+    @property
+    def is_as_opened(self) -> bool:
+        """Whether its files are still those that were opened."""
+        return all(file_stamp(file) == stamp for file, stamp in self.checkpoint.stamps.items())
+
     @cached_property
-    def sha256(self) -> str:
-        """Of its file, or of all of a folder's weights one after another, by which model sites know it. Reads it all,
-        once: 1 to 2 GB a second."""
-        return sha256_of(*sorted(self.checkpoint.stamps))
+    def sha256(self) -> str | None:
+        """Of its file, or of all of a folder's weights one after another, by which model sites know it; None if it was
+        made in memory, or its files are others by now. Reads it all, once: 1 to 2 GB a second."""
+        try:
+            found = sha256_of(*sorted(self.checkpoint.stamps)) if self.checkpoint.stamps else None
+        except OSError:
+            return None
+        return found if self.is_as_opened else None
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,12 @@ class ControlSet:
 
     def runs(self, step: int, steps: int) -> bool:
         """Whether they are asked in this step."""
-        return bool(self.nets) and self.start * steps <= step < self.end * steps
+        return bool(self.nets) and is_within(step, steps, self.start, self.end)
+
+    def asked(self, sampler: str, sigmas: Tensor, tiles: int) -> tuple[bool, ...]:
+        """Of each pass over the model for an image, whether they run in it."""
+        steps = len(sigmas) - 1
+        return tuple(self.runs(step, steps) for step in asked_at(sampler, sigmas) for _ in range(tiles))
 
     def joined(self, transformer: Checkpoint) -> Checkpoint:
         """With the transformer's weights, by the names of a `ControlledTransformer`."""
@@ -88,7 +106,9 @@ UNCONTROLLED = ControlSet()
 
 def open_control(path: str) -> Checkpoint:
     """A ControlNet's file or folder, "demo", or "synthetic:VERSION/FORMAT". Raises UserError."""
-    return open_synthetic_control(path) if is_synthetic(path) else open_complete(control_place(path), CONTROLNET)
+    if is_synthetic(path) or path == PREFIX[:-1]:  # "synthetic:2.1" was taken for a scale
+        return open_synthetic_control(path)
+    return open_complete(control_place(path), CONTROLNET)
 
 
 class ControlLibrary:
@@ -113,27 +133,31 @@ class ControlLibrary:
         return ControlSet(tuple(self._opened(use.path) for use in uses), uses, start, end, copies)
 
     def told(self, request: GenerateOptions) -> list[dict[str, Any]]:
-        """As plain data, for recipes."""
-        controls = self.of(request)
+        """As plain data, for recipes: those that were opened last, whatever became of their files."""
+        nets = [self._open.get(use.path) or self._opened(use.path) for use in request.controls]
+        controls = ControlSet(tuple(nets), request.controls)
         pairs = zip(controls.nets, controls.scales, strict=True)
-        return [{"name": net.name, "scale": scale, "sha256": net.sha256} for net, scale in pairs]
+        found = [{"name": net.name, "scale": scale, "sha256": net.sha256} for net, scale in pairs]
+        return [{name: value for name, value in one.items() if value is not None} for one in found]
 
     def _opened(self, path: str) -> OpenControl:
         known = self._open.get(path)
-        if known is None or any(file_stamp(file) != stamp for file, stamp in known.checkpoint.stamps.items()):
-            checkpoint, place = open_control(path), control_place(path)
+        if known is None or not known.is_as_opened:
+            checkpoint, name = open_control(path), control_name(path)
             require_goes_with(checkpoint.config, self.config, path)
-            name = place.stem if place.is_file() else path if is_synthetic(path) else place.name
-            known = OpenControl(name, checkpoint, settings(checkpoint.config, place.name))
+            known = OpenControl(name, checkpoint, settings(checkpoint.config, names_of(checkpoint)))
             self._open[path] = known
-            self.tell(f"{name}: {said_of(checkpoint.config, place.name)}")
+            self.tell(f"{name}: {said_of(checkpoint.config, names_of(checkpoint))}")
         return known
 
 
-def unusual(request: GenerateOptions, controls: ControlSet, undistilled: bool) -> list[str]:
-    """Lines on what of a complete request is not as the authors of its ControlNets draw. undistilled: with Z-Image
-    Base."""
+def unusual(request: GenerateOptions, controls: ControlSet, steps: int, undistilled: bool) -> list[str]:
+    """Lines on what of a complete request is not as the authors of its ControlNets draw. steps: that are drawn;
+    undistilled: with Z-Image Base."""
     found = []
+    if controls and not any(controls.runs(step, steps) for step in range(steps)):
+        parts = f"--control-start {controls.start:g} and --control-end {controls.end:g}"
+        found.append(f"none of {steps} steps begins between {parts}, so no ControlNet is asked")
     for net, scale in zip(controls.nets, controls.scales, strict=True):
         low, high = net.settings.scales
         if scale and not low <= scale <= high:

@@ -121,8 +121,8 @@ class Pipeline:
     ) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
         tasks, within = self._tasks(requests), self.work.planning.within
         notes = dict.fromkeys(note for task in tasks if task.sketch for note in task.sketch.notes)
-        base = self.model.scheduler.undistilled
-        notes |= dict.fromkeys(note for task in tasks for note in unusual(task.request, task.controls, base))
+        for task in tasks:
+            notes |= dict.fromkeys(unusual(task.request, task.controls, task.steps, self.model.scheduler.undistilled))
         for line in (*advice(requests, self.model), *notes) if self.advises else ():
             self.tell(line)
         images = Count(progress, "decode", len(tasks))

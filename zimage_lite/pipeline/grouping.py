@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from ..adapters.joined import AdapterSet
@@ -13,6 +13,7 @@ from ..config import MOST_PER_ROUND, Lora
 from ..memory.plan import Plan
 from ..model.samplers import evaluations
 from ..plan.job import Job
+from .levels import as_tensor
 from .tasks import Task
 from .words import all_words, texts
 
@@ -60,7 +61,7 @@ def _job(
     sketches = [task.sketch for task in tasks if task.sketch]
     pictures = {picture.key for task in tasks for picture in task.pictures if picture.latent is None}
     sights = {sight.key: sight for task in tasks for sight in task.sights}
-    return Job(
+    job = Job(
         *first.size,
         first.steps,
         bool(first.request.guidance),
@@ -74,11 +75,14 @@ def _job(
         over=bool(sketches),
         held_bytes=waiting + _holes_bytes(tasks),
         open_bytes=max((picture.source_bytes for task in tasks for picture in task.pictures), default=0),
+        back_bytes=max((sketch.source_bytes for sketch in sketches), default=0),
         controls=first.controls.sizes,
         contexts=sum(
             sorted(sight.channels for sight in sights.values())[-MOST_PER_ROUND * max(len(first.sights), 1) :]
         ),
     )
+    asked = first.controls.asked(first.request.sampler, as_tensor(first.sigmas), len(job.tiles))
+    return replace(job, asked=asked) if first.controls else job
 
 
 def _holes_bytes(tasks: Sequence[Task]) -> int:

@@ -30,6 +30,11 @@ def levels_of(request: GenerateOptions, strength: float = 1.0) -> tuple[float, .
     return levels
 
 
+def is_within(step: int, steps: int, start: float, end: float) -> bool:
+    """Whether a step begins between two parts of all of them. 0.28 of 25 are 7, though not in floating point."""
+    return round(start * steps, 6) <= step < round(end * steps, 6)
+
+
 def as_tensor(levels: tuple[float, ...]) -> Tensor:
     """[steps + 1] float32."""
     return torch.tensor(levels)

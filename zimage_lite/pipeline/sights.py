@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import VAE_FACTOR, ControlConfig, GenerateOptions, known_by
-from ..pictures.controls import MAKERS
+from ..pictures.controls import MAKERS, MAKING_BYTES
 from ..pictures.fitting import fitted
 from ..pictures.masks import nearest_latent_mask, with_grey_holes
 from ..pictures.reading import read
@@ -96,6 +96,7 @@ def _followed(
     key = known_by(source), made, size, fit, beside and beside.shape_key
     if key not in known:
         n_bytes = OPEN_COPIES * read(source).rgb.nbytes + (beside.source_bytes if beside else 0)
+        n_bytes += MAKING_BYTES * size[0] * size[1] * (made != "map")
         known[key] = SeenPicture(key, partial(_laid_out, source, made, size, fit, beside), n_bytes)
     return known[key]
 

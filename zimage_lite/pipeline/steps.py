@@ -21,7 +21,7 @@ from ..model.controlnet import (
     Several,
 )
 from ..model.linear import Stream
-from ..model.samplers import SAMPLERS, asked_at
+from ..model.samplers import SAMPLERS
 from ..model.scheduler import guided, model_time, norm_limited
 from ..model.transformer import Beside, Caption, Modulation, Ropes, Transformer, Watch
 from ..plan.tiles import Tile
@@ -101,10 +101,9 @@ class Batch:
     _contexts: list[list[Tensor]] = field(default_factory=list, init=False)  # of each ControlNet, of each image
 
     @property
-    def controlled(self) -> list[bool]:
+    def controlled(self) -> tuple[bool, ...]:
         """Of each pass over the model, whether ControlNets are asked."""
-        steps = asked_at(self._sampler, self.schedule.sigmas)
-        return [self.controls.runs(step, len(self.schedule)) for step in steps for _ in self.tiles]
+        return self.controls.asked(self._sampler, self.schedule.sigmas, len(self.tiles))
 
     def denoised(self, model: Transformer, hardware: Hardware, stream: Stream) -> Iterator[list[Walk]]:
         """Each image after each step. Raises NotFiniteError."""

@@ -68,10 +68,9 @@ def _controlled(task: Task, controls: ControlSet, seen: dict[Hashable, SeenPictu
     sights = sights_of(task.request, task.size, task.sketch, [net.config for net in controls.nets], seen)
     for sight, use in zip(sights, controls.uses, strict=True):
         if not sight.pictures:
-            raise UserError(
-                f"{use.path}: this ControlNet takes no mask, so it has nothing to see",
-                fix="name a picture to follow with --control-image",
-            )
+            masked = task.sketch is not None and task.sketch.masked
+            why = "this ControlNet takes no mask" if masked else "there is neither a picture to follow nor a mask"
+            raise UserError(f"{use.path}: {why}, so it has nothing to see", fix="name a picture with --control-image")
     sketch = task.sketch
     if controls.copies and sketch and any(sight.kept for sight in sights):
         sketch = replace(sketch, regenerates=True)
@@ -87,8 +86,10 @@ def _task(place: int, request: GenerateOptions, sketch: Sketch | None) -> Task:
 
 
 def _enlarged(task: Task) -> Task:
-    """The same over its own picture, larger."""
-    request, strength = replace(task.request, sigmas=(), strength_mode="steps"), task.request.hires_strength
+    """The same over its own picture, larger; without ControlNets that saw only what a mask leaves."""
+    controls = () if task.request.control_image is None else task.request.controls
+    request = replace(task.request, sigmas=(), strength_mode="steps", controls=controls)
+    strength = task.request.hires_strength
     assert request.hires is not None
     before = task.size if task.sketch is None else task.sketch.finished_size
     width, height = (round(side * request.hires) // SIZE_MULTIPLE * SIZE_MULTIPLE for side in before)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import GenerateOptions
+from .levels import is_within
 
 VARIED_SHARE = 0.2  # of the steps are told the varied prompt: those that lay out the picture
 _VARIED_VALUES = 0.5  # of the embedding's values are moved
@@ -50,7 +51,7 @@ def words(request: GenerateOptions, step: int, steps: int, sigma: float) -> list
 def is_guided(request: GenerateOptions, step: int, steps: int, sigma: float) -> bool:
     """cfg_truncation is diffusers': the time 1 - sigma after which guidance is off."""
     start, end = request.guidance_range
-    within = start * steps <= step < end * steps and 1 - sigma <= request.cfg_truncation
+    within = is_within(step, steps, start, end) and 1 - sigma <= request.cfg_truncation
     return bool(request.guidance) and within
 
 

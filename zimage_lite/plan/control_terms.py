@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from ..convert.catalog import Part
@@ -16,6 +16,14 @@ def beside(controls: Sequence[ControlSizes]) -> Iterator[Part]:
     """Their tensors, by their names beside the transformer's."""
     for i, control in enumerate(controls):
         yield from (replace(part, name=f"{CONTROLS}.{i}.{part.name}") for part in control.parts)
+
+
+def idle(job: Job, blocks: Iterable[str], batches: int) -> tuple[frozenset[str], ...]:
+    """Of each pass over so many batches, which blocks of ControlNets do not run in it; empty if all always do."""
+    if all(job.asked):
+        return ()
+    own = frozenset(name for name in blocks if name.startswith(f"{CONTROLS}."))
+    return tuple(frozenset[str]() if asked else own for asked in job.asked) * batches
 
 
 def control_bytes(job: Job, batch: int, stream_bytes: int, item_bytes: int) -> dict[str, int]:

@@ -38,9 +38,9 @@ class Job:
     included; other_tokens: of prompts of other jobs, whose embeddings wait meanwhile. adapters: sets of LoRAs and their
     kin, one after another, and shares: how many images each has.
     pictures: how many different ones of that size are encoded; over: drawn over one; held_bytes: of pictures that wait
-    in RAM; open_bytes: of the one that is read, or put together, at a time. evaluations: of the model for each image,
-    if not one a step. controls: ControlNets, planned as if they ran in every step; contexts: channels of all latents
-    that they see in a round."""
+    in RAM; open_bytes: of the one that is read at a time, back_bytes: that an image is put back into.
+    evaluations: of the model for each image, if not one a step. controls: ControlNets; asked: of each pass of an image,
+    whether they run in it, empty: in all; contexts: channels of all latents that they see in a round."""
 
     width: int
     height: int
@@ -56,7 +56,9 @@ class Job:
     over: bool = False
     held_bytes: int = 0
     open_bytes: int = 0
+    back_bytes: int = 0
     controls: tuple[ControlSizes, ...] = field(default=(), compare=False)
+    asked: tuple[bool, ...] = ()
     contexts: int = 0
 
     @property

@@ -25,7 +25,7 @@ from ..memory.plan import Block, Phase, activation_bytes
 from ..memory.workers import READERS
 from ..model.controlnet import visits
 from ..model.transformer import is_time_weight
-from .control_terms import beside, control_bytes
+from .control_terms import beside, control_bytes, idle
 from .cpu_terms import ELEMENTWISE_FLOPS, cpu_unpacking_flops, holes
 from .footprint import (
     ITEM_BYTES,
@@ -133,6 +133,7 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
         },
         # On the CPU the first block takes the place of the time weights.
         ram_fixed={**host, "time weights": time_bytes(time_weights) + load.time} if device == "gpu" else {},
+        idle=idle(job, (block.name for block in main), job.batches(batch)),
         way=batch,
     )
 

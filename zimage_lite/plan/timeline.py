@@ -17,7 +17,7 @@ _SVG_WIDTH, _SVG_ROW, _SVG_LEFT, _SVG_TOP = 1000, 34, 80, 56
 
 def as_text(plan: Plan) -> list[str]:
     """One line per worker: a digit for the slot of the block it is busy with, # for blocks that stay, . for waiting."""
-    start, end = plan.run.steady_pass()
+    start, end = plan.steady_pass()
     lines = []
     for worker, events in _rows(plan):
         cells = ["."] * _WIDTH
@@ -31,7 +31,7 @@ def as_text(plan: Plan) -> list[str]:
 
 def as_svg(plan: Plan, title: str) -> str:
     """The same, to be looked at."""
-    start, end = plan.run.steady_pass()
+    start, end = plan.steady_pass()
     rows = list(_rows(plan))
     scale, height = _SVG_WIDTH / (end - start), _SVG_TOP + _SVG_ROW * len(rows)
     out = [
@@ -69,7 +69,7 @@ def _rows(plan: Plan) -> Iterator[tuple[str, list[Event]]]:
     """What each worker does in one pass under way; those with nothing to do are left out, but for the computing one.
 
     What is copied at its end belongs to the next pass."""
-    start, end = plan.run.steady_pass()
+    start, end = plan.steady_pass()
     inside = [event for event in plan.simulated().events if event.end_ms > start and event.start_ms < end]
     for worker in _WORKERS:
         events = [event for event in inside if event.worker == worker]

@@ -21,7 +21,7 @@ _LAUNCHES_PER_CONVOLUTION = 10  # with its norm, activation and what joins them
 
 def ways_to_encode_pictures(model: Model, job: Job, machine: Machine) -> list[Phase]:
     dtype = machine.dtype(machine.devices[0])
-    kept = {"embeddings": embedding_bytes(model, job, dtype), **_open_pictures(model, job)}
+    kept = {"embeddings": embedding_bytes(model, job, dtype), **_pictures(model, job, job.open_bytes)}
     vectors = {"adaLN vectors": vector_bytes(model, job, dtype)}
     return list(_ways(_Task("picture", "encoder", encode_ways, job.pictures, kept, vectors), model, job, machine))
 
@@ -32,15 +32,15 @@ def ways_to_decode(model: Model, job: Job, machine: Machine) -> list[Phase]:
         "image": 3 * job.pixels,
         "latents": latent_bytes(model, job) * job.round_images,
         "embeddings": embedding_bytes(model, job, dtype),
-        **_open_pictures(model, job),
+        **_pictures(model, job, job.back_bytes),
     }
     vectors = {"adaLN vectors": vector_bytes(model, job, dtype)}  # for the next round
     return list(_ways(_Task("decode", "decoder", decode_ways, job.images, kept, vectors), model, job, machine))
 
 
-def _open_pictures(model: Model, job: Job) -> dict[str, int]:
-    """With the one that is read, or put together, at the time."""
-    n_bytes = picture_bytes(model, job) + job.open_bytes
+def _pictures(model: Model, job: Job, open_bytes: int) -> dict[str, int]:
+    """With the one that is open at the time."""
+    n_bytes = picture_bytes(model, job) + open_bytes
     return {"pictures": n_bytes} if n_bytes else {}
 
 
