@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,18 @@ def test_names_that_others_have(serve_options: Options) -> None:
     request = ask(serve_options(), **values)
     assert (request.negative, request.steps, request.guidance, request.width) == ("y", 3, 2.0, None)
     assert ask(serve_options(), seed=-1).seed != ask(serve_options(), seed=-1).seed
+
+
+def test_clients_see_names_not_places(serve_options: Options, tiny: Path, tmp_path: Path) -> None:
+    """In what is refused at once, and in what fails later; `tiny` is of another width."""
+    net = save_control(tmp_path / "2.1.safetensors", replace(tiny_config("2.1"), dim=128, n_heads=1))
+    options = serve_options(models={"mine": str(tiny)}, controls={"union": str(net)})
+    asked = {"prompt": "x", "steps": 1, "width": 64, "height": 64, "control_image": base64_of(png())}
+    with serving(options) as (client, _):
+        wrong = client.post("/api/jobs", json={**asked, "controls": [{"name": "union", "scale": 99}]}).json()
+        assert wrong["error"]["message"].startswith("union: scale: got 99")
+        job = client.post("/api/jobs", json={**asked, "controls": [{"name": "union"}]}).json()["id"]
+        assert finished(client, job)["error"]["message"].startswith("union: width of the ControlNet: got 128")
 
 
 @pytest.mark.slow

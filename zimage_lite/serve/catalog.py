@@ -66,12 +66,22 @@ class Catalog:
             raise UnknownError("a picture that is kept no longer, or never was; send it again")
         return path
 
+    def shown(self, text: str) -> str:
+        """What is said of files, by the names that clients know, not by where they lie."""
+        places = {place: name for name, place in (*self._models.items(), *self.controls.items())}
+        if self._lora_dir:
+            places[str(self._lora_dir)] = "the server's folder"
+        for place in sorted(places, key=len, reverse=True):
+            if len(Path(place).parts) > 1:
+                text = text.replace(place, places[place])
+        return text
+
     def tagged(self, request: GenerateOptions) -> GenerateOptions:
         """With the adapters that its prompt names as <lora:NAME:STRENGTH>. Raises UnknownError."""
         try:
             return with_tags(request, self._lora_dir)
         except UserError as error:
-            raise UnknownError(str(error).replace(str(self._lora_dir), "the server's folder")) from error
+            raise UnknownError(self.shown(str(error))) from error
 
     def scheduler(self, model: str) -> SchedulerConfig:
         """What tells a distilled model; Turbo's for one that lies in no folder of this machine."""

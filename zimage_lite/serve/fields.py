@@ -48,9 +48,9 @@ class FieldError(UserError):
         self.param = param
 
     @classmethod
-    def of(cls, error: UserError) -> FieldError:
+    def of(cls, said: str) -> FieldError:
         """What is said of an option of the command line, as of a field."""
-        text = re.sub(r"--([a-z][a-z-]*)", lambda match: match[1].replace("-", "_"), str(error))
+        text = re.sub(r"--([a-z][a-z-]*)", lambda match: match[1].replace("-", "_"), said)
         param = re.match(r"([a-z_]+)", text)
         return cls(text, param[1] if param and param[1] in FIELDS else None)
 
@@ -185,7 +185,7 @@ def asked_for(
     except (FieldError, UnknownError):
         raise
     except UserError as error:
-        raise FieldError.of(error) from error
+        raise FieldError.of(catalog.shown(str(error))) from error
     except (TypeError, ValueError, OverflowError) as error:
         raise FieldError(f"the request cannot be read ({error})"[:200]) from error
 

@@ -36,7 +36,8 @@ class Service:
         self.board = Board(options.limits.waiting, self._record)
         idle_s = options.idle_minutes * 60
         drawers = drawers or [_here(options.runtime)]
-        self.workers = [Worker(self.board, drawer, self._order, self._keep, idle_s) for drawer in drawers]
+        tools = self._order, self._keep, idle_s, self.catalog.shown
+        self.workers = [Worker(self.board, drawer, *tools) for drawer in drawers]
 
     def start(self) -> None:
         for worker in self.workers:

@@ -29,14 +29,16 @@ class Drawer(Protocol):
 
 
 class Worker(Thread):
-    """order: of the pictures of a job that are still to be drawn; keep: takes one, with its place in the job."""
+    """order: of the pictures of a job that are still to be drawn; keep: takes one, with its place in the job; shown:
+    what clients see of a line for people."""
 
     def __init__(
         self, board: Board, drawer: Drawer, order: Callable[[Job, list[int]], Order],
-        keep: Callable[[Job, int, Drawn], None], idle_s: float,
+        keep: Callable[[Job, int, Drawn], None], idle_s: float, shown: Callable[[str], str],
     ) -> None:  # fmt: skip
         super().__init__(name="drawing", daemon=True)
         self.board, self.drawer, self.order, self.keep, self.idle_s = board, drawer, order, keep, idle_s
+        self.shown = shown
 
     def run(self) -> None:
         while not self.board.closed:
@@ -54,7 +56,7 @@ class Worker(Thread):
         except StorageError as error:
             self.board.finish(job, FAILED, Failure("storage", str(error)))
         except DrawError as error:
-            message = error.message
+            message = self.shown(error.message)
             if error.detail:
                 _log.error("job %s failed\n%s", job.id, error.detail)
                 message = f"{message}: the server's log has more"
@@ -75,7 +77,10 @@ class Worker(Thread):
         return True
 
     def _images(self, job: Job) -> None:
-        watch, todo = _OfJob(self.board, job), [place for place in range(len(job.requests)) if place not in job.drawn]
+        watch, todo = (
+            _OfJob(self.board, job, self.shown),
+            [place for place in range(len(job.requests)) if place not in job.drawn],
+        )
         with closing(self.drawer.draw(self.order(job, todo), watch)) as images:  # type: ignore[type-var]
             for drawn in images:
                 place = todo[drawn.place]
@@ -94,8 +99,8 @@ class Worker(Thread):
 class _OfJob(Watch):
     """Tells the board how far a job is, and how long it may still take: by the steps so far."""
 
-    def __init__(self, board: Board, job: Job) -> None:
-        self.board, self.job = board, job
+    def __init__(self, board: Board, job: Job, shown: Callable[[str], str]) -> None:
+        self.board, self.job, self.shown = board, job, shown
         self.first: tuple[float, int] | None = None
 
     @property
@@ -123,4 +128,4 @@ class _OfJob(Watch):
         self.board.change(self.job, preview=jpeg, previews=self.job.previews + 1)
 
     def note(self, line: str) -> None:
-        self.board.change(self.job, notes=[*self.job.notes, line])
+        self.board.change(self.job, notes=[*self.job.notes, self.shown(line)])
