@@ -75,9 +75,13 @@ class Service:
         there is none."""
         order = Order(self.catalog.place_of(model), requests)
         plans = (_plan(worker.drawer, order) for worker in self.workers if worker.is_alive())
-        if found := next(filter(None, plans), None):
-            return found
-        raise LostError("no worker is there")
+        try:
+            found = next(filter(None, plans), None)
+        except DrawError as error:
+            raise FieldError.of(self.catalog.shown(error.message)) from None
+        if found is None:
+            raise LostError("no worker is there")
+        return found
 
     def _keep_pictures(self, job: Job) -> None:
         """So that it does not hold them while it waits."""
@@ -119,8 +123,6 @@ def _plan(drawer: Drawer, order: Order) -> dict[str, Any] | None:
     """None if it was lost, which is seen to by whoever has it draw."""
     try:
         return drawer.plan(order)
-    except DrawError as error:
-        raise FieldError.of(UserError(error.message)) from None
     except LostError:
         return None
 
