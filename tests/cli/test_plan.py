@@ -70,6 +70,12 @@ def test_a_lora_takes_what_its_numbers_take(tmp_path: Path, capsys: pytest.Captu
     assert beside["phases"][1]["peak_vram_bytes"] > without["phases"][1]["peak_vram_bytes"]
 
 
+def test_a_step_is_one_of_several_kinds(capsys: pytest.CaptureFixture[str]) -> None:
+    control = ["--control", "synthetic:2.1-lite/int8", "--control-end", "0.5"]
+    assert run(["plan", "--gpu", "3060 laptop", *control]) == 0
+    assert "\na step on average: " in capsys.readouterr().out
+
+
 def test_a_control_takes_what_its_blocks_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """1.0 as it was released, in a file of zeros: 8 blocks in 16 bits more, each in its place."""
     shapes = component_shapes(ControlConfig(16, (0, 5, 10, 15, 20, 25), add_control_noise_refiner=None))

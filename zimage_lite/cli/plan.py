@@ -230,8 +230,9 @@ def _describe(prediction: _Prediction, show: Callable[[str], None]) -> None:
     slots = f"; {fast.slots} slots of {format_gb(fast.slot_bytes)}" if fast.slots else ""
     show(f"denoise: {len(homes)} blocks: {', '.join(counts)}{slots}")
     show("beside them: " + ", ".join(f"{name} {format_gb(n_bytes)}" for name, n_bytes in fast.fixed.items()))
+    which = "a step on average" if fast.idle else "a step"
     show(
-        f"a step: {fast.pass_ms:.0f}-{slow.pass_ms:.0f} ms, {format_gb(fast.link_bytes)} over the link, "
+        f"{which}: {fast.pass_ms:.0f}-{slow.pass_ms:.0f} ms, {format_gb(fast.link_bytes)} over the link, "
         f"{format_gb(fast.disk_bytes)} from the disk; the first takes {fast.startup_ms / 1000:.1f} s longer, to load"
     )
     for line in as_text(fast):
