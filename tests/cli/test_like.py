@@ -42,6 +42,7 @@ def notes(found: Liked) -> list[str]:
     return list(found.notes("Z-Image-Turbo-q4_k_m"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".png", ".webp"])
 def test_the_same_picture_again(suffix: str, tiny: Path, tmp_path: Path) -> None:
     first, again = tmp_path / f"first{suffix}", tmp_path / "again.png"

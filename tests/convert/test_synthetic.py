@@ -216,6 +216,7 @@ def test_unknown_format_lists_what_there_is(name: str, refused: Callable[..., st
     assert "synthetic:FORMAT" in line and repr(name) in line and all(known in line for known in targets())
 
 
+@pytest.mark.slow
 def test_a_part_of_another_size_is_refused(tiny: Path, refused: Callable[..., str]) -> None:
     line = refused("generate", "x", "--model", "synthetic:int8", "--text-encoder", tiny / "text_encoder")
     assert "128" in line and "2560" in line

@@ -91,6 +91,7 @@ def test_what_cannot_be_read_is_told(tiny: Path, tmp_path: Path) -> None:
 HOMES = (DEVICE, PINNED, PAGEABLE, FILE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", range(len(HOMES)))
 def test_adapters_change_and_weights_stay(tiny: Path, tmp_path: Path, first: int) -> None:
     """Blocks in every home, as beside a GPU: copied from staging buffers and from RAM. Each set's output is that of

@@ -28,6 +28,7 @@ def submit(client: TestClient, **values: Any) -> str:
     return response.json()["id"]
 
 
+@pytest.mark.slow
 def test_a_job_from_order_to_deletion(client: TestClient) -> None:
     job = submit(client, count=2)
     facts = finished(client, job)

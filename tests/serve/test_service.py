@@ -36,6 +36,7 @@ def drawn(service: Service, *seeds: int, **more: Any) -> Job:
     return job
 
 
+@pytest.mark.slow
 def test_pictures_are_those_of_generate(service: Service) -> None:
     job = drawn(service, 5, 6)
     assert job.state == DONE and [picture.seed for picture in job.pictures] == [5, 6]

@@ -31,6 +31,7 @@ def heard(seat: Seat, cancelled: bool = False, watched: bool = False) -> list[tu
     return found
 
 
+@pytest.mark.slow
 def test_pictures_are_those_of_a_drawer_here() -> None:
     seat, given = Seat(RUNTIME), order(3, 4)
     seat.begin(given)
@@ -43,6 +44,7 @@ def test_pictures_are_those_of_a_drawer_here() -> None:
     assert found.items() >= wanted.items() and found["model"]["name"] == "demo"
 
 
+@pytest.mark.slow
 def test_previews_are_made_for_those_who_look() -> None:
     seat = Seat(RUNTIME)
     seat.hear(0, False, True)
