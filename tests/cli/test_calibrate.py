@@ -16,6 +16,8 @@ from zimage_lite.calibration.statistics import Moments, Statistics, input_of
 from zimage_lite.cli import run
 from zimage_lite.pipeline import calibrating
 
+pytestmark = pytest.mark.slow  # draws with the demo, which is watched
+
 QUICK = ("--steps", "2", "--products", "whole")
 
 
@@ -77,7 +79,6 @@ def test_only_what_is_missing_is_drawn(statistics: Path, tmp_path: Path, capsys:
     assert "was gathered otherwise" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_an_interrupt_leaves_whole_statistics_of_fewer_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds of one; the third prompt is interrupted in its last step."""
     out, steps = tmp_path / "demo.safetensors", list[int]()
@@ -127,7 +128,6 @@ def quantized(out: Path, *options: str) -> int:
     return run(["quantize", "demo", "-o", str(out), *some, *options])
 
 
-@pytest.mark.slow
 def test_quantizing_with_statistics(statistics: Path, tmp_path: Path) -> None:
     """An imatrix gives what our own file gives, but for the rounding of its sums; with X^T X best gives something else
     of the same size."""

@@ -49,6 +49,7 @@ def test_a_second_run_draws_what_is_missing(lines: Path, tmp_path: Path, capsys:
     assert sorted(folder.iterdir()) == paths
 
 
+@pytest.mark.slow
 def test_a_picture_of_another_line_is_not_taken_for_one(lines: Path, tmp_path: Path, refused: Refused) -> None:
     folder = tmp_path / "pictures"
     assert run([*DRAW, str(lines), "-o", str(folder)]) == 0

@@ -163,6 +163,7 @@ class Terminal:
             self.lines[self.row] += token
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encode", [kitty, iterm2, sixel])
 def test_each_takes_the_place_of_the_one_before(encode: Encode) -> None:
     picture, terminal = TerminalPicture(encode, Screen(80, 24)), Terminal()

@@ -25,6 +25,7 @@ def train(model: Path, lessons: Path, out: Path, *options: str) -> int:
     return run(["train-lora", str(lessons), "--model", str(model), "-o", str(out), "--device", "cpu", *options])
 
 
+@pytest.mark.slow
 def test_it_says_what_it_did(small: Path, lessons: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "my.safetensors"
     few = ("--steps", "2", "--rank", "2", "--resolution", "64", "--json")

@@ -177,6 +177,7 @@ def test_full_size_block_and_embedding() -> None:
     assert rows.shape == (2, 2560) and rows.std() > 0
 
 
+@pytest.mark.slow
 def test_every_output_says_so(tiny_ones: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "image.png"
     size = ("--width", "64", "--height", "64", "--steps", "1", "--device", "cpu")

@@ -39,6 +39,7 @@ def test_codes_are_those_of_comfy_kitchen() -> None:
     assert (codes.abs().amax(1) == 127).all()
 
 
+@pytest.mark.slow
 def test_rotated_activations_meet_rotated_weights() -> None:
     """Through the int8 product, with a weight as our converter writes it. Two roundings of Gaussian data to 127 steps
     of a largest value near 4 sigma: sqrt(2) * 4 / 127 / sqrt(12) = 1.3 %. Unrotated codes would be off by 140 %."""

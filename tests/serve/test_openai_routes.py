@@ -32,6 +32,7 @@ def real(serve_options: Options) -> Iterator[tuple[openai.OpenAI, Service]]:
         yield client, service
 
 
+@pytest.mark.slow
 def test_the_openai_package_draws(real: tuple[openai.OpenAI, Service]) -> None:
     client, _ = real
     assert [model.id for model in client.models.list()] == ["demo"] == [client.models.retrieve("demo").id]

@@ -49,6 +49,7 @@ def test_what_is_drawn_now_is_free_by_then() -> None:
     assert planned(drawer) > before + MANY_BYTES - SLACK_BYTES  # nothing is drawn, and it is held still
 
 
+@pytest.mark.slow
 def test_a_seat_says_the_same() -> None:
     seat = Seat(RUNTIME)
     found = seat.plan(ORDER)
