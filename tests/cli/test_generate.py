@@ -220,8 +220,11 @@ def test_prompt_files_as_windows_writes_them(tiny: Path, out: Path, tmp_path: Pa
     (tmp_path / "p.jsonl").write_text('{"prompt": "a\u2028b"}\r\n', encoding="utf-8-sig")
     assert generate("--prompts", tmp_path / "p.jsonl", "--model", tiny, "-o", out) == 0
     assert recipe_of(out)["prompt"] == "a\u2028b"
+    command, wanted = ("generate", "--prompts", tmp_path / "p.jsonl", "--model", tiny, "-o", out), '{"prompt": "..."'
     (tmp_path / "p.jsonl").write_text("[" * 200_000)
-    assert "not JSON" in refused("generate", "--prompts", tmp_path / "p.jsonl", "--model", tiny, "-o", out)
+    assert "p.jsonl, line 1: not JSON" in (told := refused(*command)) and wanted in told
+    (tmp_path / "p.jsonl").write_text("\n")
+    assert "p.jsonl: no prompt" in (told := refused(*command)) and wanted in told
 
 
 def test_inspect_shows_every_part_of_a_crowded_folder(tiny: Path, tmp_path: Path, capsys) -> None:

@@ -37,6 +37,10 @@ def test_it_says_what_it_did(small: Path, lessons: Path, tmp_path: Path, capsys:
     assert "3 pictures, 2 steps; planned: " in captured.err and "of RAM, planned: " in captured.err
     assert train(small, lessons, out, *few) == 2  # not in the place of what is there
     assert "exists already" in capsys.readouterr().err
+    assert train(small, lessons, out, *few, "--resume") == 2
+    assert "training has ended; for more --steps, go on with --resume --overwrite" in capsys.readouterr().err
+    assert train(small, lessons, out, "--steps", "3", *few[2:], "--resume", "--overwrite") == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 3
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from ..config import RANDOM_SEED, GenerateOptions
 from ..errors import UserError
 
 _MAX_IMAGES = 10_000
+_LINE = 'an object on each line, such as {"prompt": "...", "seed": 1}'
 _RANDOM = "random"
 _NUMBER = (int, float)
 _TEXTS = (str, list)
@@ -56,7 +57,10 @@ def requests_of(
     if "seed" in base:
         base = {**base, "seed": GenerateOptions(seed=base["seed"]).seed}  # a random one is drawn once
     wanted = [GenerateOptions(**{**base, "prompt": prompt}) for prompt in prompts]
-    wanted += _read_prompts(prompt_file, base) if prompt_file else []
+    if prompt_file:
+        wanted += _read_prompts(prompt_file, base)
+        if not wanted:
+            raise UserError(f"{prompt_file}: no prompt", expected=_LINE)
     if not wanted:
         raise UserError("no prompt", fix='say what to draw, such as "a red circle"')
     wanted = [with_tags(request, lora_dir) for request in wanted]
@@ -72,9 +76,9 @@ def _read_prompts(path: Path, base: Mapping[str, Any]) -> list[GenerateOptions]:
         try:
             values = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON") from error
+            raise UserError(f"{where}: not JSON", expected=_LINE) from error
         if not isinstance(values, dict) or "prompt" not in values:
-            raise UserError(where, got=line[:60], expected='an object such as {"prompt": "...", "seed": 1}')
+            raise UserError(where, got=line[:60], expected=_LINE)
         requests.append(_request(values, base, where))
     return requests
 

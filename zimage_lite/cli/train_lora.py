@@ -95,7 +95,7 @@ _PATH = click.Path(path_type=Path)
     "--every", type=int, default=250, show_default=True, help="Save, draw samples and write the page every N steps."
 )
 @click.option("--resume", is_flag=True, help="Go on where it was stopped or killed.")
-@click.option("--overwrite", is_flag=True, help="Begin anew, replace the file.")
+@click.option("--overwrite", is_flag=True, help="Begin anew, replace the file; with --resume, go on and replace it.")
 @click.option("--vram", metavar="SIZE", help="Ceiling for the GPU's memory, such as 8GB.  [default: what is free]")
 @click.option("--ram", metavar="SIZE", help="Ceiling for the process's memory, such as 16GB.  [default: what is free]")
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)

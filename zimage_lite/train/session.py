@@ -194,6 +194,10 @@ def _require(goal: Goal, resume: bool, overwrite: bool) -> None:
         raise UserError("-o", got=str(goal.out), expected="a name that ends in .safetensors")
     if goal.every < 1:
         raise UserError("--every", got=goal.every, expected="at least 1")
+    if resume and goal.out.exists() and not overwrite:
+        raise UserError(
+            f"{goal.out} is there, so that training has ended", fix="for more --steps, go on with --resume --overwrite"
+        )
     require_absent(goal.out, overwrite)
     if resume and not goal.state.exists():
         raise UserError(f"--resume: no {goal.state}", fix="begin without it")
