@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, cached_property
+from threading import current_thread, main_thread
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,9 +35,30 @@ OPTIONS = {"enable_fp_fusion": True}  # goes with every launch: Triton 3.9 warns
 def load() -> Any:
     """The module triton, or None where it cannot be imported."""
     try:
-        return importlib.import_module("triton")
+        with _interrupts_waiting():
+            return importlib.import_module("triton")
     except ImportError:
         return None
+
+
+@contextmanager
+def _interrupts_waiting() -> Iterator[None]:
+    """Ctrl-C and its kin are heard at the end: Triton's C++ calls Python while it is imported, and aborts the process
+    if that raises."""
+    waiting: list[Callable[[], Any]] = []
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    handlers = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
+    if current_thread() is not main_thread():  # signals are handled in the main thread, which imports nothing now
+        handlers = {}
+    for number, handler in handlers.items():
+        signal.signal(number, lambda *seen, handler=handler: waiting.append(lambda: handler(*seen)))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if waiting:
+            waiting[0]()
 
 
 class Kernel:

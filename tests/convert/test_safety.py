@@ -222,7 +222,8 @@ def test_interrupted_at_any_moment(
         if codes[-1] == 130:
             assert start.said[-1] == "interrupted; nothing was left half-written"
             assert not any("Traceback" in line for line in start.said)
-        assert [path.name for path in tmp_path.iterdir()] == (["out"] if 0 in codes else [])
+        left = [path.name for path in tmp_path.iterdir()]
+        assert left in ([], ["out"]) and (left or 0 not in codes)  # an interrupt may come just after the renaming
         assert not out.exists() or files_below(out) == wanted
     assert 130 in codes
 

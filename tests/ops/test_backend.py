@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -59,3 +61,23 @@ def test_a_device_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     devices = [torch.device("cuda", index) for index in (0, 1, 0, 1)]
     assert [_triton.capability(device) for device in devices] == [86, 87, 86, 87]
     assert asked == devices[:2]
+
+
+def test_an_interrupt_waits_until_triton_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raised while Triton's C++ calls Python, it aborted the process."""
+    imported: list[str] = []
+
+    def importing(name: str) -> ModuleType:
+        signal.raise_signal(signal.SIGINT)
+        imported.append(name)
+        return ModuleType(name)
+
+    monkeypatch.setattr(_triton.importlib, "import_module", importing)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background may ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            _triton.load.__wrapped__()
+        assert imported == ["triton"]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
