@@ -29,7 +29,7 @@ GGUF_TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16
 
 
 def draw(model: Path | None, **parts: Path) -> torch.Tensor:
-    pipeline = Pipeline(open_model(model, parts), RuntimeOptions(device="cpu"))
+    pipeline = Pipeline(open_model(model, parts), RuntimeOptions(device="cpu", compute="16bit"))  # on any processor
     return pipeline.generate([REQUEST])[0]
 
 

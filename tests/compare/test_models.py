@@ -79,7 +79,9 @@ def weight_bytes(model: Path) -> int:
 
 
 def test_they_are_the_pictures_of_generate(models: Path, tmp_path: Path) -> None:
-    """The second model with the second prompt, in a process of its own would be the same."""
+    """The second model with the second prompt, but for rounding: two prompts that are encoded together are summed up in
+    another order, and products in 8 bits, where the CPU has units for them, carry that on. Without the LoRA a channel
+    differs by 40."""
     prompts, picture = tmp_path / "p.jsonl", tmp_path / "red.png"
     Image.new("RGB", (70, 50), "red").save(picture)
     lines = [{"prompt": RED}, {"prompt": BLUE, "seed": 9, "image": str(picture), "loras": [str(HOURGLASS)]}]
@@ -89,7 +91,8 @@ def test_they_are_the_pictures_of_generate(models: Path, tmp_path: Path) -> None
     options = ["--seed", "9", "--image", str(picture), "--lora", str(HOURGLASS), *map(str, SHORT)]
     assert run(["generate", BLUE, "--model", str(models / "q4_0"), "-o", str(one), *options]) == 0
     ours, theirs = Image.open(tmp_path / "out" / "pictures" / "q4_0" / "0002.png"), Image.open(one)
-    assert ours.size == (70, 50) and not ImageChops.difference(ours, theirs).getbbox()
+    assert ours.size == (70, 50)
+    assert max(high for _, high in ImageChops.difference(ours, theirs).getextrema()) <= 8  # 4 with VNNI, 0 without
     said, wanted = recipe_of(Path(ours.filename)), recipe_of(one)
     assert wanted["model"].pop("sha256") and said == wanted  # to compute it would disturb what is measured
     asked = json.loads((tmp_path / "out" / "result.json").read_text())["images"]
