@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 from zimage_kernels import Backend, Int8Rows, project_rows
+from zimage_kernels.planes import Planes, from_planes, in_planes, is_faster_in_planes, project_planes
 from zimage_kernels.rotation import hadamard_rotate
 
 
@@ -37,6 +38,7 @@ class SidePath:
     bias: Tensor | None = None
     backend: Backend | None = None  # of the product with A; None: as that with the weight
     group: int = field(default=0, init=False)  # by which `a` is rotated, in place
+    _planes: Planes | None = field(default=None, init=False)  # of the rotated `a`, in its place
 
     @property
     def changes_input(self) -> bool:
@@ -80,6 +82,10 @@ class SidePath:
         is orthogonal."""
         if self.a is None or self.b is None:
             return None
+        if self._planes is None and is_faster_in_planes(self.a):
+            self._planes = in_planes(self._a_for(group))
+        if self._planes is not None:
+            return project_planes(*x, self._planes), self.b
         return project_rows(*x, self._a_for(group), self.backend or backend), self.b
 
     def rows(self, start: int, stop: int) -> SidePath:
@@ -106,6 +112,9 @@ class SidePath:
     def _a_for(self, group: int) -> Tensor:
         """A for inputs rotated by `group`. A linear's inputs are all alike, so it is turned once, in its own place."""
         assert self.a is not None
+        if self._planes is not None:
+            self.a.copy_(from_planes(self._planes))
+            self._planes = None
         if group != self.group:
             for own in (self.group, group):  # a rotation is its own inverse
                 if own:
