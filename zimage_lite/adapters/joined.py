@@ -81,8 +81,9 @@ class JoinedModule:
     def read_to(self, buffer: Tensor) -> None:
         """buffer: [packed_bytes] uint8 on the CPU."""
         places = self._places(buffer)
-        for place in places.values():
-            place.zero_()
+        for name, place in places.items():
+            if name not in ("a", "b"):
+                place.zero_()
         rank = 0
         for number, (one, strength) in enumerate(self.applied):
             terms = one.update.terms(one.target, strength)
@@ -96,6 +97,8 @@ class JoinedModule:
                 else:
                     place.add_(values.reshape(place.shape))
             rank += own
+        if "a" in places:  # up to a whole number of steps
+            places["a"][rank:] = places["b"][:, rank:] = 0
 
     def made(self) -> Tensor:
         """[packed_bytes] uint8 on the CPU, filled."""
