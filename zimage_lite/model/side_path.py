@@ -82,8 +82,8 @@ class SidePath:
         is orthogonal."""
         if self.a is None or self.b is None:
             return None
-        if self._planes is None and self.group == group and is_faster_in_planes(self.a):
-            self._planes = in_planes(self._a_for(group))  # from the second time on: a block that streams has but one
+        if self._planes is None and is_faster_in_planes(self.a):
+            self._planes = in_planes(self._a_for(group))
         if self._planes is not None:
             return project_planes(*x, self._planes), self.b
         return project_rows(*x, self._a_for(group), self.backend or backend), self.b
