@@ -47,7 +47,9 @@ class SaveConditioning:
 
     def save(self, conditioning, name):
         made = {"conditioning": conditioning[0][0].float().contiguous()}
-        save_file(made, Path(folder_paths.get_output_directory()) / name)
+        folder = Path(folder_paths.get_output_directory())
+        folder.mkdir(exist_ok=True)  # ComfyUI makes it with its first picture
+        save_file(made, folder / name)
         return {}
 
 
