@@ -10,8 +10,9 @@ import numpy as np
 import psutil
 import pytest
 from comfy_server import NODES, Comfy, FailedError
-from PIL import Image
+from PIL import Image, ImageDraw
 
+from zimage_lite.checkpoint.model_card import DEMO, control_place
 from zimage_lite.cli import run
 
 pytestmark = pytest.mark.slow
@@ -78,6 +79,26 @@ def test_the_example_runs(comfy: Comfy, tmp_path: Path) -> None:
     prompt = json.loads((NODES / "example_workflows" / "api" / "generate.json").read_text(encoding="utf-8"))
     found = comfy.pictures(comfy.run(prompt)["2"])
     assert np.array_equal(found[0], by_command_line(tmp_path, "--seed", 3))
+
+
+@pytest.mark.parametrize("made_of", ["map", "canny"])
+def test_a_controlnet_of_a_file_follows_its_picture(comfy: Comfy, tmp_path: Path, made_of: str) -> None:
+    file, canvas = control_place(DEMO), Image.new("RGB", (64, 64))
+    place = comfy.base / "models" / "model_patches" / file.name
+    if not place.exists():
+        place.symlink_to(file)
+    ImageDraw.Draw(canvas).polygon([(32, 8), (56, 54), (8, 54)], outline="white")
+    canvas.save(comfy.base / "input" / "edges.png")
+    more = {
+        "edges": comfy.node("LoadImage", image="edges.png"),
+        "control": comfy.node("ZImageLiteAddControl", control=file.name, image=["edges", 0], made_of=made_of),
+    }
+    found = drawn(comfy, seed=3, controls=["control", 0], more=more)
+    source = [] if made_of == "map" else ["--control-from", made_of]
+    edges = comfy.base / "input" / "edges.png"
+    wanted = by_command_line(tmp_path, "--seed", 3, "--control", file, "--control-image", edges, *source)
+    assert np.array_equal(found[0], wanted)
+    assert not np.array_equal(found[0], by_command_line(tmp_path, "--seed", 3))
 
 
 def test_loras_add_up_and_seeds_count_up(comfy: Comfy, tmp_path: Path) -> None:
