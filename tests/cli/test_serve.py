@@ -51,13 +51,16 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         serve._require_extra()
 
 
+def serving_in(folder: Path) -> list[str]:
+    options = ["--no-browser", "--port", "0", "--device", "cpu", "--folder", str(folder)]
+    return [sys.executable, "-m", "zimage_lite", "serve", *options]
+
+
 @contextmanager
 def running(folder: Path) -> Iterator[tuple[subprocess.Popen[str], httpx.Client, str]]:
     """A server as a process of its own, a client of it, and what it said before its address."""
-    options = ["--no-browser", "--port", "0", "--device", "cpu", "--folder", str(folder)]
-    command = [sys.executable, "-m", "zimage_lite", "serve", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(serving_in(folder), stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr
     said, address = "", None
     for line in process.stderr:
@@ -72,6 +75,13 @@ def running(folder: Path) -> Iterator[tuple[subprocess.Popen[str], httpx.Client,
         process.kill()
         process.wait(60)
         process.stderr.close()
+
+
+def told_off(folder: Path) -> str:
+    """What another server says of its folder."""
+    done = subprocess.run(serving_in(folder), capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    return done.stderr
 
 
 def until(holds: Callable[[], bool]) -> None:
@@ -89,6 +99,8 @@ def test_killed_in_the_middle_and_started_again(tmp_path: Path) -> None:
         until(lambda: client.get(f"/api/jobs/{done}").json()["state"] == "done")
         lost = [client.post("/api/jobs", json=LONG).json()["id"] for _ in range(2)]
         until(lambda: (client.get(f"/api/jobs/{lost[0]}").json()["step"] or 0) > 0)
+        assert "another server draws into it; end that, or name another --folder" in told_off(tmp_path)
+        assert client.get(f"/api/jobs/{lost[0]}").json()["state"] == "running"
         process.kill()
         process.wait(60)
     with running(tmp_path) as (process, client, said):

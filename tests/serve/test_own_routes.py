@@ -233,3 +233,17 @@ def test_the_document_names_every_route(client: TestClient) -> None:
     }
     routes = {(route.path, verb) for route in OwnRoutes(None).routes() for verb in route.methods - {"HEAD"}}
     assert named | {("/api/openapi.json", "GET")} == routes
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [("/api/nosuch", ("error", "message")), ("/v1/nosuch", ("error", "message")), ("/sdapi/v1/no", ())],
+)
+def test_an_address_that_there_is_not(client: TestClient, path: str, said: tuple[str, ...]) -> None:
+    """In the shape of its API, and with where to look."""
+    answer = client.get(path)
+    found = answer.json()
+    for name in said:
+        found = found[name]
+    assert answer.status_code == 404
+    assert f"there is nothing at {path}; /api/openapi.json has what there is" in str(found)

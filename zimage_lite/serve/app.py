@@ -48,7 +48,10 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return failure(request.url.path, error.status_code, str(error.detail), "http", headers=error.headers)
+    path, said = request.url.path, str(error.detail)
+    if error.status_code == 404:
+        said = f"there is nothing at {path[:100]}; /api/openapi.json has what there is"
+    return failure(path, error.status_code, said, "http", headers=error.headers)
 
 
 async def _broken(request: Request, error: Exception) -> Response:

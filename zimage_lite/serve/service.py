@@ -15,6 +15,7 @@ from ..workers.orders import DrawError, Drawn, LostError, Order
 from .board import Board
 from .catalog import Catalog
 from .fields import FieldError
+from .folder_lock import locked
 from .history import History, StorageError
 from .jobs import LOST, Failure, Job
 from .kept import told
@@ -27,9 +28,10 @@ _log = logging.getLogger(__name__)
 
 class Service:
     """drawers: who draws, each by itself; by default one, in this process. lost: jobs that the last server did not
-    finish. Raises UserError for a folder that cannot be used."""
+    finish. Raises UserError for a folder that cannot be used, or that another server uses."""
 
     def __init__(self, options: ServeOptions, drawers: Sequence[Drawer] = ()) -> None:
+        self._lock = locked(options.folder)  # before what another one is at would be taken for lost
         self.options, self.history = options, History(options.folder)
         self.catalog = Catalog(options, self.history.kept.path)
         self.lost = self.history.lost()
@@ -51,6 +53,7 @@ class Service:
             if worker.is_alive():
                 worker.join(_STOPPING_S)
         self.history.close()
+        self._lock.close()
 
     def submit(self, model: str, requests: Sequence[GenerateOptions], client: str = "api", leaves: bool = False) -> Job:
         """leaves: nobody wants it once its client is gone. Raises UserError, QueueFullError if there is no place."""
