@@ -50,7 +50,8 @@ async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path, said = request.url.path, str(error.detail)
     if error.status_code == 404:
-        said = f"there is nothing at {path[:100]}; /api/openapi.json has what there is"
+        said = f"there is nothing at {path[:100]}"
+        said += "; /api/openapi.json has what there is" if path.startswith("/api/") else ""
     return failure(path, error.status_code, said, "http", headers=error.headers)
 
 

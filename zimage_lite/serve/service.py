@@ -53,7 +53,8 @@ class Service:
             if worker.is_alive():
                 worker.join(_STOPPING_S)
         self.history.close()
-        self._lock.close()
+        if not any(worker.is_alive() for worker in self.workers):  # else with the process: it still writes there
+            self._lock.close()
 
     def submit(self, model: str, requests: Sequence[GenerateOptions], client: str = "api", leaves: bool = False) -> Job:
         """leaves: nobody wants it once its client is gone. Raises UserError, QueueFullError if there is no place."""
