@@ -51,7 +51,7 @@ def main() -> None:
     }
     for _, known in ways.values():
         if known is not None and known.hessian is not None:
-            known.factor()
+            next(known.spans(1))
     rows = []
     for name in args.formats:
         for how in ways.values():

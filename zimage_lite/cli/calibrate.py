@@ -139,11 +139,10 @@ def _measured(pipeline: Pipeline) -> dict[str, Any]:
 
 def _say_summary(pipeline: Pipeline, found: Statistics, out: Path) -> None:
     coverage, measured = found.coverage(), _measured(pipeline)
-    seen = coverage["image_tokens"] + coverage["other_tokens"]
-    quarters = " ".join(f"{100 * count / seen:.0f}%" for count in coverage["tokens_by_step_quarter"])
+    images, quarters = coverage["image_tokens"], coverage["image_tokens_by_step_quarter"]
+    shares = " ".join(f"{100 * count / images:.0f}%" for count in quarters)
     say(
-        f"{out}: {format_gb(out.stat().st_size)}, {counted(len(found.prompts), 'prompt')}; the layers saw "
-        f"{coverage['image_tokens']} tokens of images and {coverage['other_tokens']} of captions and pads; "
-        f"by quarter of the steps: {quarters}"
+        f"{out}: {format_gb(out.stat().st_size)}, {counted(len(found.prompts), 'prompt')}; seen: {images} tokens of "
+        f"images, by quarter of the steps {shares}, and {coverage['caption_tokens']} of captions"
     )
     say(f"{measured['seconds']:.1f} s of drawing, peak memory {format_gb(measured['peak_rss_bytes'])}")

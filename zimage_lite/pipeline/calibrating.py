@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.statistics import STEP_RANGES, Moments, Statistics, input_of
-from ..config import GenerateOptions
+from ..calibration.statistics import STEP_RANGES, Moments, Statistics, input_of, row_weights
+from ..config import PATCH_SIZE, SEQUENCE_MULTIPLE, GenerateOptions
 from ..errors import UserError
 from ..model.float16 import FEED_FORWARD_SCALE, scale_in
 from ..model.linear import Linear
 from ..model.transformer import is_time_weight
+from ..units import round_up
 from .denoise import BLOCKS, Step
 from .drawing import Pipeline
 from .steps import modulations
@@ -84,23 +85,32 @@ def _see_times(pipeline: Pipeline, statistics: Statistics) -> None:
 @contextmanager
 def _watching(pipeline: Pipeline, statistics: Statistics, timed: bool) -> Iterator[Callable[[Step], None]]:
     """Yields what is to be told of each step. timed: watch the linears of the time alone, else the others."""
-    quarter = 0
+    quarter, weights = 0, dict[str, Tensor]()  # of rows, by the first part of a linear's name
+
+    def on_evaluation(module: nn.Module, given: tuple[Any, ...]) -> None:
+        images = [latent[0].numel() // PATCH_SIZE**2 for latent in given[0]]
+        padded = [round_up(image, SEQUENCE_MULTIPLE) for image in images]
+        whole = [image + len(caption.tokens) for image, caption in zip(padded, given[1], strict=True)]
+        weights["noise_refiner"] = row_weights(images, padded)
+        weights["layers"] = weights["all_final_layer"] = row_weights(images, whole)
 
     def on_step(step: Step) -> None:
         nonlocal quarter
         quarter = step.step % step.of * STEP_RANGES // step.of
 
-    def see(moments: Moments, scale: float, module: nn.Module, given: tuple[Tensor, ...]) -> None:
+    def see(moments: Moments, scale: float, part: str, module: nn.Module, given: tuple[Tensor, ...]) -> None:
         x = given[0]
         factor = scale_in(x.dtype, scale)
-        moments.add(x if factor == 1 else x.float() / factor, quarter)
+        moments.add(x if factor == 1 else x.float() / factor, quarter, weights.get(part))
 
-    handles = []
+    handles = [pipeline.denoising.transformer.register_forward_pre_hook(on_evaluation)]
     for name, module in _linears(pipeline).items():
         if is_time_weight(name) != timed:
             continue
         scale = FEED_FORWARD_SCALE if name.endswith(".feed_forward.w2.weight") else 1.0
-        handles.append(module.register_forward_pre_hook(partial(see, statistics.inputs[name], scale)))
+        handles.append(
+            module.register_forward_pre_hook(partial(see, statistics.inputs[name], scale, name.split(".")[0]))
+        )
     try:
         yield on_step
     finally:
