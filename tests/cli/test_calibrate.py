@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from zimage_lite.api import open_named
 from zimage_lite.calibration import files, imatrix
 from zimage_lite.calibration.statistics import OTHERS, Moments, Statistics, input_of, row_weights
 from zimage_lite.cli import run
+from zimage_lite.config import RuntimeOptions
 from zimage_lite.pipeline import calibrating
+from zimage_lite.pipeline.drawing import Pipeline
+from zimage_lite.units import parse_bytes
 
 pytestmark = pytest.mark.slow  # draws with the demo, which is watched
 
@@ -188,3 +192,11 @@ def test_what_does_not_fit_is_refused(statistics: Path, tmp_path: Path, capsys: 
     assert run(["calibrate", "demo", "-o", str(tmp_path / "x.npz")]) == 2
     assert "its end says what it is" in refused(capsys)
     assert not (tmp_path / "x.gguf").exists()
+
+
+@pytest.mark.parametrize(("ram", "width"), [("100GB", 384), ("60MB", 128), ("1MB", 32)])
+def test_blocks_are_as_wide_as_the_memory_allows(ram: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrating, "WIDTHS", (calibrating.FULL, 128, 32))
+    pipeline = Pipeline(open_named("demo", {}), RuntimeOptions("cpu", ram_bytes=parse_bytes(ram)))
+    products = calibrating.begun(pipeline, None, {}).inputs["layers.0.attention.to_q.weight"].products
+    assert products is not None and products.shape == (384 // width, width, width)

@@ -67,8 +67,8 @@ class Width(click.ParamType):
     "--products",
     type=Width(),
     metavar="COLUMNS|whole|none",
-    help="Keep X^T X in blocks of so many columns, for quantize --effort best.  [default: whole rows if all of it is "
-    "small, else 256]",
+    help="Keep X^T X in blocks of so many columns, for quantize --effort best.  [default: the widest of "
+    "whole rows, 1280 and 256 that takes no more than a quarter of the memory]",
 )
 @click.option("--vram", metavar="SIZE", help="Ceiling for the GPU's memory, such as 6GB.  [default: what is free]")
 @click.option("--ram", metavar="SIZE", help="Ceiling for the process's memory, such as 8GB.  [default: what is free]")

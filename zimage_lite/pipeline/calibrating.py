@@ -9,10 +9,11 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
-from ..calibration.statistics import STEP_RANGES, Moments, Statistics, input_of, row_weights
+from ..calibration.statistics import STEP_RANGES, Moments, Statistics, block_width, input_of, row_weights
 from ..config import PATCH_SIZE, SEQUENCE_MULTIPLE, GenerateOptions
 from ..errors import UserError
 from ..model.float16 import FEED_FORWARD_SCALE, scale_in
@@ -26,19 +27,23 @@ from .workspace import Progress, silent
 
 _TIMED = "t_embedder.mlp.0.weight"
 FULL = 2**30  # of the width of blocks of products: whole rows
-LARGEST_PRODUCTS_BYTES = 10**9  # that whole rows may take before they are cut into blocks
-WIDTH = 256  # of these: the super-block of K-quants, and the group of rotations
+# Of blocks, in whole super-blocks of K-quants: of the true model 20 GB, 3.8 GB and 0.8 GB. The widest is taken that
+# takes no more than this share of the memory that may be used.
+WIDTHS = (FULL, 1280, 256)
+SHARE = 0.25
 TIMES = 512  # that the time's own linears are seen at
 SAVING_SHARE = 0.05  # of the time, at most, is spent on writing what was gathered so far
 
 
 def begun(pipeline: Pipeline, width: int | None, settings: dict[str, Any]) -> Statistics:
-    """Nothing seen yet, of all linears of the transformer. width: of the blocks of products, 0 for none; None: whole
-    rows if they are small. The memory that they take is there at once, so that it is planned with."""
+    """Nothing seen yet, of all linears of the transformer. width: of the blocks of products, 0 for none; None: what
+    suits the memory. What they take is there at once, so that it is planned with."""
     linears = _linears(pipeline)
     if width is None:
-        whole = sum(4 * module.weight.shape[1] ** 2 for name, module in linears.items() if _has_products(name))
-        width = FULL if whole <= LARGEST_PRODUCTS_BYTES else WIDTH
+        limit = SHARE * (pipeline.options.ram_bytes or psutil.virtual_memory().total)
+        wide = [module.weight.shape[1] for name, module in linears.items() if _has_products(name)]
+        sizes = {own: sum(4 * columns * block_width(columns, own) for columns in wide) for own in WIDTHS}
+        width = next((own for own in WIDTHS if sizes[own] <= limit), WIDTHS[-1])
     inputs = {
         name: Moments.empty(module.weight.shape[1], width if _has_products(name) else 0)
         for name, module in linears.items()
