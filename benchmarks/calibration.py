@@ -57,7 +57,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from demo_judge import judge
 from demo_scenes import LANGUAGES, caption, held_out_captions, random_scene
 
-AUTO = ("auto:4.5bpw", "auto:q4_k_m")  # so many bits for each weight of the transformer, or as many as that recipe
+AUTO = {"auto:4.5bpw": ("", 4.5), "auto, 2/3 of q4_k_m": ("q4_k_m", 2 / 3)}  # bits, or a share of that recipe's
 RECIPES = (
     "q4_k_m", "q3_k_s", "q2_k", "q4_k_s", *AUTO, "q4_0", "iq4_xs", "q3_k_m", "iq4_nl", "q4_1", "q5_k_s", "q5_0", "q5_1",
 )  # fmt: skip
@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--captions", type=int, default=200, help="that are drawn")
-    parser.add_argument("--seen", type=int, default=96, help="that the statistics are of")
+    parser.add_argument("--seen", type=int, default=192, help="that the statistics are of")
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--ways", nargs="+", default=("blind", "weighted", "calibrated"), choices=tuple(WAYS))
     args = parser.parse_args()
@@ -111,8 +111,8 @@ class Bench:
     def formats_of(self, recipe: str) -> dict[str, Format]:
         """What each tensor gets, whether or not it fits its rows."""
         if recipe in AUTO:
-            wanted = recipe.removeprefix("auto:").removesuffix("bpw")
-            return self._allocated(self.size(self.formats_of(wanted)) if wanted in RECIPES else float(wanted))
+            base, bits = AUTO[recipe]
+            return self._allocated(bits * (self.size(self.formats_of(base)) if base else 1))
         chosen, n_layers = target(recipe).recipe("transformer"), self.source.config.n_layers
         tensors = self.source.tensors.items()
         return {name: chosen.wanted((name,), tensor.shape, tensor.format, n_layers) for name, tensor in tensors}

@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from zimage_lite.api import open_named
 from zimage_lite.calibration import files, imatrix
-from zimage_lite.calibration.statistics import Moments, Statistics, input_of
+from zimage_lite.calibration.statistics import OTHERS, Moments, Statistics, input_of, row_weights
 from zimage_lite.cli import run
+from zimage_lite.config import RuntimeOptions
 from zimage_lite.pipeline import calibrating
+from zimage_lite.pipeline.drawing import Pipeline
+from zimage_lite.units import parse_bytes
 
 pytestmark = pytest.mark.slow  # draws with the demo, which is watched
 
@@ -44,7 +48,8 @@ def test_what_is_gathered(statistics: Path) -> None:
     assert found.prompts == ["a red circle on a blue background", "蓝色背景上的红色圆形"]
     assert len(found.inputs) == len({input_of(name) for name in found.inputs})
     layer = found.inputs["layers.0.attention.to_q.weight"]
-    assert layer.counts.tolist() == [2 * 64, 0, 2 * 64, 0]
+    rows = 2 * 16 * (1 + OTHERS)  # of both prompts, as far as they count
+    assert layer.counts.tolist() == pytest.approx([rows, 0, rows, 0])
     assert found.inputs["all_x_embedder.2-1.weight"].counts.sum() == 2 * 2 * 16
     assert found.inputs["layers.0.adaLN_modulation.0.weight"].counts.sum() == calibrating.TIMES
     for name, own in found.inputs.items():
@@ -66,6 +71,20 @@ def test_moments_are_those_of_the_rows() -> None:
         assert np.allclose(own.products[at // 16], x[:, at : at + 16].T @ x[:, at : at + 16], atol=1e-4)
 
 
+def test_rows_that_are_no_image_count_less() -> None:
+    """However many there are, as much as a tenth of the image."""
+    rng = np.random.default_rng(2)
+    x = rng.normal(0, 1, (11, 8)).astype(np.float32)
+    weights = row_weights([2, 4], [5, 6])
+    assert weights.tolist() == pytest.approx([1, 1, 0.12, 0.12, 0.12, 1, 1, 1, 1, 0.12, 0.12])
+    assert torch.equal(row_weights([3], [3]), torch.ones(3))
+    own = Moments.empty(8, 8)
+    own.add(torch.from_numpy(x), 1, weights)
+    w = weights.numpy()[:, None]
+    assert np.allclose(own.mean_squares, (w * x * x).sum(0) / w.sum(), rtol=1e-5)
+    assert own.products is not None and np.allclose(own.products[0], (w * x).T @ x, atol=1e-4)
+
+
 def test_only_what_is_missing_is_drawn(statistics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo.safetensors"
     out.write_bytes(statistics.read_bytes())
@@ -74,7 +93,9 @@ def test_only_what_is_missing_is_drawn(statistics: Path, tmp_path: Path, capsys:
     assert out.read_bytes() == before
     assert calibrate(out, "a red circle on a blue background\na green star\n", "--json") == 0
     assert json.loads(capsys.readouterr().out)["prompts"] == 3
-    assert written(out).inputs["layers.0.attention.to_q.weight"].counts.sum() == 3 * 2 * 64
+    assert written(out).inputs["layers.0.attention.to_q.weight"].counts.sum() == pytest.approx(
+        3 * 2 * 16 * (1 + OTHERS)
+    )
     assert calibrate(out, "a cross\n", "--width", "128") == 2
     assert "was gathered otherwise" in capsys.readouterr().err
 
@@ -84,11 +105,11 @@ def test_an_interrupt_leaves_whole_statistics_of_fewer_prompts(tmp_path: Path, m
     out, steps = tmp_path / "demo.safetensors", list[int]()
     add = Moments.add
 
-    def interrupted(self: Moments, x: torch.Tensor, quarter: int) -> None:
+    def interrupted(self: Moments, x: torch.Tensor, quarter: int, weights: torch.Tensor | None = None) -> None:
         steps.append(quarter)
         if len(written(out).prompts if out.exists() else []) == 2 and quarter:
             raise KeyboardInterrupt
-        add(self, x, quarter)
+        add(self, x, quarter, weights)
 
     monkeypatch.setattr("zimage_lite.pipeline.grouping.MOST_PER_ROUND", 1)
     monkeypatch.setattr("zimage_lite.plan.prediction._BATCHES", (1,))
@@ -97,7 +118,7 @@ def test_an_interrupt_leaves_whole_statistics_of_fewer_prompts(tmp_path: Path, m
     assert calibrate(out, "a red circle\na green star\na blue cross\n") == 130
     found = written(out)
     assert found.prompts == ["a red circle", "a green star"]
-    assert found.inputs["layers.0.attention.to_q.weight"].counts.sum() == 2 * 2 * 64
+    assert found.inputs["layers.0.attention.to_q.weight"].counts.sum() == pytest.approx(2 * 2 * 16 * (1 + OTHERS))
 
 
 @pytest.mark.parametrize("end", imatrix.SUFFIXES)
@@ -119,7 +140,7 @@ def test_gguf_py_reads_our_imatrix(statistics: Path, tmp_path: Path) -> None:
     found = {tensor.name: tensor.data for tensor in reader.tensors}
     own = written(statistics).inputs["layers.0.attention.to_q.weight"]
     assert np.allclose(found["layers.0.attention.qkv.weight.in_sum2"].flatten(), own.squares.sum(0), rtol=1e-6)
-    assert found["layers.0.attention.qkv.weight.counts"].flatten().tolist() == [own.counts.sum()]
+    assert found["layers.0.attention.qkv.weight.counts"].flatten().tolist() == pytest.approx([float(own.counts.sum())])
     assert {"layers.0.feed_forward.w1.weight.in_sum2", "layers.0.feed_forward.w3.weight.in_sum2"} <= found.keys()
 
 
@@ -171,3 +192,11 @@ def test_what_does_not_fit_is_refused(statistics: Path, tmp_path: Path, capsys: 
     assert run(["calibrate", "demo", "-o", str(tmp_path / "x.npz")]) == 2
     assert "its end says what it is" in refused(capsys)
     assert not (tmp_path / "x.gguf").exists()
+
+
+@pytest.mark.parametrize(("ram", "width"), [("100GB", 384), ("60MB", 128), ("1MB", 32)])
+def test_blocks_are_as_wide_as_the_memory_allows(ram: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrating, "WIDTHS", (calibrating.FULL, 128, 32))
+    pipeline = Pipeline(open_named("demo", {}), RuntimeOptions("cpu", ram_bytes=parse_bytes(ram)))
+    products = calibrating.begun(pipeline, None, {}).inputs["layers.0.attention.to_q.weight"].products
+    assert products is not None and products.shape == (384 // width, width, width)

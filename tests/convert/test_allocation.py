@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from zimage_lite.checkpoint.checkpoint import open_checkpoint
+from zimage_lite.checkpoint.model_card import DEMO, model_folder
 from zimage_lite.cli import run
-from zimage_lite.convert.allocation import Choice, allocate
+from zimage_lite.convert.allocation import Choice, allocate, allocated
 from zimage_lite.convert.recipe import Goal, target
+from zimage_lite.convert.streaming import Options
 from zimage_lite.errors import UserError
 
 
@@ -51,6 +53,14 @@ def test_goals(text: str, nbytes: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UserError):
         target(text)
+
+
+@pytest.mark.slow
+def test_it_says_how_far_measuring_has_come() -> None:
+    source, seen = open_checkpoint(model_folder(DEMO) / "transformer"), list[tuple[int, int]]()
+    allocated(target("auto:8bpw"), source, Options(effort="fast"), lambda *at: seen.append(at))
+    done, totals = zip(*seen, strict=True)
+    assert len(seen) > 20 and list(done) == sorted(set(done)) and set(totals) == {done[-1]}
 
 
 @pytest.mark.slow

@@ -3,11 +3,16 @@
 Of an input with rows x: for each channel the sum of squares, by quarter of the steps; and along the diagonal of
 X^T X blocks of it, which tell how far the error of one column can be made up for by others. Linears that share an
 input (q, k and v; w1 and w3) share its moments, under the name of the first.
+
+Rows of what is not of an image, captions and pads, count so much that all of them in an evaluation have OTHERS of the
+weight of its image, however many they are. In the demo, where they are three quarters of all rows, 2 % of the gradient
+of what comes out passes through them (up to 30 % in keys and values, next to none in the feed-forwards), and pictures
+of calibrated 2 to 4 bits are 1 to 2 dB nearer when they count a tenth than when all rows count alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +21,7 @@ from torch import Tensor
 
 STEP_RANGES = 4
 PIECE_VALUES = 2**22  # of an input that are float32 at a time: 16 MB
+OTHERS = 0.1
 
 _SHARED = {"attention.to_k": "attention.to_q", "attention.to_v": "attention.to_q", "feed_forward.w3": "feed_forward.w1"}
 
@@ -35,8 +41,8 @@ def block_width(columns: int, wanted: int) -> int:
 
 @dataclass
 class Moments:
-    """Of one input. counts: [STEP_RANGES] rows seen; squares: [STEP_RANGES, columns] their sums; both float64.
-    products: [blocks, width, width] float32, sums of x^T x, if they are gathered."""
+    """Of one input. counts: [STEP_RANGES] rows seen, as far as they count; squares: [STEP_RANGES, columns] their sums;
+    both float64. products: [blocks, width, width] float32, sums of x^T x, if they are gathered."""
 
     counts: Tensor
     squares: Tensor
@@ -53,11 +59,16 @@ class Moments:
         # Written to, so that the planner sees what it takes.
         return cls(counts, squares, torch.empty(columns // width, width, width).fill_(0))
 
-    def add(self, x: Tensor, step_range: int) -> None:
-        """x: [rows, columns], on any device and in any float dtype."""
-        for piece in x.split(max(PIECE_VALUES // x.shape[1], 1)):
-            wide = piece.float()
-            self.counts[step_range] += len(wide)
+    def add(self, x: Tensor, step_range: int, weights: Tensor | None = None) -> None:
+        """x: [rows, columns], on any device and in any float dtype; weights: [rows], what each counts, if not all 1."""
+        rows = max(PIECE_VALUES // x.shape[1], 1)
+        for start in range(0, len(x), rows):
+            wide = x[start : start + rows].float()
+            own = float(len(wide))
+            if weights is not None:
+                own = float((counted := weights[start : start + rows]).sum())
+                wide = wide * counted.to(wide.device).sqrt().unsqueeze(1)
+            self.counts[step_range] += own
             self.squares[step_range] += wide.square().sum(0, dtype=torch.float64).cpu()
             if self.products is not None:
                 self.products += _products(wide, self.products.shape[1]).cpu()
@@ -84,17 +95,29 @@ class Statistics:
     inputs: dict[str, Moments] = field(default_factory=dict)
 
     def coverage(self) -> dict[str, Any]:
-        """What was seen: rows of images and captions in the layers, by quarter of the steps."""
-        layers, images = (self.inputs.get(name) for name in ("layers.0.attention.to_q.weight", _EMBEDDER))
-        if layers is None or images is None:
+        """What was seen: rows of images by quarter of the steps, and of captions, which are the same in all."""
+        images, captions = (self.inputs.get(name) for name in (_EMBEDDER, _CAPTION_EMBEDDER))
+        if images is None or captions is None:
             return {"prompts": len(self.prompts)}
-        tokens, of_images = layers.counts, images.counts
         return {
             "prompts": len(self.prompts),
-            "tokens_by_step_quarter": [int(count) for count in tokens],
-            "image_tokens": int(of_images.sum()),
-            "other_tokens": int((tokens - of_images).sum()),
+            "image_tokens_by_step_quarter": [int(count) for count in images.counts],
+            "image_tokens": int(images.counts.sum()),
+            "caption_tokens": int(captions.counts.sum()),
         }
 
 
+def row_weights(images: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """[rows] float32, of sequences one after another. images: rows of the image in each, which come first; lengths: all
+    rows of each."""
+    others = sum(lengths) - sum(images)
+    weights = torch.full((sum(lengths),), OTHERS * sum(images) / max(others, 1))
+    at = 0
+    for image, length in zip(images, lengths, strict=True):
+        weights[at : at + image] = 1
+        at += length
+    return weights
+
+
 _EMBEDDER = "all_x_embedder.2-1.weight"
+_CAPTION_EMBEDDER = "cap_embedder.1.weight"

@@ -67,8 +67,8 @@ class Width(click.ParamType):
     "--products",
     type=Width(),
     metavar="COLUMNS|whole|none",
-    help="Keep X^T X in blocks of so many columns, for quantize --effort best.  [default: whole rows if all of it is "
-    "small, else 256]",
+    help="Keep X^T X in blocks of so many columns, for quantize --effort best.  [default: the widest of "
+    "whole rows, 1280 and 256 that takes no more than a quarter of the memory]",
 )
 @click.option("--vram", metavar="SIZE", help="Ceiling for the GPU's memory, such as 6GB.  [default: what is free]")
 @click.option("--ram", metavar="SIZE", help="Ceiling for the process's memory, such as 8GB.  [default: what is free]")
@@ -139,11 +139,10 @@ def _measured(pipeline: Pipeline) -> dict[str, Any]:
 
 def _say_summary(pipeline: Pipeline, found: Statistics, out: Path) -> None:
     coverage, measured = found.coverage(), _measured(pipeline)
-    seen = coverage["image_tokens"] + coverage["other_tokens"]
-    quarters = " ".join(f"{100 * count / seen:.0f}%" for count in coverage["tokens_by_step_quarter"])
+    images, quarters = coverage["image_tokens"], coverage["image_tokens_by_step_quarter"]
+    shares = " ".join(f"{100 * count / images:.0f}%" for count in quarters)
     say(
-        f"{out}: {format_gb(out.stat().st_size)}, {counted(len(found.prompts), 'prompt')}; the layers saw "
-        f"{coverage['image_tokens']} tokens of images and {coverage['other_tokens']} of captions and pads; "
-        f"by quarter of the steps: {quarters}"
+        f"{out}: {format_gb(out.stat().st_size)}, {counted(len(found.prompts), 'prompt')}; seen: {images} tokens of "
+        f"images, by quarter of the steps {shares}, and {coverage['caption_tokens']} of captions"
     )
     say(f"{measured['seconds']:.1f} s of drawing, peak memory {format_gb(measured['peak_rss_bytes'])}")

@@ -8,7 +8,7 @@ wrong, on the inputs of the statistics; all tensors count alike. What is chosen 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,8 +41,9 @@ class Choice:
     error: float
 
 
-def allocated(target: Target, source: Checkpoint, options: Options) -> Target:
-    """The target with a rule for each tensor that it shrinks. Raises UserError if no choice is small enough."""
+def allocated(target: Target, source: Checkpoint, options: Options, progress: Callable[[int, int], None]) -> Target:
+    """The target with a rule for each tensor that it shrinks. progress: bytes of tensors that were measured, and of
+    all. Raises UserError if no choice is small enough."""
     assert target.goal is not None
     tensors = output_tensors(source, target)
     shrunk = [tensor for tensor in tensors if tensor.format.lossy and len(tensor.shape) == 2]
@@ -50,13 +51,14 @@ def allocated(target: Target, source: Checkpoint, options: Options) -> Target:
     kept = sum(tensor.nbytes for tensor in tensors) - sum(tensor.nbytes for tensor in free)
     weights = sum(tensor.rows * tensor.columns for tensor in tensors)
     budget = target.goal.bytes_of(weights) - kept
-    threads = torch.get_num_threads()
+    threads, measured, done = torch.get_num_threads(), dict[str, list[Choice]](), 0
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(cpu_count()) as pool:
-            measured = dict(
-                zip((tensor.name for tensor in free), pool.map(partial(choices, options=options), free), strict=True)
-            )
+            for tensor, found in zip(free, pool.map(partial(choices, options=options), free), strict=True):
+                measured[tensor.name] = found
+                done += tensor.nbytes
+                progress(done, sum(tensor.nbytes for tensor in free))
     finally:
         torch.set_num_threads(threads)
     least = sum(min(choice.nbytes for choice in own) for own in measured.values())

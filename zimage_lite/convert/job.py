@@ -64,7 +64,7 @@ class Job:
         if self.options.calibration:
             _require_statistics_of(transformer, self.options.calibration)
         self.note("measuring what each of the transformer's tensors loses in each type")
-        return replace(self, target=allocated(self.target, transformer, self.options))
+        return replace(self, target=allocated(self.target, transformer, self.options, self.progress))
 
     def target_of(self, component: str) -> Target | None:
         if component == "vae":

@@ -9,15 +9,17 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
-from ..calibration.statistics import STEP_RANGES, Moments, Statistics, input_of
-from ..config import GenerateOptions
+from ..calibration.statistics import STEP_RANGES, Moments, Statistics, block_width, input_of, row_weights
+from ..config import PATCH_SIZE, SEQUENCE_MULTIPLE, GenerateOptions
 from ..errors import UserError
 from ..model.float16 import FEED_FORWARD_SCALE, scale_in
 from ..model.linear import Linear
 from ..model.transformer import is_time_weight
+from ..units import round_up
 from .denoise import BLOCKS, Step
 from .drawing import Pipeline
 from .steps import modulations
@@ -25,19 +27,23 @@ from .workspace import Progress, silent
 
 _TIMED = "t_embedder.mlp.0.weight"
 FULL = 2**30  # of the width of blocks of products: whole rows
-LARGEST_PRODUCTS_BYTES = 10**9  # that whole rows may take before they are cut into blocks
-WIDTH = 256  # of these: the super-block of K-quants, and the group of rotations
+# Of blocks, in whole super-blocks of K-quants: of the true model 20 GB, 3.8 GB and 0.8 GB. The widest is taken that
+# takes no more than this share of the memory that may be used.
+WIDTHS = (FULL, 1280, 256)
+SHARE = 0.25
 TIMES = 512  # that the time's own linears are seen at
 SAVING_SHARE = 0.05  # of the time, at most, is spent on writing what was gathered so far
 
 
 def begun(pipeline: Pipeline, width: int | None, settings: dict[str, Any]) -> Statistics:
-    """Nothing seen yet, of all linears of the transformer. width: of the blocks of products, 0 for none; None: whole
-    rows if they are small. The memory that they take is there at once, so that it is planned with."""
+    """Nothing seen yet, of all linears of the transformer. width: of the blocks of products, 0 for none; None: what
+    suits the memory. What they take is there at once, so that it is planned with."""
     linears = _linears(pipeline)
     if width is None:
-        whole = sum(4 * module.weight.shape[1] ** 2 for name, module in linears.items() if _has_products(name))
-        width = FULL if whole <= LARGEST_PRODUCTS_BYTES else WIDTH
+        limit = SHARE * (pipeline.options.ram_bytes or psutil.virtual_memory().total)
+        wide = [module.weight.shape[1] for name, module in linears.items() if _has_products(name)]
+        sizes = {own: sum(4 * columns * block_width(columns, own) for columns in wide) for own in WIDTHS}
+        width = next((own for own in WIDTHS if sizes[own] <= limit), WIDTHS[-1])
     inputs = {
         name: Moments.empty(module.weight.shape[1], width if _has_products(name) else 0)
         for name, module in linears.items()
@@ -84,23 +90,32 @@ def _see_times(pipeline: Pipeline, statistics: Statistics) -> None:
 @contextmanager
 def _watching(pipeline: Pipeline, statistics: Statistics, timed: bool) -> Iterator[Callable[[Step], None]]:
     """Yields what is to be told of each step. timed: watch the linears of the time alone, else the others."""
-    quarter = 0
+    quarter, weights = 0, dict[str, Tensor]()  # of rows, by the first part of a linear's name
+
+    def on_evaluation(module: nn.Module, given: tuple[Any, ...]) -> None:
+        images = [latent[0].numel() // PATCH_SIZE**2 for latent in given[0]]
+        padded = [round_up(image, SEQUENCE_MULTIPLE) for image in images]
+        whole = [image + len(caption.tokens) for image, caption in zip(padded, given[1], strict=True)]
+        weights["noise_refiner"] = row_weights(images, padded)
+        weights["layers"] = weights["all_final_layer"] = row_weights(images, whole)
 
     def on_step(step: Step) -> None:
         nonlocal quarter
         quarter = step.step % step.of * STEP_RANGES // step.of
 
-    def see(moments: Moments, scale: float, module: nn.Module, given: tuple[Tensor, ...]) -> None:
+    def see(moments: Moments, scale: float, part: str, module: nn.Module, given: tuple[Tensor, ...]) -> None:
         x = given[0]
         factor = scale_in(x.dtype, scale)
-        moments.add(x if factor == 1 else x.float() / factor, quarter)
+        moments.add(x if factor == 1 else x.float() / factor, quarter, weights.get(part))
 
-    handles = []
+    handles = [pipeline.denoising.transformer.register_forward_pre_hook(on_evaluation)]
     for name, module in _linears(pipeline).items():
         if is_time_weight(name) != timed:
             continue
         scale = FEED_FORWARD_SCALE if name.endswith(".feed_forward.w2.weight") else 1.0
-        handles.append(module.register_forward_pre_hook(partial(see, statistics.inputs[name], scale)))
+        handles.append(
+            module.register_forward_pre_hook(partial(see, statistics.inputs[name], scale, name.split(".")[0]))
+        )
     try:
         yield on_step
     finally:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from . import blocks, flat, kquants
-from .compensate import Cells, Nearest, compensate, counted
+from .cells import Cells
+from .compensate import ROUNDS, improve, rounded
 from .formats import GGML_TYPES, Codec, Format, Layout, Options, Parts
 from .importance import Importance
 from .inputs import Inputs
@@ -38,32 +39,32 @@ class BlockCodec(Codec):
     def quantize(self, x: Tensor, options: Options, effort: str = "reference", inputs: Inputs | None = None) -> Parts:
         assert self.pack is not None, "the table marks this format as read-only"
         if inputs is not None and inputs.hessian is not None and effort == "best":
-            return {"": self._compensated(x, inputs.factor())}
+            return {"": self._compensated(x, inputs)}
         importance = None if inputs is None else Importance.of(self.name, x, inputs.squares, self.block)
         blocks = x.reshape(-1, self.block)
         return {"": self.pack(blocks, effort, importance=importance).reshape(x.shape[0], -1)}
 
-    def _compensated(self, x: Tensor, factor: Tensor) -> Tensor:
-        """Each block's scales are searched when the errors of those before it have been made up for in it."""
-        found, counts = [], counted(factor)
+    def _compensated(self, x: Tensor, inputs: Inputs) -> Tensor:
+        columns, found = x.t().contiguous(), list[Cells]()
+        for span in inputs.spans(self.block):
+            own = columns[: len(span.hessian)]
+            blocks = rounded(own.clone(), span.factor, self.block, self._cells)
+            for _ in range(ROUNDS):
+                improve(own, blocks, span)
+            columns = columns[len(own) :]
+            found += blocks
+        encode = partial(flat.bits, self.name) if self.name in flat.GRIDS else PACK_BITS[self.name]
+        return torch.cat([encode(cells.scales, cells.codes.t().contiguous()) for cells in found], dim=1)
 
-        def fit(start: int, block: Tensor) -> Nearest:
-            importance = Importance.of(self.name, block, counts[start : start + self.block], self.block)
-            cells, encode = self._cells(block, importance)
-            found.append((cells, encode))
-            return cells
-
-        compensate(x, factor, self.block, fit)
-        return torch.cat([encode(cells.codes()) for cells, encode in found], dim=1)
-
-    def _cells(self, block: Tensor, importance: Importance) -> tuple[Cells, Callable[[Tensor], Tensor]]:
-        """block: [rows, elements]. -> its grid, and what packs codes."""
-        searches = compiled(block)
+    def _cells(self, block: Tensor, counted: Tensor) -> Cells:
+        """Whose scales are searched when the errors of the blocks before it have been made up for in it."""
+        searches, importance = compiled(block), Importance.of(self.name, block, counted, self.block)
         if self.name in flat.GRIDS:
             grid, scales = flat.GRIDS[self.name], flat.scales_of(self.name, searches, block, importance)
-            return Cells.of(grid, scales), partial(flat.bits, self.name, scales)
-        grid, (scales, _) = kquants.GRIDS[self.name], kquants.scales_of(self.name, searches, block, "best", importance)
-        return Cells.of(grid, scales), partial(PACK_BITS[self.name], scales)
+        else:
+            grid = kquants.GRIDS[self.name]
+            scales, _ = kquants.scales_of(self.name, searches, block, "best", importance)
+        return Cells(grid, self.block, scales)
 
     def dequantize(self, parts: Parts, columns: int, options: Options) -> Tensor:
         packed = parts[""].reshape(-1, self.block_bytes)

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from zimage_kernels import hadamard_rotate
 
-DAMPING = 0.01  # of the mean square, added to all: what was seen is a sample
+DAMPING = 0.1  # of each mean square is added to it, as what was seen is a sample: channels go together less than there
+LEAST = 1e-4  # of the mean over all channels, for those that were never seen to differ from zero
+
+
+class Span(NamedTuple):
+    """Columns of which it is known how they go together. hessian: [width, width] float32, the mean of x^T x; damping:
+    [width], what is added to its diagonal, H then; factor: [width, width] float32, upper triangular U of
+    H^-1 = U^T U."""
+
+    hessian: Tensor
+    damping: Tensor
+    factor: Tensor
 
 
 @dataclass(frozen=True)
@@ -19,21 +32,23 @@ class Inputs:
 
     squares: Tensor
     hessian: Tensor | None = None
-    _factors: dict[int, Tensor] = field(default_factory=dict, compare=False)
+    _factors: list[tuple[Tensor, Tensor]] = field(default_factory=list, compare=False)  # of each block
     _lock: threading.Lock = field(default_factory=threading.Lock, compare=False)
 
-    def factor(self, group: int = 0) -> Tensor:
-        """[blocks, width, width] float32, upper triangular: U of H^-1 = U^T U. group: of the inputs' rotation, 0 for
-        none; blocks must hold whole groups."""
+    def spans(self, size: int) -> Iterator[Span]:
+        """From the first column on, each of whole blocks of so many columns."""
         assert self.hessian is not None
         with self._lock:
-            if group not in self._factors:
-                self._factors[group] = torch.stack([_factor(rotated(block, group)) for block in self.hessian])
-            return self._factors[group]
-
-    def rotates(self, group: int) -> bool:
-        """Whether `factor` and `rotated` know inputs that are rotated so."""
-        return self.hessian is not None and (not group or self.hessian.shape[1] % group == 0)
+            if not self._factors:
+                self._factors.extend(map(_factor, self.hessian))
+        together = math.lcm(size, self.hessian.shape[1]) // self.hessian.shape[1]
+        for at in range(0, len(self.hessian), together):
+            own = list(zip(self.hessian, *zip(*self._factors, strict=True), strict=True))[at : at + together]
+            if together == 1:
+                yield Span(*own[0])
+                continue
+            hessians, dampings, factors = zip(*own, strict=True)
+            yield Span(torch.block_diag(*hessians), torch.cat(dampings), torch.block_diag(*factors))
 
     def error(self, gap: Tensor) -> Tensor:
         """gap: [rows, columns], what weights are off by. -> [rows], the mean square of what comes out because of it."""
@@ -44,16 +59,11 @@ class Inputs:
         return (torch.bmm(blocks, self.hessian) * blocks).sum((0, 2))
 
 
-def rotated(hessian: Tensor, group: int) -> Tensor:
-    """R^T H R, of inputs that are rotated by R, which is its own transpose."""
-    if not group:
-        return hessian
-    return hadamard_rotate(hadamard_rotate(hessian, group).t().contiguous(), group)
-
-
-def _factor(hessian: Tensor) -> Tensor:
+def _factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """-> damping and U."""
     wide = hessian.double()
-    level = wide.diagonal().mean()
-    wide.diagonal().add_(DAMPING * level if level > 0 else 1.0)
+    squares = wide.diagonal()
+    damping = DAMPING * squares + (LEAST * squares.mean() or 1.0)
+    wide.diagonal().add_(damping)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(wide))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    return damping.float(), torch.linalg.cholesky(inverse, upper=True).float()
