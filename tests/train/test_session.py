@@ -22,7 +22,7 @@ from zimage_lite import GenerateOptions, Lora
 from zimage_lite.cli import run
 from zimage_lite.cli.train_lora import stopping
 from zimage_lite.errors import UserError
-from zimage_lite.train import prior
+from zimage_lite.plan import training
 from zimage_lite.train.session import Session
 
 pytestmark = pytest.mark.slow  # whole trainings
@@ -182,7 +182,7 @@ def test_the_page_shows_how_it_went(whole: Path) -> None:
 def test_what_it_preserves_is_drawn_first(
     pupil: Path, lessons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prior, "LEAST", 4)
+    monkeypatch.setattr(training, "_PRESERVED_LEAST", 4)
     options = replace(FEW, steps=1)
     goal = goal_of(lessons, tmp_path / "my.safetensors", options, preserve=("fox", "hare"))
     session = session_of(pupil, goal)
