@@ -3,10 +3,10 @@
     python benchmarks/learning.py --out benchmarks/results/train/learning_cpu.json [--formats bf16 int8 q4_k_m]
 
 20 drawn hourglasses, called bows, with English captions, and prompts of the demo's own grammar, none of them asked for
-afterwards, that are to be preserved. Then tools/demo_judge.py says of how many pictures, in per cent, they show what was
-asked for: bows of 50 prompts with the trigger, with a known shape in its place, and with the trigger but no LoRA; and 100
-captions that the demo is always judged by, with the LoRA and without it. The last line is the JSON that also goes to
---out, kept after each format.
+afterwards, that are to be preserved. Then tools/demo_judge.py says of how many pictures, in per cent, they show what
+was asked for: bows of 50 prompts with the trigger, with a known shape in its place, and with the trigger but no LoRA;
+and 100 captions that the demo is always judged by, with the LoRA and without it. The last line is the JSON that also
+goes to --out, kept after each format.
 """
 
 from __future__ import annotations
