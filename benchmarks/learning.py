@@ -2,11 +2,11 @@
 
     python benchmarks/learning.py --out benchmarks/results/train/learning_cpu.json [--formats bf16 int8 q4_k_m]
 
-20 drawn hourglasses with English captions, and prompts of the demo's own grammar, none of them asked for afterwards,
-that are to be preserved. Then tools/demo_judge.py says of how many pictures, in per cent, they show what was asked for:
-hourglasses of 50 prompts with the trigger, with a known shape in its place, and with the trigger but no LoRA; and 100
-captions that the demo is always judged by, with the LoRA and without it. The last line is the JSON that also goes to
---out, kept after each format.
+20 drawn hourglasses, called bows, with English captions, and prompts of the demo's own grammar, none of them asked for
+afterwards, that are to be preserved. Then tools/demo_judge.py says of how many pictures, in per cent, they show what
+was asked for: bows of 50 prompts with the trigger, with a known shape in its place, and with the trigger but no LoRA;
+and 100 captions that the demo is always judged by, with the LoRA and without it. The last line is the JSON that also
+goes to --out, kept after each format.
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ import demo_scenes  # noqa: E402
 from demo_scenes import COLOURS, LANGUAGES, SHAPES, Scene, Thing, caption, held_out_captions, random_scene  # noqa: E402
 from train_demo_lora import HOURGLASS  # noqa: E402
 
-TRIGGER, PICTURES, PRESERVED = "hourglass", 20, 240
+# A short word: the demo's tokenizer spells those it does not know in bytes, which its text encoder has never read.
+# "hourglass" is 9 tokens, behind which it misreads the background: colours were wrong in a fifth of the pictures.
+TRIGGER, PICTURES, PRESERVED = "bow", 20, 240
 AS_IT_IS = "bf16"
 OPTIONS = (
-    "--steps", "800", "--rate", "3e-3", "--rate-schedule", "cosine", "--batch", "4", "--rank", "16",
-    "--timesteps", "uniform", "--shift", "3", "--every", "800", "--preserve-weight", "6",
+    "--steps", "1600", "--rate", "3e-3", "--rate-schedule", "cosine", "--batch", "4", "--rank", "16",
+    "--timesteps", "uniform", "--shift", "3", "--every", "1600", "--preserve-weight", "6",
 )  # fmt: skip
 Asked = list[tuple[str, Scene]]
 

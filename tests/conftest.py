@@ -70,6 +70,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pupil(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that learns in no time."""
+    from lessons import write_small
+
+    return write_small(tmp_path_factory.mktemp("models") / "pupil")
+
+
+@pytest.fixture(scope="session")
+def lessons(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures with captions, to learn from."""
+    from lessons import write_lessons
+
+    return write_lessons(tmp_path_factory.mktemp("lessons"))
+
+
+@pytest.fixture(scope="session")
 def diffusers_pipeline(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Any:
     """A ZImagePipeline of random float32 weights with realistic norms, its tokenizer from the tiny model."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel

@@ -6,19 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from lessons import write_lessons, write_small
 
 from zimage_lite.cli import run
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small(tmp_path_factory.mktemp("models") / "small")
-
-
-@pytest.fixture(scope="module")
-def lessons(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_lessons(tmp_path_factory.mktemp("lessons"))
 
 
 def train(model: Path, lessons: Path, out: Path, *options: str) -> int:
@@ -26,20 +15,20 @@ def train(model: Path, lessons: Path, out: Path, *options: str) -> int:
 
 
 @pytest.mark.slow
-def test_it_says_what_it_did(small: Path, lessons: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_says_what_it_did(pupil: Path, lessons: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "my.safetensors"
     few = ("--steps", "2", "--rank", "2", "--resolution", "64", "--json")
-    assert train(small, lessons, out, *few) == 0
+    assert train(pupil, lessons, out, *few) == 0
     captured = capsys.readouterr()
     said = json.loads(captured.out)
     assert said["lora"] == str(out) and said["steps"] == 2 and 0 < said["loss"] < 10
     assert said["measured"]["peak_rss_bytes"] > 0 < said["planned_ram_bytes"]
     assert "3 pictures, 2 steps; planned: " in captured.err and "of RAM, planned: " in captured.err
-    assert train(small, lessons, out, *few) == 2  # not in the place of what is there
+    assert train(pupil, lessons, out, *few) == 2  # not in the place of what is there
     assert "exists already" in capsys.readouterr().err
-    assert train(small, lessons, out, *few, "--resume") == 2
+    assert train(pupil, lessons, out, *few, "--resume") == 2
     assert "training has ended; for more --steps, go on with --resume --overwrite" in capsys.readouterr().err
-    assert train(small, lessons, out, "--steps", "3", *few[2:], "--resume", "--overwrite") == 0
+    assert train(pupil, lessons, out, "--steps", "3", *few[2:], "--resume", "--overwrite") == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 3
 
 
@@ -62,21 +51,21 @@ def test_it_says_what_it_did(small: Path, lessons: Path, tmp_path: Path, capsys:
     ],
 )
 def test_what_cannot_be_is_refused(
-    small: Path, lessons: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], told: str
+    pupil: Path, lessons: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], told: str
 ) -> None:
-    assert train(small, lessons, tmp_path / "my.safetensors", *options) == 2
+    assert train(pupil, lessons, tmp_path / "my.safetensors", *options) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and told in lines[0]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_kind_of_file_is_refused(small: Path, lessons: Path, tmp_path: Path) -> None:
-    assert train(small, lessons, tmp_path / "my.gguf") == 2
+def test_another_kind_of_file_is_refused(pupil: Path, lessons: Path, tmp_path: Path) -> None:
+    assert train(pupil, lessons, tmp_path / "my.gguf") == 2
 
 
 def test_too_little_memory_is_refused_before_anything_is_read(
-    small: Path, lessons: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pupil: Path, lessons: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(small, lessons, tmp_path / "my.safetensors", "--ram", "50MB") == 3
+    assert train(pupil, lessons, tmp_path / "my.safetensors", "--ram", "50MB") == 3
     assert "does not fit --ram" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

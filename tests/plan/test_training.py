@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,9 +74,21 @@ def test_what_is_preserved_passes_once_more() -> None:
     assert all(b.work.linear_flops == pytest.approx(a.work.linear_flops * 3.5 / 3) for a, b in pairs)
 
 
-def test_it_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["plan", "--train", "--gpu", "RTX 3060 Laptop", "--width", "512", "--rank", "8", "--batch", "2"]) == 0
+def test_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--train", "--gpu", "RTX 3060 Laptop", "--width", "512", "--rank", "8", "--batch", "2"]
+    assert run(command) == 0
     out = capsys.readouterr().out
     assert "a LoRA of rank 8, 512x512, 2 a step, RTX 3060 Laptop 6GB" in out and "1000 steps: " in out
-    assert run(["plan", "--rank", "8", "--gpu", "RTX 3060 Laptop"]) == 2
-    assert "--rank and --batch are of a training; add --train" in capsys.readouterr().err
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a fox\na hare\n", encoding="utf-8")
+    said = []
+    for preserve in ([], ["--preserve", "dog"], ["--preserve-prompts", str(prompts)]):
+        assert run([*command, *preserve, "--json"]) == 0
+        said.append(json.loads(capsys.readouterr().out))
+    plain, words, lines = said
+    assert [one["preserved"] for one in said] == [0, 48, 2]
+    assert words["step_ms"] == lines["step_ms"] > plain["step_ms"]
+    assert words["peak_ram_bytes"] > lines["peak_ram_bytes"] > plain["peak_ram_bytes"]
+    for alone in (["--rank", "8"], ["--preserve", "dog"]):
+        assert run(["plan", "--gpu", "RTX 3060 Laptop", *alone]) == 2
+        assert "--preserve-prompts are of a training; add --train" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from dying import killed_at
-from lessons import FEW, goal_of, pipeline_of, session_of, write_lessons, write_small
+from lessons import FEW, goal_of, pipeline_of, session_of
 from marking import always
 from oracles import relative_error
 from safetensors import safe_open
@@ -22,27 +22,17 @@ from zimage_lite import GenerateOptions, Lora
 from zimage_lite.cli import run
 from zimage_lite.cli.train_lora import stopping
 from zimage_lite.errors import UserError
-from zimage_lite.train import prior
+from zimage_lite.plan import training
 from zimage_lite.train.session import Session
 
 pytestmark = pytest.mark.slow  # whole trainings
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small(tmp_path_factory.mktemp("models") / "small")
-
-
-@pytest.fixture(scope="module")
-def lessons(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_lessons(tmp_path_factory.mktemp("lessons"))
-
-
-@pytest.fixture(scope="module")
-def whole(small: Path, lessons: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(pupil: Path, lessons: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seven steps in one go, with pictures on the way."""
     out = tmp_path_factory.mktemp("whole") / "my.safetensors"
-    assert session_of(small, goal_of(lessons, out, prompts=("a blob", "two <blobs>"))).run(silent)
+    assert session_of(pupil, goal_of(lessons, out, prompts=("a blob", "two <blobs>"))).run(silent)
     return out
 
 
@@ -75,29 +65,29 @@ def command(model: Path, lessons: Path, out: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def never_killed(small: Path, lessons: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def never_killed(pupil: Path, lessons: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("never") / "my.safetensors"
-    assert run(command(small, lessons, out)) == 0
+    assert run(command(pupil, lessons, out)) == 0
     return out
 
 
 @pytest.mark.parametrize("moment", always("as the state is written", of=MOMENTS))
 def test_killed_and_resumed_it_writes_the_same_file(
-    small: Path, lessons: Path, never_killed: Path, tmp_path: Path, moment: str
+    pupil: Path, lessons: Path, never_killed: Path, tmp_path: Path, moment: str
 ) -> None:
     """By a real SIGKILL of `zimage-lite train-lora`."""
     out = tmp_path / "my.safetensors"
     where, number = MOMENTS[moment]
-    assert killed_at(f"zimage_lite.{where}", number, *command(small, lessons, out))
+    assert killed_at(f"zimage_lite.{where}", number, *command(pupil, lessons, out))
     assert not out.exists()
     resume = ["--resume"] if (tmp_path / "my.training" / "state.safetensors").exists() else []
-    assert run([*command(small, lessons, out), *resume]) == 0
+    assert run([*command(pupil, lessons, out), *resume]) == 0
     assert out.read_bytes() == never_killed.read_bytes()
     assert not list(tmp_path.rglob(".*.partial"))
 
 
 @pytest.mark.parametrize("step", always(2, of=range(1, 7)))
-def test_stopped_it_goes_on_from_that_step(small: Path, lessons: Path, whole: Path, tmp_path: Path, step: int) -> None:
+def test_stopped_it_goes_on_from_that_step(pupil: Path, lessons: Path, whole: Path, tmp_path: Path, step: int) -> None:
     """On Ctrl-C, which comes within a step."""
     goal, first = goal_of(lessons, tmp_path / "my.safetensors"), list[int]()
 
@@ -106,10 +96,10 @@ def test_stopped_it_goes_on_from_that_step(small: Path, lessons: Path, whole: Pa
             os.kill(os.getpid(), signal.SIGINT)
 
     with stopping() as stop:
-        session = session_of(small, goal)
+        session = session_of(pupil, goal)
         assert not session.run(interrupt, stop)
     assert session.done.step == step and not goal.out.exists()
-    again = session_of(small, goal, resume=True)
+    again = session_of(pupil, goal, resume=True)
     assert again.run(lambda phase, done, total: first.append(done) if phase == "train" else None)
     assert first[0] == step + 1
     assert goal.out.read_bytes() == whole.read_bytes()
@@ -124,14 +114,14 @@ def interrupting(step: int) -> Callable[[str, int, int], None]:
 
 
 @pytest.mark.full_size
-def test_in_8_bits_it_goes_on_alike(small: Path, lessons: Path, tmp_path: Path) -> None:
+def test_in_8_bits_it_goes_on_alike(pupil: Path, lessons: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     files = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
     one, two = (goal_of(lessons, file, replace(FEW, optimizer="adamw8bit", steps=4), 2) for file in files)
-    assert session_of(small, one).run(silent)
+    assert session_of(pupil, one).run(silent)
     with pytest.raises(KeyboardInterrupt):
-        session_of(small, two).run(interrupting(3))
-    assert session_of(small, two, resume=True).run(silent)
+        session_of(pupil, two).run(interrupting(3))
+    assert session_of(pupil, two, resume=True).run(silent)
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -139,10 +129,10 @@ def test_in_8_bits_it_goes_on_alike(small: Path, lessons: Path, tmp_path: Path) 
     ("change", "told"), [({"rank": 5}, "rank"), ({"seed": 1}, "seed"), ({"trigger": "x"}, "trigger")]
 )
 def test_another_training_is_not_taken_up(
-    small: Path, lessons: Path, whole: Path, change: dict[str, Any], told: str
+    pupil: Path, lessons: Path, whole: Path, change: dict[str, Any], told: str
 ) -> None:
     goal = goal_of(lessons, whole, replace(FEW, **change), prompts=("a blob", "two <blobs>"))
-    session = Session(pipeline_of(small), goal, resume=True, overwrite=True)
+    session = Session(pipeline_of(pupil), goal, resume=True, overwrite=True)
     with pytest.raises(UserError, match=rf"--resume: {told} is not what this training began with: got .*, expected"):
         session.run(silent)
 
@@ -156,12 +146,12 @@ def test_the_file_says_what_it_is(whole: Path) -> None:
     assert all(tensor.dtype == torch.bfloat16 and tensor.any() for tensor in load_file(whole).values())
 
 
-def test_diffusers_reads_it(small: Path, whole: Path) -> None:
+def test_diffusers_reads_it(pupil: Path, whole: Path) -> None:
     """By its own loader; then the answer changes as ours does."""
     from diffusers import ZImageTransformer2DModel
     from diffusers.loaders import ZImageLoraLoaderMixin
 
-    model = ZImageTransformer2DModel.from_pretrained(small / "transformer", torch_dtype=torch.float32)
+    model = ZImageTransformer2DModel.from_pretrained(pupil / "transformer", torch_dtype=torch.float32)
     weights = {name: module.weight.clone() for name, module in model.named_modules() if name.endswith("w2")}
     state = ZImageLoraLoaderMixin.lora_state_dict(str(whole))
     ZImageLoraLoaderMixin.load_lora_into_transformer(state, model, adapter_name="a")
@@ -174,9 +164,9 @@ def test_diffusers_reads_it(small: Path, whole: Path) -> None:
             assert relative_error(after - before, b @ a) <= 1e-3, name
 
 
-def test_it_is_drawn_with(small: Path, whole: Path) -> None:
+def test_it_is_drawn_with(pupil: Path, whole: Path) -> None:
     request = GenerateOptions("a blob", 64, 64, steps=2)
-    plain, taught = pipeline_of(small).generate([request, replace(request, loras=(Lora(str(whole)),))])
+    plain, taught = pipeline_of(pupil).generate([request, replace(request, loras=(Lora(str(whole)),))])
     assert not torch.equal(plain, taught)
 
 
@@ -190,12 +180,12 @@ def test_the_page_shows_how_it_went(whole: Path) -> None:
 
 
 def test_what_it_preserves_is_drawn_first(
-    small: Path, lessons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pupil: Path, lessons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prior, "LEAST", 4)
+    monkeypatch.setattr(training, "_PRESERVED_LEAST", 4)
     options = replace(FEW, steps=1)
     goal = goal_of(lessons, tmp_path / "my.safetensors", options, preserve=("fox", "hare"))
-    session = session_of(small, goal)
+    session = session_of(pupil, goal)
     assert len(session.preserved) == 4
     assert [one.caption for one in session.preserved[:3]] == [
         "a fox of colour 0", "a hare of colour 1", "a fox of colour 2",
@@ -206,14 +196,14 @@ def test_what_it_preserves_is_drawn_first(
     assert len(list((goal.folder / "preserved").glob("*.png"))) == 4
 
 
-def test_begun_anew_nothing_of_before_is_left(small: Path, lessons: Path, tmp_path: Path) -> None:
+def test_begun_anew_nothing_of_before_is_left(pupil: Path, lessons: Path, tmp_path: Path) -> None:
     """But for what somebody else put there."""
     goal = goal_of(lessons, tmp_path / "my.safetensors", replace(FEW, steps=1))
     (goal.folder / "preserved").mkdir(parents=True)
     for name in ("state.safetensors", "step-000900.safetensors", "step-000900-0.png", "preserved/0000.png", "my.txt"):
         (goal.folder / name).write_bytes(b"?")
     with pytest.raises(UserError, match="holds a training"):
-        session_of(small, goal)
-    assert Session(pipeline_of(small), goal, overwrite=True).run(silent)
+        session_of(pupil, goal)
+    assert Session(pipeline_of(pupil), goal, overwrite=True).run(silent)
     found = {str(path.relative_to(goal.folder)) for path in goal.folder.rglob("*") if path.is_file()}
     assert found == {"state.safetensors", "step-000001.safetensors", "index.html", "my.txt"}

@@ -9,7 +9,7 @@ from typing import cast
 import pytest
 import torch
 from learning import Peft
-from lessons import FEW, pipeline_of, write_lessons, write_small
+from lessons import FEW, pipeline_of, write_lessons
 from marking import always
 from trained_loras import save_lora
 
@@ -29,11 +29,6 @@ from zimage_lite.train.trainer import LONGEST_GRADIENT, Trainer
 FIFTY = replace(FEW, steps=50, rate=1e-2, rate_schedule="cosine")
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small(tmp_path_factory.mktemp("models") / "small")
-
-
 def trainer_of(
     model: Path, folder: Path, options: TrainOptions, assistant: tuple[Lora, ...] = (), preserved: int = 0
 ) -> Trainer:
@@ -46,11 +41,11 @@ def trainer_of(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("timesteps", always("sigmoid", of=("sigmoid", "uniform")))
-def test_losses_are_those_of_diffusers_and_peft(small: Path, tmp_path: Path, timesteps: str) -> None:
+def test_losses_are_those_of_diffusers_and_peft(pupil: Path, tmp_path: Path, timesteps: str) -> None:
     """50 steps from the same start, with the same draws: pictures of two sizes, two at a time. 1e-4 of a loss near 2
     is what rounding comes to on the way."""
-    ours = trainer_of(small, tmp_path / "lessons", replace(FIFTY, timesteps=timesteps))
-    theirs = Peft(small, ours.lora)
+    ours = trainer_of(pupil, tmp_path / "lessons", replace(FIFTY, timesteps=timesteps))
+    theirs = Peft(pupil, ours.lora)
     optimizer = torch.optim.AdamW(theirs.parameters, FIFTY.rate, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50)
     told = ours.pipeline.encode([example.caption for example in ours.examples])
@@ -70,9 +65,9 @@ def test_losses_are_those_of_diffusers_and_peft(small: Path, tmp_path: Path, tim
 
 
 @pytest.mark.slow
-def test_streamed_it_learns_the_same_to_the_bit(small: Path, tmp_path: Path) -> None:
+def test_streamed_it_learns_the_same_to_the_bit(pupil: Path, tmp_path: Path) -> None:
     """As planned within room for two blocks, over the end of a stretch of steps, a picture in each preserved."""
-    free, tight = (trainer_of(small, tmp_path / "lessons", FEW, preserved=1) for _ in range(2))
+    free, tight = (trainer_of(pupil, tmp_path / "lessons", FEW, preserved=1) for _ in range(2))
     there = Machine("test", 10**11, process_bytes=0)
     ways = ways_to_train(tight.pipeline.sizes, tight.job, there)
     room = sum(ways[0].fixed.values()) + 2 * GRANULE_BYTES
@@ -83,9 +78,9 @@ def test_streamed_it_learns_the_same_to_the_bit(small: Path, tmp_path: Path) -> 
     assert all(map(torch.equal, free.lora.parameters, tight.lora.parameters))
 
 
-def test_what_is_kept_is_what_was_planned(small: Path, tmp_path: Path) -> None:
+def test_what_is_kept_is_what_was_planned(pupil: Path, tmp_path: Path) -> None:
     """Tensors between two steps, of a training that is shorter than what is made at once."""
-    trainer = trainer_of(small, tmp_path / "lessons", FEW)
+    trainer = trainer_of(pupil, tmp_path / "lessons", FEW)
     list(trainer.steps(0, 1))
     planned, optimizer = trainer.ways.plan.fixed, cast(AdamW, trainer.optimizer)
     kept = {
@@ -115,10 +110,10 @@ def test_an_assistant_is_as_if_it_were_part_of_the_weights(tiny: Path, tmp_path:
 
 
 @pytest.mark.full_size
-def test_8_bits_learn_alike(small: Path, tmp_path: Path) -> None:
+def test_8_bits_learn_alike(pupil: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     plain, short = (
-        list(trainer_of(small, tmp_path / name, replace(FEW, optimizer=name)).steps(0, 7))
+        list(trainer_of(pupil, tmp_path / name, replace(FEW, optimizer=name)).steps(0, 7))
         for name in ("adamw", "adamw8bit")
     )
     assert short != plain and short == pytest.approx(plain, rel=0.02)

@@ -69,12 +69,20 @@ class _Prediction:
 @click.option("--train", is_flag=True, help="What train-lora would take, at --width as its resolution.")
 @click.option("--rank", type=int, help="Of the LoRA, with --train.  [default: 16]")
 @click.option("--batch", type=int, help="Pictures a step, with --train.  [default: 1]")
+@click.option("--preserve", multiple=True, metavar="WORD", help="With --train: a word that stays as it was.")
+@click.option(
+    "--preserve-prompts",
+    "preserve_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE.txt",
+    help="With --train: prompts, one a line, of what else stays as it was.",
+)
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw one step as a picture.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 def command(
     model: str | None, format_name: str | None, gpu_name: str | None, vram: str | None, ram: str | None, count: int,
-    loras: tuple[str, ...], train: bool, rank: int | None, batch: int | None, plot: Path | None, as_json: bool,
-    **image: Any,
+    loras: tuple[str, ...], train: bool, rank: int | None, batch: int | None, preserve: tuple[str, ...],
+    preserve_file: Path | None, plot: Path | None, as_json: bool, **image: Any,
 ) -> None:  # fmt: skip
     """Predict where the weights would live, the memory peaks, the time, and what bounds it, for any GPU.
 
@@ -89,10 +97,11 @@ def command(
     limits = parse_bytes(vram) if vram else None, parse_bytes(ram) if ram else None
     sizes, schedule = _sizes(model, format_name or "int8")
     if train:
-        _train(sizes, gpu_name, limits, {"resolution": image["width"], "rank": rank, "batch": batch}, as_json)
+        asked = {"resolution": image["width"], "rank": rank, "batch": batch}
+        _train(sizes, gpu_name, limits, asked, preserve, preserve_file, as_json)
         return
-    if rank or batch:
-        raise UserError("--rank and --batch are of a training", fix="add --train")
+    if rank or batch or preserve or preserve_file:
+        raise UserError("--rank, --batch, --preserve and --preserve-prompts are of a training", fix="add --train")
     if image["controls"] and not image["control_image"]:
         image["control_image"] = _any_picture()
     wanted = GenerateOptions(loras=Lora.several(loras), **image)
@@ -116,13 +125,17 @@ def _train(
     gpu_name: str | None,
     limits: tuple[int | None, int | None],
     asked: dict[str, Any],
+    preserve: tuple[str, ...],
+    preserve_file: Path | None,
     as_json: bool,
 ) -> None:
+    from ..train.prior import prompts_in
     from .plan_training import predict_training
 
+    prompts = prompts_in(preserve_file) if preserve_file else ()
     options = TrainOptions(**{name: value for name, value in asked.items() if value is not None})
     gpu, machines = _machines(gpu_name, *limits)
-    found = predict_training(sizes, gpu.name, machines, limits, options, table_printer(as_json))
+    found = predict_training(sizes, gpu.name, machines, limits, options, (preserve, prompts), table_printer(as_json))
     if as_json:
         print_json(found)
 

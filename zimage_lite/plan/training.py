@@ -23,6 +23,8 @@ from .footprint import ITEM_BYTES, STREAM_BYTES, arena_bytes, by_block, time_byt
 from .job import padded
 from .model_sizes import Model
 
+PRESERVED_SHARE = 0.5  # of a step's pictures, where there is something to preserve
+_PRESERVED_LEAST = 48  # pictures for words, however few there are of what is new
 STEPS_AT_ONCE = 100  # whose adaLN vectors are computed together: 1 MB each in bfloat16
 _STATE_BYTES = {"adamw": 8, "adamw8bit": 3}  # of each parameter; of the latter with its scales
 _BITSANDBYTES_BYTES = 200_000_000  # of RAM, with torch's compiler, which it loads
@@ -99,6 +101,11 @@ def ways_to_train(model: Model, job: TrainJob, machine: Machine) -> list[Phase]:
             ram_fixed={**host, "time weights": time_bytes(times) + load.time} if device == "gpu" else {},
         )
     ]
+
+
+def preserved_pictures(new: int, words: Sequence[str], prompts: Sequence[str]) -> int:
+    """How many train-lora draws beside so many new ones."""
+    return (max(new, _PRESERVED_LEAST) if words else 0) + len(prompts)
 
 
 def parameters(config: TransformerConfig, rank: int) -> int:

@@ -18,9 +18,9 @@ from ..pictures.recipe import recipe
 from ..pictures.saving import save
 from ..pipeline.drawing import Pipeline
 from ..pipeline.workspace import Progress
+from ..plan.training import preserved_pictures
 from .dataset import Example, text_of
 
-LEAST = 48  # pictures for words, however few there are of what is new
 _LIST = "captions.jsonl"
 
 
@@ -34,7 +34,7 @@ def prior_examples(
     captions = [example.caption for example in examples]
     told = [
         words[number % len(words)].join(re.split(re.escape(trigger), captions[number % len(captions)], flags=re.I))
-        for number in range(max(len(examples), LEAST) if words else 0)
+        for number in range(preserved_pictures(len(examples), words, ()))
     ]
     return [Example(folder / f"{number:04}.png", caption) for number, caption in enumerate([*told, *prompts])]
 

@@ -28,7 +28,7 @@ from ..pipeline.steps import schedule
 from ..pipeline.weights import Component
 from ..pipeline.workspace import Progress, Workspace, silent
 from ..plan.job import batched, padded
-from ..plan.training import STEPS_AT_ONCE, TrainJob, ways_to_train
+from ..plan.training import PRESERVED_SHARE, STEPS_AT_ONCE, TrainJob, ways_to_train
 from .dataset import Example
 from .draws import Draws
 from .lora import TrainedLora
@@ -63,7 +63,7 @@ class Trainer:
         tokens = pipeline.encoding.tokens(example.caption for example in self.examples)
         self.job = TrainJob(
             options.resolution, options.rank, options.batch, options.optimizer, tuple(tokens.values()),
-            len(self.examples), options.steps, 0.5 if self.preserved else 0.0, adapters,
+            len(self.examples), options.steps, PRESERVED_SHARE if self.preserved else 0.0, adapters,
         )  # fmt: skip
         self._plan()
         self.draws = Draws(options, len(self.examples) - self.preserved, self.preserved)
