@@ -196,7 +196,7 @@ def _pattern(tensor: OutTensor) -> Pattern:
 def distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     """Mean and deviation of a tensor, by its canonical name: norms of one, weights that keep the variance, and all else
     small, so that activations keep a realistic size."""
-    if "norm" in name or name == "cap_embedder.0.weight":
+    if "norm" in name or name in ("cap_embedder.0.weight", "siglip_embedder.0.weight"):
         return (0.0, 0.02) if name.endswith(".bias") else (1.0, 0.0)
     if len(shape) < 2 or "pad_token" in name:
         return 0.0, 0.02
