@@ -164,9 +164,9 @@ OTHERS: dict[str, tuple[dict[str, Shape], str]] = {
     "Ming-Image": (TINY["transformer"] | {"__ming_image__": ()}, "Ming-Image"),
     "SigLIP of one size": (
         stubs("vision_model.embeddings.patch_embedding.bias", "vision_model.encoder.layers.0.self_attn.out_proj.weight")
-        | {"vision_model.embeddings.position_embedding.weight": (729, 8),
-           "vision_model.encoder.layers.0.mlp.fc1.weight": (16, 8),
-           "vision_model.embeddings.patch_embedding.weight": (8, 3, 14, 14)},
+        | {"vision_model.embeddings.position_embedding.weight": (729, 16),
+           "vision_model.encoder.layers.0.mlp.fc1.weight": (16, 16),
+           "vision_model.embeddings.patch_embedding.weight": (16, 3, 14, 14)},
         "as SigLIP2's naflex towers have",
     ),
     "VAE of Stable Diffusion": (foreign("vae") | {"post_quant_conv.weight": (4, 4, 1, 1)}, "not the Flux VAE"),

@@ -16,6 +16,12 @@ from ..config import (
 )
 
 _DIFFUSERS = {"_diffusers_version": "0.36.0"}
+_TOWER: dict[str, Any] = {
+    "architectures": ["Siglip2VisionModel"],
+    "model_type": "siglip2_vision_model",
+    "hidden_act": "gelu_pytorch_tanh",
+    "vision_use_head": False,
+}
 
 
 def config_json(
@@ -65,12 +71,7 @@ def config_json(
             **_DIFFUSERS,
         }
     elif isinstance(config, VisionConfig):
-        extra = {
-            "architectures": ["Siglip2VisionModel"],
-            "model_type": "siglip2_vision_model",
-            "hidden_act": "gelu_pytorch_tanh",
-            "vision_use_head": False,
-        }
+        extra = _TOWER
     else:
         extra = {
             "_class_name": "FlowMatchEulerDiscreteScheduler",

@@ -153,6 +153,7 @@ def _predict(
     from ..pipeline.controls import ControlLibrary
     from ..pipeline.grouping import grouped
     from ..pipeline.tasks import tasks_of
+    from ..pipeline.words import prompts
     from ..plan.job import LONG_PROMPT_TOKENS
     from ..plan.prediction import phases
 
@@ -164,7 +165,7 @@ def _predict(
     controls, default = ControlLibrary(model.transformer_config, tell), (DEFAULT_SIZE, DEFAULT_SIZE)
     tasks = tasks_of([wanted] * count, model.transformer_config.in_channels, default, controls.of)
     adapters = {wanted.loras: library.of(wanted.loras)}
-    tokens = dict.fromkeys((wanted.prompt, wanted.negative), LONG_PROMPT_TOKENS)
+    tokens = dict.fromkeys(prompts(wanted), LONG_PROMPT_TOKENS)
     first, *others = (phases(model, group.job, machines[0]) for group in grouped(tasks, tokens, adapters))
     todo = first + [ways for some in others for ways in some if ways[0].name != "encode"]
     budgets = budgets_in_force(machines[0], *limits)

@@ -35,6 +35,7 @@ SCHEDULES = (
     "simple", "normal", "sgm_uniform", "beta", "beta57", "bong_tangent", "linear_quadratic", "kl_optimal", "karras",
 )  # fmt: skip
 STRENGTH_MODES = ("steps", "diffusers")
+REFERENCE_POSITIONS = ("diffusers", "aligned")
 FITS = ("crop", "pad", "stretch")
 INPAINT_AREAS = ("picture", "mask")
 CONTROL_MATHS = ("authors", "diffusers")

@@ -241,7 +241,7 @@ class SchedulerConfig:
     def completed(self, request: GenerateOptions, size: tuple[int, int]) -> GenerateOptions:
         """What was left open is what the model says of itself; the size of what is made from a picture is its own.
         size: the model's width and height."""
-        named = request.image is not None or request.latents is not None
+        named = any(source is not None for source in (request.image, request.latents, request.references))
         width, height = (None, None) if named else size
         return replace(
             request,

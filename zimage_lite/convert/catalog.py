@@ -34,6 +34,13 @@ _COMPONENTS = {
     VisionConfig: VISION,
 }
 
+_TRUE: dict[str, ModelConfig] = {
+    "transformer": TransformerConfig(),
+    "omni": OmniConfig(),
+    "text_encoder": TextEncoderConfig(),
+    VISION: VisionConfig(),
+}
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -120,7 +127,7 @@ def _shrinks(tensor: OutTensor, row: Format) -> bool:
 @cache
 def _true_model(component: str) -> Checkpoint:
     """Names and shapes of the released model, in bfloat16, without files."""
-    return without_files(TransformerConfig() if component == "transformer" else TextEncoderConfig())
+    return without_files(_TRUE[component])
 
 
 def without_files(config: ModelConfig) -> Checkpoint:
