@@ -14,7 +14,7 @@ from ..config import DEFAULT_SIZE, SAMPLERS, GenerateOptions, Lora, SchedulerCon
 from ..errors import UserError
 from ..units import format_gb, parse_bytes
 from . import print_json, say, table_printer
-from .drawing_options import control_options, picture_options
+from .drawing_options import control_options, picture_options, reference_options
 
 if TYPE_CHECKING:
     from ..memory.gpus import Gpu
@@ -65,6 +65,7 @@ class _Prediction:
 @click.option("--lora", "loras", multiple=True, metavar="PATH", help="A LoRA beside the weights. Once for each.")
 @click.option("--sampler", type=click.Choice(SAMPLERS), default="euler", show_default=True)
 @picture_options
+@reference_options
 @control_options
 @click.option("--train", is_flag=True, help="What train-lora would take, at --width as its resolution.")
 @click.option("--rank", type=int, help="Of the LoRA, with --train.  [default: 16]")
@@ -87,7 +88,7 @@ def command(
     if count < 1:
         raise UserError("--count", got=count, expected="at least 1")
     limits = parse_bytes(vram) if vram else None, parse_bytes(ram) if ram else None
-    sizes, schedule = _sizes(model, format_name or "int8")
+    sizes, schedule = _sizes(model, format_name or "int8", sees=bool(image["references"]))
     if train:
         _train(sizes, gpu_name, limits, {"resolution": image["width"], "rank": rank, "batch": batch}, as_json)
         return
@@ -134,14 +135,19 @@ def _any_picture() -> Any:
     return np.zeros((1, 1, 3), np.uint8)
 
 
-def _sizes(model: str | None, format_name: str) -> tuple[Model, SchedulerConfig]:
+def _sizes(model: str | None, format_name: str, sees: bool) -> tuple[Model, SchedulerConfig]:
+    """sees: references are named, so that the shapes are Omni's."""
     from ..plan.model_sizes import model_of, true_model
 
     if model is None:
-        return true_model(format_name), SchedulerConfig()
+        return true_model(format_name, sees), SchedulerConfig()
     from ..api import open_named
 
     files = open_named(model, {})
+    if sees:
+        from ..pipeline.references import require_seeing
+
+        require_seeing(files, [GenerateOptions(references="a picture")])
     return model_of(files), files.scheduler
 
 

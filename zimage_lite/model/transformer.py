@@ -124,10 +124,10 @@ class Block(nn.Module):
 
         group = compute.group(attention.to_q, attention.to_k, attention.to_v)
         _, h = by_runs(begin, x, None, modulation)
-        h = attention(h, rope, lengths, compute)
+        mixed = attention(h, rope, lengths, compute)
 
         group = compute.group(feed_forward.w1, feed_forward.w3)
-        x, h = by_runs(between, x, h, modulation)
+        x, h = by_runs(between, x, mixed, modulation)
         h = feed_forward(h, compute)
 
         return by_runs(end, x, h, modulation).x

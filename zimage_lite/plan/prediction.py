@@ -82,7 +82,7 @@ def ways_to_denoise(model: Model, job: Job, machine: Machine) -> list[Phase]:
 
 def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) -> Phase:
     """So many images at once."""
-    c, caption = model.transformer_config, padded(max(job.prompt_tokens))
+    c, caption = model.transformer_config, padded(max(job.prompt_tokens)) + job.look_tokens
     dtype = machine.dtype(device)
     item, stream = ITEM_BYTES[dtype], STREAM_BYTES[dtype]
     image, sequences = job.image_tokens + job.seen_tokens, batch * (2 if job.guided else 1)
@@ -103,14 +103,12 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     def attention(tokens: int) -> float:
         return 4.0 * c.dim * tokens**2
 
-    caption += job.look_tokens
     refined = batched([padded(tokens) + job.look_tokens for tokens in job.round_tokens], int)
     pads = sum(map(sum, refined))
     together = min(pads, max(TOKENS_PER_PASS, caption))  # in another order more may go into one pass
     n_refiners, whole = c.n_refiner_layers, image + caption
     most = max(sum(map(attention, batch)) for batch in refined)
-    refiners = ("context_refiner", *(("siglip_refiner",) if job.references else ()))
-    prelude = [block(f"{group}.{i}", together, most) for group in refiners for i in range(n_refiners)]
+    prelude = [block(f"{group}.{i}", together, most) for group in _refining(job) for i in range(n_refiners)]
     main = blocks("noise_refiner", n_refiners, sequences * image, sequences * attention(image)) + blocks(
         "layers", c.n_layers, sequences * whole, sequences * attention(whole)
     )
@@ -131,8 +129,7 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
             "embedders": item * sum(part.rows * part.columns for part in rest) + load.rest,
             "adaLN vectors": vector_bytes(model, job, dtype),
             "latents": latent * _LATENT_COPIES * sequences,
-            "captions": stream * pads * (c.dim + c.cap_feat_dim),
-            **({"references there": reference_bytes(model, job)} if job.references else {}),
+            "captions": stream * pads * (c.dim + c.cap_feat_dim) + reference_bytes(model, job),
             **control_bytes(job, batch, sequences * whole * c.dim * stream, item),
             "activations": activations + (tokens + pads) * c.head_dim * 4,  # the angles of the parts stay, too
             "unpacking": unpacking,
@@ -143,6 +140,11 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
         idle=idle(job, (block.name for block in main), job.batches(batch)),
         way=batch,
     )
+
+
+def _refining(job: Job) -> tuple[str, ...]:
+    """What runs over captions before the first step."""
+    return ("context_refiner", "siglip_refiner") if job.references else ("context_refiner",)
 
 
 def _beside_denoising(model: Model, job: Job, dtype: str, load: Load) -> dict[str, int]:
