@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import pytest
 import torch
 from oracles import PROMPT, psnr
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from zimage_lite import quantize
 from zimage_lite.checkpoint.model_files import open_model
 from zimage_lite.config import GenerateOptions, RuntimeOptions
 from zimage_lite.pipeline.drawing import Pipeline
@@ -31,10 +35,8 @@ def pipeline(omni_folder: Path) -> Pipeline:
 
 
 @pytest.fixture(autouse=True)
-def _float32_vae(monkeypatch: pytest.MonkeyPatch, omni: Any) -> None:
+def _float32_vae(monkeypatch: pytest.MonkeyPatch) -> None:
     """diffusers hands its VAE bfloat16, which a VAE in float32 refuses."""
-    encode = omni.vae.encode
-    monkeypatch.setattr(omni.vae, "encode", encode)
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor)
 
 
@@ -64,3 +66,75 @@ def test_picture(omni: Any, pipeline: Pipeline, count: int, guidance: float) -> 
     wanted = theirs(omni, case)
     assert found.shape == wanted.shape
     assert psnr(found.float(), wanted, 255) >= 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["q8_0", "int8", "qint8", "bf16"])  # GGUF, ComfyUI's, diffusers' own, and not smaller
+def test_picture_of_quantized_weights(omni: Any, omni_folder: Path, tmp_path: Path, to: str) -> None:
+    """diffusers draws with what the weights are worth."""
+    quantize(omni_folder, tmp_path / "model", to, text_encoder_to="keep")
+    files = open_model(tmp_path / "model")
+    values = {name: tensor.read().dequantize(torch.float32) for name, tensor in files.transformer.tensors.items()}
+    assert any(name.startswith("siglip_refiner.") and name.endswith("w1.weight") for name in values)
+    there = copy.copy(omni)
+    there.transformer = copy.deepcopy(omni.transformer)
+    there.transformer.load_state_dict(
+        {name: values[name].view(weight.shape) for name, weight in omni.transformer.state_dict().items()}
+    )
+    case = GenerateOptions(PROMPT, 128, 160, steps=STEPS, seed=4, guidance=3.0, references=pictures(2))
+    (found,) = Pipeline(files, RuntimeOptions(device="cpu", compute="16bit")).generate([case])
+    assert psnr(found.float(), theirs(there, case), 255) >= 60
+    (other,) = Pipeline(open_model(omni_folder), RuntimeOptions(device="cpu")).generate([case])
+    assert not torch.equal(found, other)
+
+
+@pytest.mark.slow
+def test_layout_of_comfyui(omni: Any, omni_folder: Path, pipeline: Pipeline, tmp_path: Path) -> None:
+    """One file with fused names, a text encoder, a VAE and a tower in folders of ComfyUI's."""
+    files, there = pipeline.model, tmp_path / "diffusion_models"
+    there.mkdir()
+    quantize(omni_folder / "transformer", there / "omni.safetensors", "fp8", keep=["*"])
+    parts = ("text_encoder", "text_encoders", "model."), ("siglip", "clip_vision", "vision_model.")
+    for component, folder, prefix in parts:
+        (tmp_path / folder).mkdir()
+        (file,) = (omni_folder / component).glob("*.safetensors")
+        tensors = {f"{prefix}{name.removeprefix(prefix)}": tensor for name, tensor in load_file(file).items()}
+        save_file(tensors, tmp_path / folder / "file.safetensors")
+    (tmp_path / "vae").symlink_to(omni_folder / "vae")
+    (tmp_path / "tokenizer").symlink_to(omni_folder / "tokenizer")
+    found = open_model(tmp_path)
+    assert found.transformer.layout.startswith("ComfyUI") and found.siglip and "vision_model." in found.siglip.layout
+    assert found.transformer.config == files.transformer.config and found.siglip.config == files.siglip.config
+    case = GenerateOptions(PROMPT, 128, 128, steps=STEPS, seed=4, references=pictures(1))
+    (ours,), (same,) = Pipeline(found, RuntimeOptions(device="cpu")).generate([case]), pipeline.generate([case])
+    assert psnr(ours.float(), same.float(), 255) >= 40  # of weights in bf16
+
+
+def test_budget_and_company_change_nothing(omni_folder: Path, pipeline: Pipeline) -> None:
+    """Blocks that stream, and others that are drawn in the same round, give the same picture to the last bit or nearly;
+    references that are seen twice are encoded once."""
+    cases = [
+        GenerateOptions(prompt, 128, 128, steps=2, seed=5, references=pictures(count))
+        for prompt, count in ((PROMPT, 2), ("cat", 1), ("a longer prompt, of other words", 1), ("none", 0))
+    ]
+    alone = [pipeline.generate([case])[0] for case in cases]
+    together = pipeline.generate(cases)
+    least = pipeline.planned([cases[0]])
+    assert {"encode", "picture", "look", "denoise", "decode"} == {plan.phase for plan in least}
+    for found, wanted in zip(together, alone, strict=True):
+        assert psnr(found.float(), wanted.float(), 255) >= 60
+
+
+def test_aligned_positions_draw_another_picture(pipeline: Pipeline) -> None:
+    case = GenerateOptions(PROMPT, 128, 128, steps=2, seed=5, references=pictures(2))
+    plain, aligned = pipeline.generate([case, replace(case, reference_positions="aligned")])
+    assert not torch.equal(plain, aligned)
+
+
+def test_the_image_has_the_last_references_size_unless_one_is_named(pipeline: Pipeline) -> None:
+    case = GenerateOptions(PROMPT, steps=1, references=pictures(2))
+    sizes = [
+        found.shape[:2]
+        for found in pipeline.generate([case, replace(case, width=160), replace(case, width=64, height=80)])
+    ]
+    assert sizes == [(96, 256), (96, 160), (80, 64)]

@@ -23,7 +23,8 @@ def _look(model: Model, job: Job, device: str, machine: Machine) -> Phase:
     item, stream = ITEM_BYTES[dtype], STREAM_BYTES[dtype]
     of_layers, rest = by_block(model.vision)
     blocks = []
-    for name, parts in of_layers.items():
+    for name in (f"encoder.layers.{i}" for i in range(c.num_hidden_layers)):  # parts come as they lie
+        parts = of_layers[name]
         n_bytes, weights = arena_bytes(parts), sum(part.rows * part.columns for part in parts if part.rows > 1)
         other = cpu_unpacking_flops(parts) if device == "cpu" else 0
         work = Work(2.0 * weights * tokens, 4.0 * c.hidden_size * tokens**2, n_bytes, other_flops=other)
