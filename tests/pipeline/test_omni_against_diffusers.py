@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from budgeted import tight
 from oracles import PROMPT, psnr
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -119,8 +120,10 @@ def test_budget_and_company_change_nothing(omni_folder: Path, pipeline: Pipeline
     ]
     alone = [pipeline.generate([case])[0] for case in cases]
     together = pipeline.generate(cases)
-    least = pipeline.planned([cases[0]])
-    assert {"encode", "picture", "look", "denoise", "decode"} == {plan.phase for plan in least}
+    phases = {plan.phase for plan in pipeline.planned([cases[0]])}
+    assert phases == {"encode", "picture", "look", "denoise", "decode"}
+    (streamed,) = tight(omni_folder, request=cases[0]).generate([cases[0]])
+    assert torch.equal(streamed, alone[0])
     for found, wanted in zip(together, alone, strict=True):
         assert psnr(found.float(), wanted.float(), 255) >= 60
 
@@ -138,3 +141,25 @@ def test_the_image_has_the_last_references_size_unless_one_is_named(pipeline: Pi
         for found in pipeline.generate([case, replace(case, width=160), replace(case, width=64, height=80)])
     ]
     assert sizes == [(96, 256), (96, 160), (80, 64)]
+
+
+def test_a_lora_reaches_the_siglip_refiner(omni: Any, pipeline: Pipeline, tmp_path: Path) -> None:
+    """Beside the weights, as in them."""
+    modules = (
+        "siglip_refiner.0.attention.to_q",
+        "siglip_refiner.1.feed_forward.w2",
+        "siglip_embedder.1",
+        "layers.0.attention.to_v",
+    )
+    there, tensors = copy.copy(omni), {}
+    there.transformer = copy.deepcopy(omni.transformer)
+    for module in modules:
+        weight = there.transformer.get_submodule(module).weight
+        down, up = torch.randn(4, weight.shape[1]) * weight.shape[1] ** -0.5, torch.randn(weight.shape[0], 4) * 0.3
+        tensors |= {f"transformer.{module}.lora_A.weight": down, f"transformer.{module}.lora_B.weight": up}
+        weight.data += 0.7 * up @ down
+    save_file(tensors, tmp_path / "style.safetensors")
+    case = GenerateOptions(PROMPT, 128, 128, steps=STEPS, seed=4, guidance=0.0, references=pictures(1))
+    found, plain = pipeline.generate([replace(case, loras=[f"{tmp_path / 'style.safetensors'}:0.7"]), case])
+    assert psnr(found.float(), theirs(there, case), 255) >= 60
+    assert psnr(found.float(), plain.float(), 255) < 45
