@@ -233,7 +233,6 @@ def _load(name: str) -> Target:
         )
         for component in ("transformer", "text_encoder")
     }
-    recipes["siglip"] = Recipe(KEEP)  # 7 % of an Omni, with rows that few formats fit
     recipes["controlnet"] = _for_controlnets(recipes["transformer"], values["container"])
     return Target(
         name,
