@@ -24,6 +24,7 @@ if not torch.cuda.is_available():  # before Triton is imported: its kernels then
 
 import quick_interpreter
 from make_checkpoint import make_checkpoint
+from omni_models import omni_pipeline
 from oracles import randomize
 
 from zimage_lite.cli import run
@@ -124,6 +125,20 @@ def diffusers_folder(diffusers_pipeline: Any, tmp_path_factory: pytest.TempPathF
     """What `save_pretrained` makes of it."""
     folder = tmp_path_factory.mktemp("models") / "diffusers"
     diffusers_pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def omni(diffusers_pipeline: Any) -> Any:
+    """A ZImageOmniPipeline, as `diffusers_pipeline`."""
+    return omni_pipeline(diffusers_pipeline)
+
+
+@pytest.fixture(scope="session")
+def omni_folder(omni: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `save_pretrained` makes of it."""
+    folder = tmp_path_factory.mktemp("models") / "omni"
+    omni.save_pretrained(folder)
     return folder
 
 

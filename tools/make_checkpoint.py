@@ -20,22 +20,30 @@ import torch
 from torch import Tensor
 
 from zimage_lite.checkpoint import safetensors
-from zimage_lite.checkpoint.diffusers_config import config_json, model_index
+from zimage_lite.checkpoint.diffusers_config import config_json, image_processor, model_index
 from zimage_lite.checkpoint.names import NATIVE_TRANSFORMER, NameMap, flux_vae
 from zimage_lite.checkpoint.qwen3 import ADDED, byte_characters, qwen3_vocabulary
 from zimage_lite.checkpoint.tokenizer import PromptTokenizer, byte_level_bpe, save_tokenizer
 from zimage_lite.checkpoint.writer import open_writer
-from zimage_lite.config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VaeConfig
+from zimage_lite.config import (
+    OmniConfig,
+    SchedulerConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+    VaeConfig,
+    VisionConfig,
+)
 from zimage_lite.convert.catalog import component_shapes
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 SHARD_BYTES = 9_973_693_184  # as the Hub's transformer is cut: three shards in float32
 CHUNK = 2**24
 
-SIZES = {
+_TINY = {"dim": 256, "n_layers": 3, "n_refiner_layers": 2, "n_heads": 2, "cap_feat_dim": 128}
+SIZES: dict[str, tuple] = {
     "full": (TransformerConfig(), TextEncoderConfig(), VaeConfig()),
     "tiny": (
-        TransformerConfig(dim=256, n_layers=3, n_refiner_layers=2, n_heads=2, cap_feat_dim=128),
+        TransformerConfig(**_TINY),
         TextEncoderConfig(
             vocab_size=320, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
             head_dim=32, intermediate_size=256,
@@ -43,6 +51,13 @@ SIZES = {
         VaeConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1),
     ),
 }  # fmt: skip
+_TINY_TOWER = VisionConfig(
+    hidden_size=96, num_hidden_layers=2, num_attention_heads=2, intermediate_size=160, num_patches=16
+)
+SIZES |= {
+    "full-omni": (OmniConfig(), *SIZES["full"][1:], VisionConfig()),
+    "tiny-omni": (OmniConfig(**_TINY, siglip_feat_dim=_TINY_TOWER.hidden_size), *SIZES["tiny"][1:], _TINY_TOWER),
+}
 
 
 def main() -> None:
@@ -67,12 +82,15 @@ def make_checkpoint(
     out.mkdir(parents=True)
     write = write_diffusers if layout == "diffusers" else write_comfyui
     write(out, SIZES[size], DTYPES[dtype], seed)
-    write_tokenizer(out / "tokenizer", size)
+    write_tokenizer(out / "tokenizer", size.removesuffix("-omni"))
 
 
 def write_diffusers(out: Path, configs: tuple, dtype: torch.dtype, seed: int) -> None:
-    stems = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
-    for (component, stem), config in zip(stems.items(), configs, strict=True):
+    stems = {
+        "transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model",
+        "siglip": "model",
+    }  # fmt: skip
+    for (component, stem), config in zip(stems.items(), configs, strict=False):
         folder = out / component
         folder.mkdir()
         write_json(folder / "config.json", config_json(config))
@@ -81,12 +99,16 @@ def write_diffusers(out: Path, configs: tuple, dtype: torch.dtype, seed: int) ->
         write_shards(folder, stem, wanted, dtype if component == "transformer" else torch.bfloat16, seed, component)
     (out / "scheduler").mkdir()
     write_json(out / "scheduler" / "scheduler_config.json", config_json(SchedulerConfig()))
-    write_json(out / "model_index.json", model_index())
+    sees = len(configs) == len(stems)
+    write_json(out / "model_index.json", model_index(sees))
+    if sees:
+        (out / "siglip_processor").mkdir()
+        write_json(out / "siglip_processor" / "preprocessor_config.json", image_processor())
 
 
 def write_comfyui(out: Path, configs: tuple, dtype: torch.dtype, seed: int) -> None:
     """Three files under the names that ComfyUI's own repackaged model uses, fused and renamed accordingly."""
-    transformer, text_encoder, vae = configs
+    transformer, text_encoder, vae, *tower = configs
     native = renamed(component_shapes(transformer), NATIVE_TRANSFORMER)
     encoder = {f"model.{name}": ((name,), shape) for name, shape in component_shapes(text_encoder).items()}
     flux = renamed(component_shapes(vae), flux_vae())
@@ -94,11 +116,14 @@ def write_comfyui(out: Path, configs: tuple, dtype: torch.dtype, seed: int) -> N
         name: (parts, (*shape, 1, 1) if ".attn_1." in name and len(shape) == 2 else shape)
         for name, (parts, shape) in flux.items()
     }
-    files = (
+    files = [
         ("diffusion_models/z_image_turbo.safetensors", native, dtype, "transformer"),
         ("text_encoders/qwen_3_4b.safetensors", encoder, torch.bfloat16, "text_encoder"),
         ("vae/ae.safetensors", flux, torch.bfloat16, "vae"),
-    )
+    ]
+    for config in tower:
+        seen = {f"vision_model.{name}": ((name,), shape) for name, shape in component_shapes(config).items()}
+        files.append(("clip_vision/siglip2_so400m_patch16_naflex.safetensors", seen, torch.bfloat16, "siglip"))
     for name, wanted, file_dtype, component in files:
         (out / name).parent.mkdir(exist_ok=True)
         write_file(out / name, wanted, file_dtype, seed, component)
@@ -174,7 +199,7 @@ def distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     """Mean and deviation: norms near one, linears and convolutions that keep the variance, small biases and gates."""
     if name.endswith(".bias"):
         return 0.0, 0.02
-    if "norm" in name or name == "cap_embedder.0.weight":
+    if "norm" in name or name in ("cap_embedder.0.weight", "siglip_embedder.0.weight"):
         return 1.0, 0.1
     if len(shape) < 2 or "pad_token" in name or "embed_tokens" in name:
         return 0.0, 0.5

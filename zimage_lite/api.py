@@ -33,6 +33,7 @@ def load(
     transformer: StrPath | None = None,
     text_encoder: StrPath | None = None,
     vae: StrPath | None = None,
+    siglip: StrPath | None = None,
     tokenizer: StrPath | None = None,
     cache: bool = True,
     tell: Callable[[str], None] = silent,
@@ -44,7 +45,8 @@ def load(
     the disk; tell: gets a line when memory ran out and less is used, or torch runs in the place of kernels; the other
     paths replace parts of the model.
     """
-    replaced = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
+    replaced = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "siglip": siglip}
+    replaced |= {"tokenizer": tokenizer}
     files = open_named(model, {name: Path(path) for name, path in replaced.items() if path is not None})
     options = RuntimeOptions(
         device=device,
@@ -62,7 +64,7 @@ def open_named(model: StrPath | None, parts: Mapping[str, Path | None]) -> Model
     """What MODEL means: a folder, an all-in-one file, "demo", or as text "synthetic:FORMAT" or a Hub id, which is
     downloaded first.
 
-    parts: "transformer", "text_encoder", "vae" or "tokenizer" -> what replaces the model's. Raises UserError.
+    parts: "transformer", "text_encoder", "vae", "siglip" or "tokenizer" -> what replaces the model's. Raises UserError.
     """
     if isinstance(model, str) and is_synthetic(model):
         return open_synthetic(model, parts)

@@ -158,8 +158,17 @@ OTHERS: dict[str, tuple[dict[str, Shape], str]] = {
     "ControlNet": (
         stubs("control_layers.0.attention.to_q.weight"), "a part of a Z-Image ControlNet"
     ),
-    "Omni": (TINY["transformer"] | {"siglip_embedder.0.weight": (1152,)}, "Z-Image Omni"),
-    "pixel space": (TINY["transformer"] | {"dec_net.cond_embed.weight": (2, 2)}, "pixel-space variant"),
+    "Omni without its refiner": (TINY["transformer"] | {"siglip_pad_token": (1, 256)}, "siglip_embedder.1.weight"),
+    "pixel space": (TINY["transformer"] | {"dec_net.cond_embed.weight": (2, 2)}, "Zeta-Chroma or its like"),
+    "answers with pictures": (TINY["transformer"] | {"__x0__": ()}, "as Zeta-Chroma does"),
+    "Ming-Image": (TINY["transformer"] | {"__ming_image__": ()}, "Ming-Image"),
+    "SigLIP of one size": (
+        stubs("vision_model.embeddings.patch_embedding.bias", "vision_model.encoder.layers.0.self_attn.out_proj.weight")
+        | {"vision_model.embeddings.position_embedding.weight": (729, 16),
+           "vision_model.encoder.layers.0.mlp.fc1.weight": (16, 16),
+           "vision_model.embeddings.patch_embedding.weight": (16, 3, 14, 14)},
+        "as SigLIP2's naflex towers have",
+    ),
     "VAE of Stable Diffusion": (foreign("vae") | {"post_quant_conv.weight": (4, 4, 1, 1)}, "not the Flux VAE"),
     "unknown": (stubs("fc.weight", "head.bias"), "no model that is known here: got 2 tensors (fc.weight, head.bias)"),
     "long names": (stubs("x" * 10**5), "no model that is known here"),

@@ -16,6 +16,7 @@ from planned_files import CONFIGS, n_bytes, planned, true_model
 from zimage_lite.checkpoint.checkpoint import open_checkpoint
 from zimage_lite.checkpoint.opening import open_tensor_file
 from zimage_lite.cli import run
+from zimage_lite.config import OmniConfig
 from zimage_lite.convert import catalog
 from zimage_lite.convert import recipe as recipes
 from zimage_lite.convert.output_file import OutTensor, metadata, output_tensors
@@ -24,6 +25,7 @@ from zimage_lite.errors import UserError
 from zimage_lite.quant.formats import FORMATS
 
 NAMES = {component: tuple(component_shapes(config)) for component, config in CONFIGS.items()}
+NAMES["transformer"] = tuple(component_shapes(OmniConfig()))  # all that any transformer has
 GGUF = tuple(name for name in targets() if target(name).container == "gguf")
 
 

@@ -17,7 +17,7 @@ from zimage_lite import api
 from zimage_lite.checkpoint.checkpoint import Checkpoint, ModelConfig, open_checkpoint
 from zimage_lite.cli import run
 from zimage_lite.config import GenerateOptions, RuntimeOptions, TextEncoderConfig
-from zimage_lite.convert.catalog import stored_parts, true_parts
+from zimage_lite.convert.catalog import component_shapes, stored_parts, true_parts
 from zimage_lite.convert.quantize import quantize
 from zimage_lite.convert.recipe import KEEP, Target, as_it_is, target, targets
 from zimage_lite.convert.synthetic import open_synthetic, synthetic_checkpoint
@@ -87,6 +87,17 @@ def test_kept_parts_are_as_released(tiny: Path) -> None:
 
 
 @pytest.mark.slow  # a picture from every format
+@pytest.mark.parametrize("to", targets())
+def test_an_omni_in_every_format(to: str) -> None:
+    """What sees pictures is told by its names and shapes again, and its tower stays as it is."""
+    omni, _, _, tower = SIZES["tiny-omni"]
+    files = open_synthetic(f"synthetic:omni/{to}", configs=(omni, *TINY[1:]), vision=tower)
+    wanted = component_shapes(omni)
+    assert files.sees and files.transformer.config == omni and files.transformer.tensors.keys() == wanted.keys()
+    files.transformer.restricted_to(wanted)
+    assert files.siglip and files.siglip.config == tower and files.siglip.main_format == "bf16"
+
+
 @pytest.mark.parametrize("to", ONE_OF_EACH)
 def test_draws_a_picture(to: str) -> None:
     model = open_synthetic(f"synthetic:{to}", configs=TINY)

@@ -242,3 +242,10 @@ def test_without_diffusers(monkeypatch) -> None:
     monkeypatch.delitem(sys.modules, "zimage_lite.diffusers", raising=False)
     with pytest.raises(ImportError, match=r"pip install 'zimage-lite\[diffusers\]'"):
         importlib.import_module("zimage_lite.diffusers")
+
+
+def test_an_omni_is_refused(omni_folder: Path) -> None:
+    from zimage_lite.diffusers import load_pipeline
+
+    with pytest.raises(UserError, match="Omni is not put into diffusers' pipelines"):
+        load_pipeline(omni_folder)

@@ -33,7 +33,7 @@ def test_what_is_watched(diffusers_folder: Path) -> None:
     assert list(seen) == ["embedder", *blocks, "final layer"]
     # The first layer, run alone on what it is said to get, gives what the second one is said to get.
     x = torch.cat([seen["noise_refiner.1"], captions[0].tokens])
-    cos, sin = model._image_rope(latent, captions[0])
+    cos, sin = model.rope(model.positions(latent, captions[0]))
     rope = torch.cat([cos, captions[0].rope[0]]), torch.cat([sin, captions[0].rope[1]])
     assert torch.equal(model.layers[0](x, rope, [len(x)], modulation.layers[0]), seen["layers.0"])
 

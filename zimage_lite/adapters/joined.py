@@ -26,7 +26,7 @@ from .updates import Dora, Shapes
 
 RANK_STEP = 16  # ranks are filled up to a multiple with zeros: what one matrix instruction takes
 _WIDE = ("in_gain", "out_gain", "bias", "delta")  # in float32, whatever is computed in
-_BLOCKS = ("layers", "noise_refiner", "context_refiner")
+_BLOCKS = ("layers", "noise_refiner", "context_refiner", "siglip_refiner")
 
 
 @dataclass(frozen=True)

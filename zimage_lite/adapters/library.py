@@ -10,7 +10,7 @@ from typing import Any
 from ..checkpoint.hub import adapter_file, is_hub_id
 from ..checkpoint.stored import StoredTensor
 from ..checkpoint.weight_files import WEIGHT_SUFFIXES
-from ..config import Lora, TransformerConfig
+from ..config import Lora, OmniConfig, TransformerConfig
 from ..errors import UserError
 from ..units import counted
 from .joined import AdapterSet
@@ -44,7 +44,7 @@ class AdapterLibrary:
 
     def _opened(self, lora: Lora) -> Adapter:
         config, (known, _) = self.config, self._open.get(lora.path, (None, ()))
-        refiners = dict.fromkeys(("noise_refiner", "context_refiner"), config.n_refiner_layers)
+        refiners = dict.fromkeys(_refiners(config), config.n_refiner_layers)
         lora.require_blocks({"layers": config.n_layers, **refiners})
         if known is None or not known.is_current:
             known = open_adapter(place_of(lora.path), config)
@@ -89,3 +89,8 @@ def said_of(adapter: Adapter) -> str:
     of_kinds = ", ".join(f"{kind} on {count}" for kind, count in kinds(adapter).items())
     left = f"; {counted(len(adapter.unused), 'tensor')} left out ({adapter.unused[0][:60]})" if adapter.unused else ""
     return f"{adapter.name}: {of_kinds} of {counted(done + len(adapter.unknown), 'module')}{left}"
+
+
+def _refiners(config: TransformerConfig) -> tuple[str, ...]:
+    seeing = ("siglip_refiner",) if isinstance(config, OmniConfig) else ()
+    return ("noise_refiner", "context_refiner", *seeing)

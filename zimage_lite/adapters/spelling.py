@@ -15,7 +15,7 @@ from functools import lru_cache
 from ..checkpoint.names import NATIVE_TRANSFORMER
 from ..config import TransformerConfig
 from ..model.linear import Linear
-from ..model.transformer import Transformer
+from ..model.omni import transformer
 
 # What a parameter is called here: each ending that files have -> one name.
 _ENDINGS = {
@@ -147,7 +147,7 @@ def table(config: TransformerConfig) -> Mapping[str, tuple[Target, ...]]:
 
 def _targets(config: TransformerConfig) -> dict[str, Target]:
     """Every module with a weight, and every parameter that is one itself."""
-    found, model = {}, Transformer(config)
+    found, model = {}, transformer(config)
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if weight is not None:

@@ -13,14 +13,14 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from ..config import ControlConfig, TextEncoderConfig, TransformerConfig, VaeConfig
+from ..config import ControlConfig, TextEncoderConfig, TransformerConfig, VaeConfig, VisionConfig
 from ..errors import FileFormatError, WrongModelError
 from ..quant.tensor import rows_columns
 from . import configs
 from .architecture import architecture, refuse_other_encoder, text_encoder_values
 from .container import TensorFile, file_stamp
 from .controlnets import without_untrained
-from .detect import CONTROLNET, contents, detect, is_adapter, refuse_relatives
+from .detect import CONTROLNET, VISION, contents, detect, is_adapter, refuse_relatives
 from .json_file import read_json
 from .names import LLAMA_CPP_QWEN3, NATIVE_TRANSFORMER, OLD_DIFFUSERS_VAE, NameMap, flux_vae
 from .opening import open_tensor_file
@@ -30,7 +30,7 @@ from .weight_files import require_whole, weight_set
 
 CONFIG_KEY = "zimage_lite.config"  # metadata of the files we write: what shapes cannot tell
 
-ModelConfig = TransformerConfig | TextEncoderConfig | VaeConfig | ControlConfig
+ModelConfig = TransformerConfig | TextEncoderConfig | VaeConfig | ControlConfig | VisionConfig
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,8 @@ def _name_maps(component: str) -> tuple[NameMap, ...]:
         return (NATIVE_TRANSFORMER,)
     if component == "text_encoder":
         return (LLAMA_CPP_QWEN3,)
+    if component == VISION:
+        return ()
     return (flux_vae(), OLD_DIFFUSERS_VAE)
 
 
@@ -214,6 +216,8 @@ def _config(component: str, tensors: Mapping[str, StoredTensor], given: Mapping[
         return configs.transformer_config(shapes, given, where)
     if component == "text_encoder":
         return configs.text_encoder_config(shapes, given, where)
+    if component == VISION:
+        return configs.vision_config(shapes, given, where)
     return configs.vae_config(shapes, given, where)
 
 

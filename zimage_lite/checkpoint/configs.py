@@ -11,7 +11,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from ..config import PATCH_SIZE, ControlConfig, TextEncoderConfig, TransformerConfig, VaeConfig, from_mapping
+from ..config import (
+    PATCH_SIZE,
+    ControlConfig,
+    OmniConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+    VaeConfig,
+    VisionConfig,
+    from_mapping,
+)
 from ..errors import WrongModelError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -23,9 +32,11 @@ def transformer_config(shapes: Shapes, given: Mapping[str, Any], where: str) -> 
     dim, cap_feat_dim = _shape(shapes, "cap_embedder.1.weight", 2, where)
     head_dim = _shape(shapes, "layers.0.attention.norm_q.weight", 1, where)[0]
     patch_dim = _shape(shapes, "all_x_embedder.2-1.weight", 2, where)[1]
+    sees = any(name.startswith("siglip_") for name in shapes)
     measured: dict[str, Any] = {
         "dim": dim,
         "cap_feat_dim": cap_feat_dim,
+        **({"siglip_feat_dim": _shape(shapes, "siglip_embedder.1.weight", 2, where)[1]} if sees else {}),
         "in_channels": patch_dim // PATCH_SIZE**2,
         "n_layers": _count(shapes, r"layers\.(\d+)\."),
         "n_refiner_layers": _count(shapes, r"(?:noise|context)_refiner\.(\d+)\."),
@@ -36,7 +47,41 @@ def transformer_config(shapes: Shapes, given: Mapping[str, Any], where: str) -> 
         _require_blocks(measured, given, where, TransformerConfig, "n_layers", "n_refiner_layers")
     # A quarter of each head sees the caption position, three eighths each see height and width: 32, 48, 48 of 128.
     measured["axes_dims"] = (head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8)
-    return from_mapping(TransformerConfig, {**given, **measured, **_only(given, "axes_dims")}, where)
+    kind = OmniConfig if sees else TransformerConfig
+    return from_mapping(kind, {**given, **measured, **_only(given, "axes_dims")}, where)
+
+
+def vision_config(shapes: Shapes, given: Mapping[str, Any], where: str) -> VisionConfig:
+    """given: also that of a whole SigLIP2, whose values for the tower are in its vision_config."""
+    inner = given.get("vision_config")
+    given = inner if isinstance(inner, dict) else given
+    positions, hidden_size = _shape(shapes, "embeddings.position_embedding.weight", 2, where)
+    measured = {
+        "hidden_size": hidden_size,
+        "num_patches": positions,
+        "num_hidden_layers": _count(shapes, r"encoder\.layers\.(\d+)\."),
+        "intermediate_size": _shape(shapes, "encoder.layers.0.mlp.fc1.weight", 2, where)[0],
+    }
+    _reject_contradiction(measured, given, where)
+    if hidden_size == VisionConfig.hidden_size:
+        _require_blocks(measured, given, where, VisionConfig, "num_hidden_layers")
+    found = from_mapping(VisionConfig, {**given, **measured}, where)
+    _require_naflex(shapes, found, given, where)
+    return found
+
+
+def _require_naflex(shapes: Shapes, config: VisionConfig, given: Mapping[str, Any], where: str) -> None:
+    """Raise WrongModelError for a tower that sees pictures of one size alone, or none of SigLIP's."""
+    patch = shapes.get("embeddings.patch_embedding.weight", ())
+    if patch != (config.hidden_size, config.patch_dim):
+        raise WrongModelError(
+            f"{where}: tensor embeddings.patch_embedding.weight",
+            got=f"shape {patch}",
+            expected=f"{(config.hidden_size, config.patch_dim)}, as SigLIP2's naflex towers have",
+        )
+    activation = given.get("hidden_act", "gelu_pytorch_tanh")
+    if activation != "gelu_pytorch_tanh":
+        raise WrongModelError(f"{where}: hidden_act", got=repr(activation)[:60], expected="gelu_pytorch_tanh")
 
 
 def text_encoder_config(shapes: Shapes, given: Mapping[str, Any], where: str) -> TextEncoderConfig:

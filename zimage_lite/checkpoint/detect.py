@@ -13,7 +13,12 @@ COMPONENTS = {
     "vae": "Flux VAE",
 }
 CONTROLNET = "controlnet"  # no part of a model, but opened, converted and streamed like one
-KINDS = {**COMPONENTS, CONTROLNET: "Z-Image ControlNet"}  # whatever a file may be
+VISION = "siglip"  # a part of models that see pictures, by diffusers' name
+KINDS = {  # whatever a file may be
+    **COMPONENTS,
+    CONTROLNET: "Z-Image ControlNet",
+    VISION: "SigLIP2 vision tower",
+}
 _EXPECTED = "a Z-Image transformer or ControlNet, a Qwen3 text encoder or a Flux VAE"
 
 # A component is recognised when all names of one of its tuples are there.
@@ -34,6 +39,7 @@ _SIGNATURES = {
         ("control_all_x_embedder.2-1.weight", "control_layers.0.attention.qkv.weight"),
         ("control_all_x_embedder.2-1.weight", "control_layers.0.attention.to_q.weight"),
     ),
+    VISION: (("embeddings.patch_embedding.bias", "encoder.layers.0.self_attn.out_proj.weight"),),
 }
 
 # Parts of the names that a LoRA and its kin have. They make a file an adapter only if no whole model is beside them.
@@ -132,6 +138,14 @@ def _refuse(others: Mapping[str, str], names: Collection[str], where: str, said:
             raise WrongModelError(f"{where}: this is {what}{said}", expected=_EXPECTED)
 
 
+# Beginnings of names that fine-tunes with another architecture have beside Z-Image's own.
+_RELATIVES = {
+    "dec_net.": "Zeta-Chroma or its like, a fine-tune of Z-Image that draws pixels, with a decoder of its own",
+    "__x0__": "a fine-tune of Z-Image that answers with the picture itself, as Zeta-Chroma does",
+    "__ming_image__": "Ming-Image, which shares Z-Image's transformer and no other part",
+}
+
+
 def refuse_relatives(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Raise for models that share Z-Image's names. shapes: canonical name -> shape."""
     dim = next(iter(shapes["cap_embedder.1.weight"]), 0)
@@ -139,7 +153,6 @@ def refuse_relatives(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
         raise WrongModelError(
             f"{where}: this is a Lumina-Image-2 transformer", got=f"width {dim}", expected="Z-Image's 3840"
         )
-    if "siglip_embedder.0.weight" in shapes:
-        raise WrongModelError(f"{where}: this is Z-Image Omni, which is not supported yet", fix="use Z-Image-Turbo")
-    if "dec_net.cond_embed.weight" in shapes:
-        raise WrongModelError(f"{where}: this is a pixel-space variant", expected="Z-Image-Turbo, which draws latents")
+    for beginning, what in _RELATIVES.items():
+        if any(name.startswith(beginning) for name in shapes):
+            raise WrongModelError(f"{where}: this is {what}", expected="Z-Image, which draws latents of Flux's VAE")

@@ -5,13 +5,27 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from ..config import ControlConfig, SchedulerConfig, TextEncoderConfig, TransformerConfig, VaeConfig
+from ..config import (
+    VISION_PATCHES,
+    ControlConfig,
+    SchedulerConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+    VaeConfig,
+    VisionConfig,
+)
 
 _DIFFUSERS = {"_diffusers_version": "0.36.0"}
+_TOWER: dict[str, Any] = {
+    "architectures": ["Siglip2VisionModel"],
+    "model_type": "siglip2_vision_model",
+    "hidden_act": "gelu_pytorch_tanh",
+    "vision_use_head": False,
+}
 
 
 def config_json(
-    config: TransformerConfig | TextEncoderConfig | VaeConfig | ControlConfig | SchedulerConfig,
+    config: TransformerConfig | TextEncoderConfig | VaeConfig | ControlConfig | VisionConfig | SchedulerConfig,
 ) -> dict[str, Any]:
     """The whole config.json of a component."""
     if isinstance(config, TransformerConfig):
@@ -56,6 +70,8 @@ def config_json(
             "sample_size": 1024,
             **_DIFFUSERS,
         }
+    elif isinstance(config, VisionConfig):
+        extra = _TOWER
     else:
         extra = {
             "_class_name": "FlowMatchEulerDiscreteScheduler",
@@ -66,11 +82,29 @@ def config_json(
     return {**extra, **asdict(config)}
 
 
-def model_index() -> dict[str, Any]:
-    """model_index.json: which class opens which folder."""
+def image_processor() -> dict[str, Any]:
+    """preprocessor_config.json: how pictures are laid out for the vision tower."""
     return {
-        "_class_name": "ZImagePipeline",
+        "image_processor_type": "Siglip2ImageProcessor",
+        "do_resize": True,
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "patch_size": VisionConfig.patch_size,
+        "max_num_patches": VISION_PATCHES,
+    }
+
+
+def model_index(sees: bool = False) -> dict[str, Any]:
+    """model_index.json: which class opens which folder. sees: with a vision tower."""
+    tower = ("siglip", "Siglip2VisionModel"), ("siglip_processor", "Siglip2ImageProcessor")
+    return {
+        "_class_name": "ZImageOmniPipeline" if sees else "ZImagePipeline",
         **_DIFFUSERS,
+        **({folder: ["transformers", name] for folder, name in tower} if sees else {}),
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
         "text_encoder": ["transformers", "Qwen3Model"],
         "tokenizer": ["transformers", "Qwen2Tokenizer"],

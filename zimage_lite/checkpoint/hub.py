@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..errors import FileFormatError, UserError
-from .detect import COMPONENTS
+from .detect import COMPONENTS, VISION
 from .hub_client import OnBytes, endpoint, failures, quiet, reporting_bar, telling
 from .model_card import CARD
 from .output import require_space
@@ -32,7 +32,7 @@ TIMEOUT_S = 10  # without an answer, as huggingface_hub has it
 _STUBBED = (".safetensors", ".sft")
 _WEIGHTS = (*_STUBBED, ".gguf")  # a GGUF header does not say how long it is, so such a file comes whole
 _SUFFIXES = (".json", ".txt", ".jinja", *_WEIGHTS)
-_FOLDERS = (*COMPONENTS, "tokenizer", "scheduler")
+_FOLDERS = (*COMPONENTS, VISION, "siglip_processor", "tokenizer", "scheduler")
 _ROOT_FILES = ("model_index.json", CARD)
 
 
@@ -296,5 +296,6 @@ class HubFiles(LocalFiles):
 def _is_wanted(name: str, components: Collection[str]) -> bool:
     """Whether a conversion needs the file. Any other name is not to be trusted: it may lead out of the folder."""
     folder, _, leaf = name.rpartition("/")
-    is_one = folder in (components if name.endswith(_WEIGHTS) else _FOLDERS) and leaf.endswith(_SUFFIXES)
+    wanted = {*components, VISION} if "transformer" in components else components  # an Omni is not told by names
+    is_one = folder in (wanted if name.endswith(_WEIGHTS) else _FOLDERS) and leaf.endswith(_SUFFIXES)
     return name in _ROOT_FILES or (is_one and bool(re.fullmatch(r"\w[\w.-]*", leaf)))

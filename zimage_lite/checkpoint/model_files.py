@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import SchedulerConfig, TextEncoderConfig, from_mapping
+from ..config import OmniConfig, SchedulerConfig, TextEncoderConfig, from_mapping
 from ..errors import UserError, WrongModelError
 from .checkpoint import Checkpoint, components_in, open_checkpoint
-from .detect import COMPONENTS, KINDS
+from .detect import COMPONENTS, KINDS, VISION
 from .impostors import no_such, refuse_cache_root
 from .json_file import read_json
 from .model_card import colour_layers, default_size
@@ -27,8 +27,9 @@ COMFY_FOLDERS = {
     "transformer": ("diffusion_models", "unet"),
     "text_encoder": ("text_encoders", "clip"),
     "vae": ("vae",),
+    VISION: ("clip_vision",),
 }
-_FLAGS = {"transformer": "--transformer", "text_encoder": "--text-encoder", "vae": "--vae"}
+_FLAGS = {"transformer": "--transformer", "text_encoder": "--text-encoder", "vae": "--vae", VISION: f"--{VISION}"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,12 @@ class ModelFiles:
     colours: Sequence[Sequence[Sequence[float]]] | None = None  # of a preview; None: as Flux's latents have them
     synthetic: bool = False  # random weights: what it draws is noise
     replaced: tuple[str, ...] = ()  # parts that are files of their own, in the place of the model's
+    siglip: Checkpoint | None = None  # the vision tower, where an Omni has one
+
+    @property
+    def sees(self) -> bool:
+        """Whether the transformer also takes pictures beside the prompt."""
+        return isinstance(self.transformer.config, OmniConfig)
 
 
 def open_model(model: Path | None, overrides: Mapping[str, Path | None] | None = None) -> ModelFiles:
@@ -56,6 +63,7 @@ def open_model(model: Path | None, overrides: Mapping[str, Path | None] | None =
     require_all(model, places)
     parts: dict[str, Any] = {part: open_checkpoint(path, part) for part, path in places.items() if path is not None}
     files = ModelFiles(
+        siglip=_tower(model, parts["transformer"], chosen.get(VISION)),
         name=(model or parts["transformer"].source).resolve().name,
         tokenizer=_tokenizer(model, parts["text_encoder"], chosen.get("tokenizer")),
         scheduler=scheduler_config(model),
@@ -66,6 +74,17 @@ def open_model(model: Path | None, overrides: Mapping[str, Path | None] | None =
     )
     require_fit(files)
     return files
+
+
+def _tower(model: Path | None, transformer: Checkpoint, chosen: Path | None) -> Checkpoint | None:
+    """A model without one draws from words alone."""
+    if not isinstance(transformer.config, OmniConfig):
+        if chosen:
+            raise UserError(f"{transformer.source} is no Omni, so it has no use for a vision tower", got=f"--{VISION}")
+        return None
+    in_folder = model if model is not None and model.is_dir() else None
+    path = chosen or find_component(in_folder, VISION)
+    return open_checkpoint(path, VISION) if path else None
 
 
 def require_all(model: Path | None, places: Mapping[str, Path | None]) -> None:
@@ -90,6 +109,12 @@ def require_fit(files: ModelFiles) -> None:
     ):
         if got != expected:
             raise WrongModelError(f"{part.source}: {what}", got=got, expected=f"{expected}, as the transformer {verb}")
+    if files.siglip and isinstance(wanted, OmniConfig) and files.siglip.config.hidden_size != wanted.siglip_feat_dim:
+        raise WrongModelError(
+            f"{files.siglip.source}: width of the vision tower",
+            got=files.siglip.config.hidden_size,
+            expected=f"{wanted.siglip_feat_dim}, as the transformer takes",
+        )
     highest, rows = files.tokenizer.highest_id, encoder.config.vocab_size
     if highest >= rows:
         raise WrongModelError(

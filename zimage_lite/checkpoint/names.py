@@ -21,6 +21,7 @@ PREFIXES = {
         "language_model.model.", "model.", "text_encoder.", "",
     ),
     "vae": ("first_stage_model.", "vae.", ""),
+    "siglip": ("siglip.vision_model.", "siglip.", "model.vision_model.", "vision_model.", ""),
     "controlnet": ("model.diffusion_model.", "diffusion_model.", "controlnet.", ""),
 }  # fmt: skip
 

@@ -110,7 +110,7 @@ def _quanto_shape(file: TensorFile, name: str, n_weights: int) -> tuple[int, int
     bias = entries.get(name.removesuffix("weight") + "bias")
     if bias is not None and bias.shape and bias.shape[0] and n_weights % bias.shape[0] == 0:
         return bias.shape[0], n_weights // bias.shape[0]
-    prefix = re.match(r"(.*?)(layers|noise_refiner|context_refiner)\.\d+\.", name)
+    prefix = re.match(r"(.*?)(layers|(?:noise|context|siglip)_refiner)\.\d+\.", name)
     norms = ("attention_norm1", "input_layernorm")
     found = [entries.get(f"{prefix[0]}{norm}.weight") for norm in norms] if prefix else []
     width = next((entry.shape[0] for entry in found if entry is not None and entry.shape), 0)

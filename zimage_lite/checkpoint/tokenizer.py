@@ -55,6 +55,10 @@ class PromptTokenizer:
     def encode(self, prompt: str) -> list[int]:
         return self._encoding(prompt).ids[:MAX_PROMPT_TOKENS]
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Without the template, cut alike."""
+        return self._encoded(text).ids[:MAX_PROMPT_TOKENS]
+
     def cut(self, prompt: str) -> tuple[int, str]:
         """How many tokens it would have, template included, and what of it is used."""
         found, start = self._encoding(prompt), TEMPLATE.index("{prompt}")
@@ -63,9 +67,12 @@ class PromptTokenizer:
         return len(found.ids), prompt[: max(found.offsets[MAX_PROMPT_TOKENS - 1][1] - start, 0)]
 
     def _encoding(self, prompt: str) -> Encoding:
-        if any("\ud800" <= char <= "\udfff" for char in prompt):  # what Python makes of bytes that are not UTF-8
-            raise UserError("the prompt is not a text in UTF-8", got=ascii(prompt)[:60])
-        return self.tokenizer.encode(TEMPLATE.format(prompt=prompt))
+        return self._encoded(TEMPLATE.format(prompt=prompt))
+
+    def _encoded(self, text: str) -> Encoding:
+        if any("\ud800" <= char <= "\udfff" for char in text):  # what Python makes of bytes that are not UTF-8
+            raise UserError("the prompt is not a text in UTF-8", got=ascii(text)[:60])
+        return self.tokenizer.encode(text)
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -13,6 +13,8 @@ from ..config import (
     CONTROL_SOURCES,
     FITS,
     INPAINT_AREAS,
+    MOST_REFERENCES,
+    REFERENCE_POSITIONS,
     SAMPLERS,
     SCHEDULES,
     STRENGTH_MODES,
@@ -156,6 +158,25 @@ _PICTURES = (
     ),
 )
 
+_REFERENCES = (
+    click.option(
+        "--reference",
+        "references",
+        multiple=True,
+        metavar="PICTURE",
+        help=f"A picture that Z-Image Omni or Edit sees beside the prompt, up to {MOST_REFERENCES}, in their order. "
+        "Without a size, the image gets the last one's.",
+    ),
+    click.option(
+        "--reference-positions",
+        type=click.Choice(REFERENCE_POSITIONS),
+        default=_IMAGE.reference_positions,
+        show_default=True,
+        help="Where the words between them lie: diffusers, as diffusers 0.42 has it; aligned, each where it begins, "
+        "which may be how the model was meant (diffusers' issue 13574).",
+    ),
+)
+
 _CONTROLS = (
     click.option(
         "--control",
@@ -229,9 +250,10 @@ def _all(options: tuple[Callable[[Any], Any], ...]) -> Callable[[Any], Any]:
 
 
 sampling_options, picture_options, watching_options = _all(_SAMPLING), _all(_PICTURES), _all(_WATCHING)
-control_options = _all(_CONTROLS)
+control_options, reference_options = _all(_CONTROLS), _all(_REFERENCES)
 DRAWING_FIELDS = (
     "sampler", "schedule", "sigmas", "variation", "guidance_range", "cfg_normalization", "cfg_truncation", "image",
     "strength", "strength_mode", "mask", "inpaint_area", "outpaint", "fit", "latents", "hires", "hires_strength",
-    "controls", "control_image", "control_from", "control_start", "control_end", "control_math",
+    "controls", "control_image", "control_from", "control_start", "control_end", "control_math", "references",
+    "reference_positions",
 )  # fmt: skip

@@ -19,7 +19,7 @@ from ..memory.meter import peak_rss_bytes
 from ..pictures.saving import require_kind, save
 from ..units import format_gb, parse_bytes
 from . import leaving_at_once, print_json, say
-from .drawing_options import control_options, picture_options, sampling_options, watching_options
+from .drawing_options import control_options, picture_options, reference_options, sampling_options, watching_options
 from .like import Liked, liked
 from .many import Many, draw_many, is_folder, paths_in
 from .previews import previewing
@@ -93,6 +93,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--shift", type=float, help="Shift of the noise schedule.  [default: the model's; Turbo 3]")
 @sampling_options
 @picture_options
+@reference_options
 @control_options
 @watching_options
 @click.option(
@@ -114,6 +115,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--transformer", type=_PATH, metavar="FILE", help="Use this transformer.")
 @click.option("--text-encoder", type=_PATH, metavar="FILE", help="Use this text encoder.")
 @click.option("--vae", type=_PATH, metavar="FILE", help="Use this VAE.")
+@click.option("--siglip", type=_PATH, metavar="FILE", help="Use this SigLIP2 vision tower, for --reference.")
 @click.option("--tokenizer", type=_PATH, metavar="PATH", help="Use this tokenizer.json, or the one in this folder.")
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
 @click.option(
@@ -151,14 +153,15 @@ def command(
     prompts: tuple[str, ...], prompt_file: Path | None, model: str | None, out: Path, count: int,
     vram: str | None, ram: str | None, device: str, dtype: str, backend: str, compute: str, no_cache: bool,
     as_json: bool, like: Path | None, lora_dir: Path | None, transformer: Path | None, text_encoder: Path | None,
-    vae: Path | None, tokenizer: Path | None, preview: str | None, preview_decoder: Path | None, save_latents: bool,
-    workers: str | None, **image: Any,
+    vae: Path | None, siglip: Path | None, tokenizer: Path | None, preview: str | None, preview_decoder: Path | None,
+    save_latents: bool, workers: str | None, **image: Any,
 ) -> None:  # fmt: skip
     """Draw images from prompts, and over pictures.
 
     Give one or several PROMPTs, or a file of them; they share one loaded model.
     """
-    parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
+    parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "siglip": siglip}
+    parts |= {"tokenizer": tokenizer}
     model = _model(model, parts)
     example = liked(like, image, _given(image), lora_dir) if like else Liked()
     if not prompts and not prompt_file:

@@ -14,6 +14,8 @@ from ..errors import UserError
 from ..pictures.recipe import SOURCES, settings, source_sha256
 from ..pictures.saving import recipe_of
 
+_FLAGS = {"references": "--reference"}
+
 # Given on the command line -> what of a picture's settings would contradict it.
 _INSTEAD = {
     "cfg": ("guidance",), "image": ("latents",), "latents": ("image", "mask", "outpaint", "inpaint_area"),
@@ -73,17 +75,33 @@ def _sources(
     """What it was made from is on the command line, or is a word."""
     found = {}
     for name in SOURCES:
-        said, flag = recipe.get(name), f"--{name.replace('_', '-')}"
+        said, flag = recipe.get(name), _FLAGS.get(name, f"--{name.replace('_', '-')}")
         if isinstance(said, str) and name not in given:
             found[name] = said
         elif said is not None:
             was = said if isinstance(said, list) else [said]
+            if name == "references" and name not in given and (there := _beside(picture, was)):
+                found[name] = there
+                continue
             if name not in given:
                 names = " and ".join(_name(one) for one in was)
                 raise UserError(f"--like {picture}: made from {names}", fix=f"name it with {flag}")
             now = image[name] if isinstance(image[name], list | tuple) else [image[name]]
             others = [_name(one) for one, new in zip(was, now, strict=False) if not _is(new, one)]
             notes += [f"{picture} was made from another {flag}: {other}" for other in others]
+    return found
+
+
+def _beside(picture: Path, said: Sequence[object]) -> Any:
+    """The files that a recipe names, if all of them lie beside the picture or here, as they were."""
+    found = []
+    for one in said:
+        hashed = isinstance(one, Mapping) and one.get("sha256")
+        places = [folder / _name(one) for folder in (picture.parent, Path())] if hashed else []
+        there = [place for place in places if place.is_file() and _is(place, one)]
+        if not there:
+            return None
+        found.append(str(there[0]))
     return found
 
 

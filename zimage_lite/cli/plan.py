@@ -14,7 +14,7 @@ from ..config import DEFAULT_SIZE, SAMPLERS, GenerateOptions, Lora, SchedulerCon
 from ..errors import UserError
 from ..units import format_gb, parse_bytes
 from . import print_json, say, table_printer
-from .drawing_options import control_options, picture_options
+from .drawing_options import control_options, picture_options, reference_options
 
 if TYPE_CHECKING:
     from ..memory.gpus import Gpu
@@ -65,6 +65,7 @@ class _Prediction:
 @click.option("--lora", "loras", multiple=True, metavar="PATH", help="A LoRA beside the weights. Once for each.")
 @click.option("--sampler", type=click.Choice(SAMPLERS), default="euler", show_default=True)
 @picture_options
+@reference_options
 @control_options
 @click.option("--train", is_flag=True, help="What train-lora would take, at --width as its resolution.")
 @click.option("--rank", type=int, help="Of the LoRA, with --train.  [default: 16]")
@@ -95,7 +96,7 @@ def command(
     if count < 1:
         raise UserError("--count", got=count, expected="at least 1")
     limits = parse_bytes(vram) if vram else None, parse_bytes(ram) if ram else None
-    sizes, schedule = _sizes(model, format_name or "int8")
+    sizes, schedule = _sizes(model, format_name or "int8", sees=bool(image["references"]))
     if train:
         asked = {"resolution": image["width"], "rank": rank, "batch": batch}
         _train(sizes, gpu_name, limits, asked, preserve, preserve_file, as_json)
@@ -147,14 +148,19 @@ def _any_picture() -> Any:
     return np.zeros((1, 1, 3), np.uint8)
 
 
-def _sizes(model: str | None, format_name: str) -> tuple[Model, SchedulerConfig]:
+def _sizes(model: str | None, format_name: str, sees: bool) -> tuple[Model, SchedulerConfig]:
+    """sees: references are named, so that the shapes are Omni's."""
     from ..plan.model_sizes import model_of, true_model
 
     if model is None:
-        return true_model(format_name), SchedulerConfig()
+        return true_model(format_name, sees), SchedulerConfig()
     from ..api import open_named
 
     files = open_named(model, {})
+    if sees:
+        from ..pipeline.references import require_seeing
+
+        require_seeing(files, [GenerateOptions(references="a picture")])
     return model_of(files), files.scheduler
 
 
@@ -166,6 +172,7 @@ def _predict(
     from ..pipeline.controls import ControlLibrary
     from ..pipeline.grouping import grouped
     from ..pipeline.tasks import tasks_of
+    from ..pipeline.words import prompts
     from ..plan.job import LONG_PROMPT_TOKENS
     from ..plan.prediction import phases
 
@@ -177,7 +184,7 @@ def _predict(
     controls, default = ControlLibrary(model.transformer_config, tell), (DEFAULT_SIZE, DEFAULT_SIZE)
     tasks = tasks_of([wanted] * count, model.transformer_config.in_channels, default, controls.of)
     adapters = {wanted.loras: library.of(wanted.loras)}
-    tokens = dict.fromkeys((wanted.prompt, wanted.negative), LONG_PROMPT_TOKENS)
+    tokens = dict.fromkeys(prompts(wanted), LONG_PROMPT_TOKENS)
     first, *others = (phases(model, group.job, machines[0]) for group in grouped(tasks, tokens, adapters))
     todo = first + [ways for some in others for ways in some if ways[0].name != "encode"]
     budgets = budgets_in_force(machines[0], *limits)

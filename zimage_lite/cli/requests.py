@@ -26,6 +26,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "mask": str, "strength": _NUMBER, "strength_mode": str, "fit": str, "inpaint_area": str, "outpaint": list,
     "latents": str, "hires": _NUMBER, "hires_strength": _NUMBER, "controls": list, "control_image": _TEXTS,
     "control_from": _TEXTS, "control_start": _NUMBER, "control_end": _NUMBER, "control_math": str,
+    "references": _TEXTS, "reference_positions": str,
 }  # fmt: skip
 _KINDS = {
     str: "a text", int: "a whole number", _NUMBER: "a number", list: "a list", _TEXTS: "a text or a list of them"

@@ -19,7 +19,9 @@ from .limits import (
     INFINITE,
     INPAINT_AREAS,
     MAX_STEPS,
+    MOST_REFERENCES,
     RANDOM_SEED,
+    REFERENCE_POSITIONS,
     SAMPLERS,
     SCHEDULES,
     SIZE_MULTIPLE,
@@ -27,7 +29,7 @@ from .limits import (
 )
 from .lora import Lora
 
-_SOURCES = ("image", "mask", "latents", "control_image")
+_SOURCES = ("image", "mask", "latents", "control_image", "references")
 _OUTPAINT = "pixels left,above,right,below: 0,0,256,0"
 
 
@@ -54,6 +56,8 @@ class GenerateOptions:
     controls: ControlNets, of ControlUse, or what `ControlUse.of` takes, such as "FILE:SCALE"; control_image: the
     pictures that they follow, and control_from: what is made of them first, one for all or one for each;
     control_start, control_end: parts of the steps between which they are asked.
+    references: up to three pictures that an Omni sees beside the prompt; an image of no named size gets the last one's.
+    reference_positions: where the words between them lie, as diffusers 0.42 has it, or each where it begins.
     """
 
     prompt: str = ""
@@ -88,6 +92,8 @@ class GenerateOptions:
     control_start: float = 0.0
     control_end: float = 1.0
     control_math: str = "authors"
+    references: Any = None
+    reference_positions: str = "diffusers"
     cfg: InitVar[float | None] = None
 
     def __eq__(self, other: object) -> bool:
@@ -140,11 +146,12 @@ class GenerateOptions:
         self._check_levels()
         self._check_picture()
         self._check_controls()
+        self._check_references()
 
     def _check_choices(self) -> None:
         choices = {
             "sampler": SAMPLERS, "schedule": SCHEDULES, "strength_mode": STRENGTH_MODES, "fit": FITS,
-            "inpaint_area": INPAINT_AREAS, "control_math": CONTROL_MATHS,
+            "inpaint_area": INPAINT_AREAS, "control_math": CONTROL_MATHS, "reference_positions": REFERENCE_POSITIONS,
         }  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -219,6 +226,16 @@ class GenerateOptions:
             raise UserError("--control without a picture to follow", fix="name one with --control-image")
         if self.control_math == "diffusers" and len(self.controls) > 1:
             raise UserError("diffusers has one ControlNet at a time", fix="leave out --control-math diffusers")
+
+    def _check_references(self) -> None:
+        given = None if self.references is None else _several(self.references) or None
+        object.__setattr__(self, "references", given)
+        if given is None:
+            return
+        if len(given) > MOST_REFERENCES:
+            raise UserError("--reference", got=f"{len(given)} times", expected=f"at most {MOST_REFERENCES} times")
+        if self.controls:
+            raise UserError("--control does not go with --reference", fix="leave out one of them")
 
     @property
     def followed(self) -> list[tuple[Any, str]]:

@@ -9,6 +9,8 @@ VAE_QUERIES = 1024  # of its attention, at a time
 SIZE_MULTIPLE = VAE_FACTOR * PATCH_SIZE
 TOKENS_PER_PASS = 1024  # prompts are encoded and refined together up to this many tokens
 MOST_PER_ROUND = 64  # images are denoised before the first of them is decoded
+MOST_REFERENCES = 3  # pictures that an Omni sees beside the prompt, as in ComfyUI's node
+VISION_PATCHES = 256  # of a picture, at most, as the vision tower sees it
 MAX_PROMPT_TOKENS = 512  # as diffusers truncates
 DEFAULT_SIZE = 1024  # pixels each way, where the model's card names no other
 # Compute capabilities on which attention beside 8-bit products adds up weights x values in float16, twice as fast on
@@ -33,6 +35,7 @@ SCHEDULES = (
     "simple", "normal", "sgm_uniform", "beta", "beta57", "bong_tangent", "linear_quadratic", "kl_optimal", "karras",
 )  # fmt: skip
 STRENGTH_MODES = ("steps", "diffusers")
+REFERENCE_POSITIONS = ("diffusers", "aligned")
 FITS = ("crop", "pad", "stretch")
 INPAINT_AREAS = ("picture", "mask")
 CONTROL_MATHS = ("authors", "diffusers")

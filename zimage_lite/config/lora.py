@@ -10,7 +10,9 @@ from os import PathLike, fspath
 from ..errors import UserError
 from .limits import MAX_LORA_STRENGTH
 
-_BLOCKS = re.compile(r"(?P<group>layers|noise_refiner|context_refiner)(?:\.(?P<first>\d+)(?:-(?P<last>\d+))?)?")
+_BLOCKS = re.compile(
+    r"(?P<group>layers|noise_refiner|context_refiner|siglip_refiner)(?:\.(?P<first>\d+)(?:-(?P<last>\d+))?)?"
+)
 
 
 @dataclass(frozen=True)

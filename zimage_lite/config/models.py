@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -60,6 +61,46 @@ class TransformerConfig(BlockSizes):
                 "transformer config does not add up",
                 got=f"dim {self.dim}, n_heads {self.n_heads}, axes_dims {self.axes_dims}",
                 expected="even axes_dims that sum to dim / n_heads",
+            )
+
+
+@dataclass(frozen=True)
+class OmniConfig(TransformerConfig):
+    """The S3-DiT that also sees pictures, as Omni-Base and Edit. siglip_feat_dim: width of what the vision tower makes
+    of them."""
+
+    siglip_feat_dim: int = 1152
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The SigLIP2 vision tower (so400m, patch16, naflex). Names are those of transformers' siglip/config.json."""
+
+    hidden_size: int = 1152
+    num_hidden_layers: int = 27
+    num_attention_heads: int = 16
+    intermediate_size: int = 4304
+    num_patches: int = 256  # positions that it has learned, of a square
+    patch_size: int = 16
+    num_channels: int = 3
+    layer_norm_eps: float = 1e-6
+
+    @property
+    def patch_dim(self) -> int:
+        return self.num_channels * self.patch_size**2
+
+    @property
+    def grid(self) -> int:
+        """Positions that it has learned, each way."""
+        return math.isqrt(self.num_patches)
+
+    def __post_init__(self) -> None:
+        _require_positive(self)
+        if self.hidden_size % self.num_attention_heads or self.grid**2 != self.num_patches:
+            raise UserError(
+                "vision tower config does not add up",
+                got=f"width {self.hidden_size}, {self.num_attention_heads} heads, {self.num_patches} patches",
+                expected="heads that divide the width, patches of a square",
             )
 
 
@@ -200,7 +241,7 @@ class SchedulerConfig:
     def completed(self, request: GenerateOptions, size: tuple[int, int]) -> GenerateOptions:
         """What was left open is what the model says of itself; the size of what is made from a picture is its own.
         size: the model's width and height."""
-        named = request.image is not None or request.latents is not None
+        named = any(source is not None for source in (request.image, request.latents, request.references))
         width, height = (None, None) if named else size
         return replace(
             request,

@@ -10,14 +10,15 @@ from torch import nn
 from zimage_kernels import KINDS
 
 from ..checkpoint.checkpoint import Checkpoint, ModelConfig
-from ..checkpoint.detect import CONTROLNET
+from ..checkpoint.detect import CONTROLNET, VISION
 from ..checkpoint.stored import StoredTensor
-from ..config import ControlConfig, TextEncoderConfig, TransformerConfig, VaeConfig
+from ..config import ControlConfig, OmniConfig, TextEncoderConfig, TransformerConfig, VaeConfig, VisionConfig
 from ..model.controlnet import ControlNet
 from ..model.linear import shapes
+from ..model.omni import transformer
 from ..model.text_encoder import TextEncoder
-from ..model.transformer import Transformer
 from ..model.vae import Decoder, Encoder
+from ..model.vision import VisionTower
 from ..quant.formats import FORMATS, Format
 from .fidelity import Sums, TensorError, by_group
 from .output_file import OutTensor, output_tensors
@@ -26,9 +27,18 @@ from .recipe import Target, target, targets
 _CONTAINERS = ("gguf", "comfy", "bnb", "quanto")
 _COMPONENTS = {
     TransformerConfig: "transformer",
+    OmniConfig: "transformer",
     TextEncoderConfig: "text_encoder",
     VaeConfig: "vae",
     ControlConfig: CONTROLNET,
+    VisionConfig: VISION,
+}
+
+_TRUE: dict[str, ModelConfig] = {
+    "transformer": TransformerConfig(),
+    "omni": OmniConfig(),
+    "text_encoder": TextEncoderConfig(),
+    VISION: VisionConfig(),
 }
 
 
@@ -117,7 +127,7 @@ def _shrinks(tensor: OutTensor, row: Format) -> bool:
 @cache
 def _true_model(component: str) -> Checkpoint:
     """Names and shapes of the released model, in bfloat16, without files."""
-    return without_files(TransformerConfig() if component == "transformer" else TextEncoderConfig())
+    return without_files(_TRUE[component])
 
 
 def without_files(config: ModelConfig) -> Checkpoint:
@@ -138,9 +148,11 @@ def without_unused(checkpoint: Checkpoint) -> Checkpoint:
 def component_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a component under its canonical name, in the order of the model."""
     if isinstance(config, TransformerConfig):
-        return shapes(Transformer(config))
+        return shapes(transformer(config))
     if isinstance(config, ControlConfig):
         return shapes(ControlNet(config))
+    if isinstance(config, VisionConfig):
+        return shapes(VisionTower(config))
     if isinstance(config, VaeConfig):
         return shapes(nn.ModuleDict({"encoder": Encoder(config), "decoder": Decoder(config)}))
     # The runtime leaves out the last layer and norm, and gathers embedding rows from the file, which has them all.

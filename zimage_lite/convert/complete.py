@@ -9,12 +9,13 @@ from typing import Any
 from torch import nn
 
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
-from ..checkpoint.detect import CONTROLNET
+from ..checkpoint.detect import CONTROLNET, VISION
 from ..model.controlnet import ControlNet
 from ..model.linear import shapes
+from ..model.omni import transformer
 from ..model.text_encoder import TextEncoder
-from ..model.transformer import Transformer
 from ..model.vae import Decoder
+from ..model.vision import VisionTower
 from .catalog import without_unused
 
 
@@ -34,8 +35,9 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
     if checkpoint.component == "vae":
         return nn.ModuleDict({"decoder": Decoder(checkpoint.config)})
     skeletons: dict[str, Callable[[Any], nn.Module]] = {
-        "transformer": Transformer,
+        "transformer": transformer,
         "text_encoder": TextEncoder,
         CONTROLNET: ControlNet,
+        VISION: VisionTower,
     }
     return skeletons[checkpoint.component](checkpoint.config)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint, components_in
 from ..checkpoint.controlnets import names_of, said_of
-from ..checkpoint.detect import COMPONENTS, CONTROLNET, KINDS
+from ..checkpoint.detect import COMPONENTS, CONTROLNET, KINDS, VISION
 from ..checkpoint.impostors import no_such, refuse_cache_root
 from ..checkpoint.model_files import find_component, open_model
 from ..checkpoint.stored import StoredTensor
@@ -48,7 +48,7 @@ def inspect(path: Path) -> list[Part]:
         raise no_such(path)
     if path.is_dir():
         refuse_cache_root(path)
-    found = (_found(path, component) for component in COMPONENTS if path.is_dir() or _holds_all(path))
+    found = (_found(path, component) for component in (*COMPONENTS, VISION) if path.is_dir() or _holds_all(path))
     parts = [part for part in found if part is not None]
     if not parts:
         return [_part(path.name, path, None)]

@@ -10,7 +10,7 @@ from ..adapters.library import place_of
 from ..adapters.reading import file_of
 from ..calibration.known import Calibration
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.detect import KINDS, said_of_unused
+from ..checkpoint.detect import KINDS, VISION, said_of_unused
 from ..checkpoint.hub import LocalFiles
 from ..checkpoint.output import clear_leftovers, require_absent
 from ..config import Lora
@@ -67,7 +67,7 @@ class Job:
         return replace(self, target=allocated(self.target, transformer, self.options, self.progress))
 
     def target_of(self, component: str) -> Target | None:
-        if component == "vae":
+        if component in ("vae", VISION):
             return None
         return self.target if component == "transformer" else self.text_encoder
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.detect import COMPONENTS
-from ..checkpoint.diffusers_config import config_json, model_index
+from ..checkpoint.detect import COMPONENTS, VISION
+from ..checkpoint.diffusers_config import config_json, image_processor, model_index
 from ..checkpoint.model_card import CARD
 from ..checkpoint.model_files import find_component, scheduler_config
 from ..checkpoint.output import replacing
@@ -28,14 +28,18 @@ from .output_file import output_tensors, quantization_config
 from .recipe import KEEP, as_it_is
 from .tokenizers import tokenizer_to_add
 
-_ENTRIES = {*COMPONENTS, "tokenizer", "scheduler", "model_index.json", CARD}  # of an output folder
-_DIFFUSERS_NAMES = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
+_PROCESSOR = "siglip_processor"  # how pictures are laid out for the vision tower
+_ENTRIES = {*COMPONENTS, VISION, _PROCESSOR, "tokenizer", "scheduler", "model_index.json", CARD}  # of an output folder
+_DIFFUSERS_NAMES = {
+    "transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model",
+    VISION: "model",
+}  # fmt: skip
 
 
 def quantize_model(source: Path, out: Path | None, job: Job) -> list[Written]:
     """Convert a model into the folder `out`, whole or not at all. Raises UserError."""
     out = out or Path(f"{source_name(source)}-{job.target.name}")
-    checkpoints = {component: _open_part(source, component, job) for component in COMPONENTS}
+    checkpoints = {component: _open_part(source, component, job) for component in _parts(source)}
     job = job.settled(checkpoints["transformer"])
     prepare(out, list(checkpoints.values()), job)
     _require_replaceable(out)
@@ -59,6 +63,12 @@ def quantize_model(source: Path, out: Path | None, job: Job) -> list[Written]:
         if tokenizer is not None:
             save_tokenizer(partial / "tokenizer", tokenizer)
     return written
+
+
+def _parts(source: Path) -> tuple[str, ...]:
+    """With the vision tower, where there is one."""
+    sees = source.is_dir() and find_component(source, VISION)
+    return (*COMPONENTS, VISION) if sees else tuple(COMPONENTS)
 
 
 def _open_part(source: Path, component: str, job: Job) -> Checkpoint:
@@ -121,7 +131,7 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _carry_over(source: Path, out: Path) -> None:
     """Tokenizer, schedule, card and index: copied where they are, written anew where a ComfyUI folder has none."""
-    for name in ("tokenizer", "scheduler"):
+    for name in ("tokenizer", "scheduler", _PROCESSOR):
         if (source / name).is_dir():
             shutil.copytree(source / name, out / name)
     if (source / CARD).exists():
@@ -129,9 +139,13 @@ def _carry_over(source: Path, out: Path) -> None:
     if not (out / "scheduler").exists():
         (out / "scheduler").mkdir()
         _write_json(out / "scheduler" / "scheduler_config.json", config_json(scheduler_config(None)))
+    sees = (out / VISION).exists()
+    if sees and not (out / _PROCESSOR).exists():
+        (out / _PROCESSOR).mkdir()
+        _write_json(out / _PROCESSOR / "preprocessor_config.json", image_processor())
     index = source / "model_index.json"
     _write_json(
-        out / "model_index.json", json.loads(index.read_text(encoding="utf-8")) if index.exists() else model_index()
+        out / "model_index.json", json.loads(index.read_text(encoding="utf-8")) if index.exists() else model_index(sees)
     )
 
 

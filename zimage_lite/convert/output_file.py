@@ -16,7 +16,7 @@ from typing import Any
 from ..checkpoint import gguf, safetensors
 from ..checkpoint.checkpoint import CONFIG_KEY, Checkpoint
 from ..checkpoint.controlnets import NAMES_KEY, names_of
-from ..checkpoint.detect import CONTROLNET
+from ..checkpoint.detect import CONTROLNET, VISION
 from ..checkpoint.names import LLAMA_CPP_QWEN3, NATIVE_TRANSFORMER, natural_order
 from ..checkpoint.stored import StoredTensor
 from ..errors import UserError
@@ -137,7 +137,7 @@ def _names(source: Checkpoint, container: str) -> dict[str, tuple[str, ...]]:
         if container in ("gguf", "comfy"):
             return NATIVE_TRANSFORMER.to_foreign(source.tensors)
         return {name: (name,) for name in source.tensors}
-    if source.component == "vae":
+    if source.component in ("vae", VISION):
         return {name: (name,) for name in source.tensors}
     names = LLAMA_CPP_QWEN3.to_foreign(source.tensors)
     return names if container == "gguf" else {f"model.{members[0]}": members for members in names.values()}
@@ -146,7 +146,15 @@ def _names(source: Checkpoint, container: str) -> dict[str, tuple[str, ...]]:
 def _block_order(name: str) -> tuple[int, list[tuple[int, int, str]]]:
     """Everything outside the blocks first, then blocks in the order they run."""
     group, _, rest = name.removeprefix("model.").partition(".")
-    groups = ("context_refiner", "noise_refiner", "control_noise_refiner", "control_layers", "layers", "blk")
+    groups = (
+        "context_refiner",
+        "siglip_refiner",
+        "noise_refiner",
+        "control_noise_refiner",
+        "control_layers",
+        "layers",
+        "blk",
+    )
     return (groups.index(group) + 1, natural_order(rest.partition(".")[0])) if group in groups else (0, [])
 
 

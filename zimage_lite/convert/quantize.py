@@ -10,7 +10,7 @@ import torch
 
 from ..calibration.files import read as read_statistics
 from ..checkpoint.checkpoint import components_in
-from ..checkpoint.detect import COMPONENTS, KINDS
+from ..checkpoint.detect import COMPONENTS, KINDS, VISION
 from ..checkpoint.hub import LocalFiles, hub_files, is_hub_id
 from ..checkpoint.impostors import no_such
 from ..checkpoint.model_files import find_component
@@ -120,8 +120,11 @@ def _single_file(source: Path, component: str) -> Path | None:
 
 def _quantize_file(path: Path, out: Path | None, source: Path, component: str | None, job: Job) -> Written:
     checkpoint = open_complete(path, component, job.files.file_bytes)
-    if checkpoint.component == "vae":
-        raise UserError(f"{path}: a VAE stays as it is", fix="quantize the transformer and the text encoder")
+    if checkpoint.component in ("vae", VISION):
+        raise UserError(
+            f"{path}: a {KINDS[checkpoint.component]} stays as it is",
+            fix="quantize the transformer and the text encoder",
+        )
     if job.loras and checkpoint.component != "transformer":
         raise UserError("--merge-lora is for the transformer", got=f"a {KINDS[checkpoint.component]}")
     checkpoint = with_merged(checkpoint, job.loras, job.note, not job.files.file_bytes)

@@ -202,7 +202,7 @@ def overridden(chosen: Target, keep: Iterable[str] = (), tensors: Iterable[str] 
 
 def as_it_is() -> Target:
     """Writes what is there under canonical names: for a component that leaves an all-in-one file unconverted."""
-    recipes = {component: Recipe(KEEP) for component in ("transformer", "text_encoder", "vae", "controlnet")}
+    recipes = {component: Recipe(KEEP) for component in ("transformer", "text_encoder", "vae", "controlnet", "siglip")}
     return Target(KEEP, "comfy", "as it is", (), KEEP, 0, recipes)
 
 

@@ -1,6 +1,6 @@
-"""`synthetic:FORMAT` as a MODEL, `synthetic:VERSION/FORMAT` as a ControlNet: random weights of the true shapes, made in
-memory, so that a bare machine runs full size without a file. Speed and memory are those of real weights in that format;
-pictures are noise.
+"""`synthetic:FORMAT` or `synthetic:omni/FORMAT` as a MODEL, `synthetic:VERSION/FORMAT` as a ControlNet: random weights
+of the true shapes, made in memory, so that a bare machine runs full size without a file. Speed and memory are those of
+real weights in that format; pictures are noise.
 
 The headers are exactly those that `quantize --to FORMAT` writes, and are opened like them, so names, formats, fused
 tensors and byte counts cannot differ. Bytes come from patterns: a few rows of random weights, quantized by the format's
@@ -27,11 +27,20 @@ from torch import Tensor
 
 from ..checkpoint.checkpoint import Checkpoint, ModelConfig, checkpoint_of, open_checkpoint
 from ..checkpoint.container import Entry, Take, TensorFile, fresh
-from ..checkpoint.detect import COMPONENTS
+from ..checkpoint.detect import COMPONENTS, VISION
 from ..checkpoint.model_card import DEMO, model_folder
 from ..checkpoint.model_files import ModelFiles, require_fit
 from ..checkpoint.tokenizer import tokenizer_from
-from ..config import DEFAULT_SIZE, ControlConfig, SchedulerConfig, TextEncoderConfig, TransformerConfig, VaeConfig
+from ..config import (
+    DEFAULT_SIZE,
+    ControlConfig,
+    OmniConfig,
+    SchedulerConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+    VaeConfig,
+    VisionConfig,
+)
 from ..errors import UserError
 from ..quant.formats import Format, Options
 from .catalog import without_files
@@ -39,6 +48,8 @@ from .output_file import OutTensor, lay_out, metadata, output_tensors
 from .recipe import KEEP, Target, as_it_is, target
 
 PREFIX = "synthetic:"
+_OMNI = "omni/"
+_TRUE_TOWER = VisionConfig()
 TRUE_CONFIGS: tuple[ModelConfig, ...] = (TransformerConfig(), TextEncoderConfig(), VaeConfig())
 
 TRUE_CONTROLS = {  # ControlNets as they were released
@@ -63,21 +74,31 @@ def is_synthetic(model: object) -> bool:
 
 
 def open_synthetic(
-    model: str, overrides: Mapping[str, Path | None] | None = None, configs: tuple[ModelConfig, ...] = TRUE_CONFIGS
+    model: str,
+    overrides: Mapping[str, Path | None] | None = None,
+    configs: tuple[ModelConfig, ...] = TRUE_CONFIGS,
+    vision: VisionConfig = _TRUE_TOWER,
 ) -> ModelFiles:
-    """model: "synthetic:FORMAT"; overrides: as in `open_model`; configs: sizes of transformer, text encoder and VAE.
+    """model: "synthetic:FORMAT", or "synthetic:omni/FORMAT"; overrides: as in `open_model`; configs: sizes of
+    transformer, text encoder and VAE; vision: of an Omni's tower.
 
     The tokenizer is the built-in demo's, whose ids are among Qwen's. Raises UserError for an unknown format.
     """
-    chosen = target(model.removeprefix(PREFIX), f"--model {PREFIX}FORMAT")
+    sees, to = model.startswith(f"{PREFIX}{_OMNI}"), model.removeprefix(PREFIX).removeprefix(_OMNI)
+    chosen = target(to, f"--model {PREFIX}FORMAT")
+    if sees and configs is TRUE_CONFIGS:
+        configs = (OmniConfig(), *TRUE_CONFIGS[1:])
     encoder = as_it_is() if chosen.text_encoder_to == KEEP else target(chosen.text_encoder_to)
     given = {name: path for name, path in (overrides or {}).items() if path is not None}
     parts: dict[str, Any] = {}
-    for component, config, to in zip(COMPONENTS, configs, (chosen, encoder, as_it_is()), strict=True):
+    for component, config, own in zip(COMPONENTS, configs, (chosen, encoder, as_it_is()), strict=True):
         path = given.get(component)
-        parts[component] = open_checkpoint(path, component) if path else synthetic_checkpoint(config, to)
+        parts[component] = open_checkpoint(path, component) if path else synthetic_checkpoint(config, own)
+    if sees:
+        path = given.get(VISION)
+        parts[VISION] = open_checkpoint(path, VISION) if path else synthetic_checkpoint(vision, as_it_is())
     files = ModelFiles(
-        name=f"{PREFIX}{chosen.name}",
+        name=f"{PREFIX}{_OMNI * sees}{chosen.name}",
         tokenizer=tokenizer_from(given.get("tokenizer") or model_folder(DEMO) / "tokenizer"),
         scheduler=SchedulerConfig(),
         default_size=(DEFAULT_SIZE, DEFAULT_SIZE),
@@ -196,7 +217,7 @@ def _pattern(tensor: OutTensor) -> Pattern:
 def distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     """Mean and deviation of a tensor, by its canonical name: norms of one, weights that keep the variance, and all else
     small, so that activations keep a realistic size."""
-    if "norm" in name or name == "cap_embedder.0.weight":
+    if "norm" in name or name in ("cap_embedder.0.weight", "siglip_embedder.0.weight"):
         return (0.0, 0.02) if name.endswith(".bias") else (1.0, 0.0)
     if len(shape) < 2 or "pad_token" in name:
         return 0.0, 0.02

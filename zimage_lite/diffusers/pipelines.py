@@ -33,6 +33,10 @@ def load_pipeline(model: StrPath = DEMO, **options: Any) -> ZImagePipeline:
     applied, go to the logger "zimage_lite" as information, or to `tell`.
     """
     made = load(model, **{"tell": _LOG.info, **options})
+    if made.model.sees:
+        raise UserError(
+            f"{made.model.name}: Omni is not put into diffusers' pipelines", fix="draw with zimage_lite.load"
+        )
     modules = Modules(made)
     return ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=made.model.scheduler.shift),

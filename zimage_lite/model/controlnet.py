@@ -30,7 +30,8 @@ from ..config import PATCH_SIZE, ControlConfig, TransformerConfig
 from .compute import REFERENCE, Compute
 from .linear import Linear, Stream
 from .rope import Rope
-from .transformer import Beside, Block, Caption, Transformer, interleaved, pad, patchify, residual
+from .tokens import interleaved, pad, patchify, residual
+from .transformer import Beside, Block, Caption, Transformer
 
 _Block = TypeVar("_Block")
 CONTROLS = "controls"  # of `ControlledTransformer`: where its ControlNets are

@@ -14,26 +14,37 @@ weights that it takes (`is_time_weight`), 2 % of all, are not needed afterwards.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from zimage_kernels import Branch, Int8Rows, Norm, add_norm, swiglu_int8
+from zimage_kernels import Branch, Int8Rows, Norm, Normed, add_norm, swiglu_int8
 
-from ..config import PATCH_SIZE, SEQUENCE_MULTIPLE, BlockSizes, TransformerConfig
+from ..config import PATCH_SIZE, BlockSizes, TransformerConfig
 from .compute import REFERENCE, Compute
-from .float16 import ATTENTION_SCALE, FEED_FORWARD_SCALE, VALUE_SCALE, log2_in, stream_dtype, swiglu
+from .float16 import ATTENTION_SCALE, FEED_FORWARD_SCALE, VALUE_SCALE, log2_in, swiglu
 from .linear import Activation, Linear, RMSNorm, Stream
 from .rope import Rope, grid_positions, rope_angles
+from .tokens import (
+    image_positions,
+    interleaved,
+    joined_ropes,
+    pad,
+    patchify,
+    residual,
+    unpatchify,
+)
 
 _TIME_FREQUENCIES = 256
 _TIME_HIDDEN = 1024
 
 Watch = Callable[[str, Tensor], None]  # the name of a block or other part, what came out of it
 Ropes = tuple[Rope, Rope]  # of the images alone, and of each with its caption behind it
+# What the time does to a block, [4, dim]: to all tokens alike, or to so many after each other.
+Vectors = Tensor | Sequence[tuple[int, Tensor]]
 
 
 class Attention(nn.Module):
@@ -94,30 +105,58 @@ class Block(nn.Module):
             self.adaLN_modulation = nn.ModuleList([Linear(config.conditioning_dim, 4 * dim, bias=True)])
 
     def forward(
-        self, x: Tensor, rope: Rope, lengths: list[int], modulation: Tensor | None = None, compute: Compute = REFERENCE
+        self, x: Tensor, rope: Rope, lengths: list[int], modulation: Vectors | None = None, compute: Compute = REFERENCE
     ) -> Tensor:
         """x: [tokens, dim], the residual stream; modulation: [4, dim], one row of what `modulation` returns.
 
         One pass adds what the attention gave and norms the sum for the feed-forward."""
-        scale_attn, gate_attn, scale_ffn, gate_ffn = (None,) * 4 if modulation is None else modulation
         attention, feed_forward, backend = self.attention, self.feed_forward, compute.backend
 
+        def begin(x: Tensor, _: None, vectors: Any) -> Normed:
+            return add_norm(x, None, _norm(self.attention_norm1, vectors[0]), group, backend)
+
+        def between(x: Tensor, h: Tensor, vectors: Any) -> Normed:
+            branch = _branch(h, self.attention_norm2, vectors[1], ATTENTION_SCALE)
+            return add_norm(x, branch, _norm(self.ffn_norm1, vectors[2]), group, backend)
+
+        def end(x: Tensor, h: Tensor, vectors: Any) -> Normed:
+            return add_norm(x, _branch(h, self.ffn_norm2, vectors[3], FEED_FORWARD_SCALE), None, None, backend)
+
         group = compute.group(attention.to_q, attention.to_k, attention.to_v)
-        _, h = add_norm(x, None, _norm(self.attention_norm1, scale_attn), group, backend)
-        h = attention(h, rope, lengths, compute)
+        _, h = by_runs(begin, x, None, modulation)
+        mixed = attention(h, rope, lengths, compute)
 
         group = compute.group(feed_forward.w1, feed_forward.w3)
-        branch = _branch(h, self.attention_norm2, gate_attn, ATTENTION_SCALE)
-        x, h = add_norm(x, branch, _norm(self.ffn_norm1, scale_ffn), group, backend)
+        x, h = by_runs(between, x, mixed, modulation)
         h = feed_forward(h, compute)
 
-        return add_norm(x, _branch(h, self.ffn_norm2, gate_ffn, FEED_FORWARD_SCALE), None, None, backend).x
+        return by_runs(end, x, h, modulation).x
 
     def modulation(self, condition: Tensor) -> Tensor:
         """condition: [times, conditioning_dim], embedded times. -> [times, 4, dim]: scale and gate of the attention,
         then of the feed-forward, ready to multiply by."""
         scale_attn, gate_attn, scale_ffn, gate_ffn = self.adaLN_modulation[0](condition).chunk(4, dim=-1)
         return torch.stack((1.0 + scale_attn, gate_attn.tanh(), 1.0 + scale_ffn, gate_ffn.tanh()), dim=1)
+
+
+def by_runs(step: Callable[..., Normed], x: Tensor, h: Tensor | None, modulation: Vectors | None) -> Normed:
+    """step(x, h, vectors), once where the time does the same to all tokens, else for each run of them."""
+    if modulation is None or isinstance(modulation, Tensor):
+        return step(x, h, (None,) * 4 if modulation is None else modulation)
+    runs = [length for length, _ in modulation]
+    hs = [None] * len(runs) if h is None else h.split(runs)
+    parts = zip(x.split(runs), hs, (vectors for _, vectors in modulation), strict=True)
+    xs, hs = zip(*(step(*part) for part in parts), strict=True)
+    return Normed(x if h is None else torch.cat(xs), _joined(hs))
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """Activations of runs as one; None where none was asked for."""
+    if parts[0] is None:
+        return None
+    if isinstance(parts[0], Int8Rows):
+        return Int8Rows(*map(torch.cat, zip(*parts, strict=True)))
+    return torch.cat(list(parts))
 
 
 def _norm(norm: RMSNorm, scale: Tensor | None) -> Norm:
@@ -187,6 +226,11 @@ class Caption:
     tokens: Tensor
     rope: Rope
 
+    @property
+    def layout(self) -> Hashable:
+        """Equal for those that put their image at the same places."""
+        return len(self.tokens)
+
 
 class Beside:
     """What goes along with an evaluation and adds to the residual stream: here, nothing (a ControlNet's is
@@ -232,8 +276,8 @@ class Transformer(nn.Module):
         captions = [pad(project(norm(feature)), self.cap_pad_token) for feature in features]
         lengths = [len(caption) for caption in captions]
         # A caption's tokens, pads included, count up along the first axis from 1.
-        ropes = [self._rope(grid_positions((length, 1, 1), (1, 0, 0))) for length in lengths]
-        x, rope = residual(captions), _join(ropes)
+        ropes = [self.rope(grid_positions((length, 1, 1), (1, 0, 0))) for length in lengths]
+        x, rope = residual(captions), joined_ropes(ropes)
         del captions
         for block in stream(self.context_refiner):
             x = block(x, rope, lengths, compute=self.compute)
@@ -276,15 +320,16 @@ class Transformer(nn.Module):
         Returns data - noise, the negated flow velocity, in the shapes of latents.
         """
         watch, beside = watch or _look_away, beside or Beside()
-        embed, final = _only(self.all_x_embedder), _only(self.all_final_layer)
-        images = [pad(embed(patchify(latent)), self.x_pad_token) for latent in latents]
+        final = _only(self.all_final_layer)
+        images = [self.embedded(*pair) for pair in zip(latents, captions, strict=True)]
         of_images, of_all = ropes or self.ropes(latents, captions)
         lengths = [len(image) for image in images]
+        of_refiner, of_layers = self.vectors(modulation, latents, captions)
         x = residual(images)
         del images
         watch("embedder", x)
         along = beside.along("noise_refiner", x, of_images, lengths, stream)
-        for i, (block, vectors) in enumerate(zip(along(self.noise_refiner), modulation.noise_refiner, strict=True)):
+        for i, (block, vectors) in enumerate(zip(along(self.noise_refiner), of_refiner, strict=True)):
             x = beside.added(block(x, of_images, lengths, vectors, self.compute))
             watch(f"noise_refiner.{i}", x)
 
@@ -292,64 +337,38 @@ class Transformer(nn.Module):
         x = interleaved(x.split(lengths), told)
         lengths = [image + len(tokens) for image, tokens in zip(lengths, told, strict=True)]
         along = beside.along("layers", x, of_all, lengths, stream)
-        for i, (block, vectors) in enumerate(zip(along(self.layers), modulation.layers, strict=True)):
+        for i, (block, vectors) in enumerate(zip(along(self.layers), of_layers, strict=True)):
             x = beside.added(block(x, of_all, lengths, vectors, self.compute))
             watch(f"layers.{i}", x)
         tokens = final(x, modulation.final)
         watch("final layer", tokens)
         return [unpatchify(own, latent.shape) for own, latent in zip(tokens.split(lengths), latents, strict=True)]
 
+    def embedded(self, latent: Tensor, caption: Caption) -> Tensor:
+        """-> [tokens, dim], those of the latent first."""
+        return pad(_only(self.all_x_embedder)(patchify(latent)), self.x_pad_token)
+
+    def vectors(
+        self, modulation: Modulation, latents: list[Tensor], captions: list[Caption]
+    ) -> tuple[Iterable[Vectors], Iterable[Vectors]]:
+        """For each block of the noise refiner, and each of the layers."""
+        return modulation.noise_refiner, modulation.layers
+
     def ropes(self, latents: list[Tensor], captions: list[Caption]) -> Ropes:
         """What `forward` turns queries and keys by. The same in every step: made once, it spares 4 to 24 ms a step on
         two threads (1024x1024 to 2048x2048), in which a GPU would wait."""
-        images = [self._image_rope(*pair) for pair in zip(latents, captions, strict=True)]
+        images = [self.rope(self.positions(*pair)) for pair in zip(latents, captions, strict=True)]
         parts = [part for pair in zip(images, (c.rope for c in captions), strict=True) for part in pair]
-        return _join(images), _join(parts)
+        return joined_ropes(images), joined_ropes(parts)
 
-    def _rope(self, positions: Tensor) -> Rope:
+    def rope(self, positions: Tensor) -> Rope:
+        """positions: [tokens, 3]"""
         cos, sin = rope_angles(positions, self.config.axes_dims, self.config.rope_theta)
         return cos.to(self.x_pad_token.device), sin.to(self.x_pad_token.device)
 
-    def _image_rope(self, latent: Tensor, caption: Caption) -> Rope:
-        """The image lies on one plane after its caption; its pad tokens all sit at the origin."""
-        height, width = (size // PATCH_SIZE for size in latent.shape[1:])
-        positions = grid_positions((1, height, width), (len(caption.tokens) + 1, 0, 0))
-        return self._rope(F.pad(positions, (0, 0, 0, _missing(len(positions)))))
-
-
-def patchify(latent: Tensor) -> Tensor:
-    """[channels, height, width] -> [height/2 * width/2, 4 * channels]; in a token, channels run fastest."""
-    channels, height, width = latent.shape
-    patches = latent.view(channels, height // PATCH_SIZE, PATCH_SIZE, width // PATCH_SIZE, PATCH_SIZE)
-    return patches.permute(1, 3, 2, 4, 0).flatten(2).flatten(0, 1)
-
-
-def unpatchify(tokens: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `patchify` on the first tokens; what follows them (pads, caption) is dropped."""
-    channels, height, width = shape
-    rows, columns = height // PATCH_SIZE, width // PATCH_SIZE
-    patches = tokens[: rows * columns].view(rows, columns, PATCH_SIZE, PATCH_SIZE, channels)
-    return patches.permute(4, 0, 2, 1, 3).reshape(shape)
-
-
-def interleaved(images: Sequence[Tensor], captions: Sequence[Tensor]) -> Tensor:
-    """[tokens, dim] each -> one tensor, each image with its caption behind it."""
-    return torch.cat([part for pair in zip(images, captions, strict=True) for part in pair])
-
-
-def _missing(length: int) -> int:
-    return -length % SEQUENCE_MULTIPLE
-
-
-def pad(tokens: Tensor, pad_token: Tensor) -> Tensor:
-    """Fill up with the learned pad token, which is attended like any other."""
-    return torch.cat([tokens, pad_token.expand(_missing(len(tokens)), -1)])
-
-
-def residual(parts: list[Tensor]) -> Tensor:
-    """The stream that the blocks add to: what was embedded, one after another."""
-    x = torch.cat(parts)
-    return x.to(stream_dtype(x.dtype))
+    def positions(self, latent: Tensor, caption: Caption) -> Tensor:
+        """Of what is `embedded`: the image lies on one plane after its caption."""
+        return image_positions(latent, len(caption.tokens) + 1)
 
 
 def _only(modules: nn.ModuleDict) -> Any:
@@ -360,7 +379,3 @@ def _only(modules: nn.ModuleDict) -> Any:
 
 def _look_away(name: str, output: Tensor) -> None:
     pass
-
-
-def _join(ropes: list[Rope]) -> Rope:
-    return torch.cat([cos for cos, _ in ropes]), torch.cat([sin for _, sin in ropes])

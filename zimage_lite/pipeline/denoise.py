@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor
 from zimage_kernels import Backend
@@ -26,12 +26,14 @@ from ..memory.plan import Plan
 from ..model.compute import Compute
 from ..model.controlnet import CONTROLS, ControlledTransformer, control_lists
 from ..model.linear import Stream, release
+from ..model.omni import REFINER, transformer
 from ..model.transformer import Caption, Transformer
 from ..plan.job import Job, batched, padded
 from ..plan.model_sizes import Model
 from ..plan.prediction import ways_to_denoise
 from .controls import ControlSet
 from .finite import overflow, raise_at_first_non_finite, raise_if_damaged, require_finite
+from .references import told
 from .steps import Batch, NotFiniteError, Schedule, schedule
 from .walk import Image, Walk
 from .weights import Component, Weights
@@ -55,6 +57,7 @@ class Step:
 
 
 Sets = Mapping[tuple[Lora, ...], tuple[AdapterSet, Schedule]]  # what each request's LoRAs are, and its schedule
+Embeddings = Mapping[Any, Tensor]  # by the prompts that they are of
 OnStep = Callable[[Step], object]  # raises what stops the run
 
 
@@ -74,7 +77,8 @@ class Denoise:
 
     @cached_property
     def component(self) -> Component:
-        return self._component(Transformer(self.model.transformer.config, self.compute), self.model.transformer, BLOCKS)
+        blocks = (*BLOCKS, REFINER) if self.model.sees else BLOCKS
+        return self._component(transformer(self.model.transformer.config, self.compute), self.model.transformer, blocks)
 
     def _component(self, skeleton: Transformer, checkpoint: Checkpoint, blocks: tuple[str, ...]) -> Component:
         reencoded = self.compute.backend if self.compute.int8 else None
@@ -87,10 +91,10 @@ class Denoise:
     def _controlled(self, controls: ControlSet) -> Component:
         """The transformer with ControlNets beside it, as one. Kept while the same ones are asked for."""
         if self._beside is None or self._beside[0] is not controls:
-            transformer, configs = self.model.transformer, [net.config for net in controls.nets]
-            skeleton = ControlledTransformer(transformer.config, configs, self.compute)
+            own, configs = self.model.transformer, [net.config for net in controls.nets]
+            skeleton = ControlledTransformer(own.config, configs, self.compute)
             blocks = (*BLOCKS, *control_lists(len(configs)))
-            self._beside = controls, self._component(skeleton, controls.joined(transformer), blocks)
+            self._beside = controls, self._component(skeleton, controls.joined(own), blocks)
         return self._beside[1]
 
     def ways(self, job: Job) -> WaysOn:
@@ -118,7 +122,7 @@ class Denoise:
             yield found
 
     def run(
-        self, images: Sequence[Image], embeddings: Mapping[str, Tensor], sets: Sets, job: Job, controls: ControlSet,
+        self, images: Sequence[Image], embeddings: Embeddings, sets: Sets, job: Job, controls: ControlSet,
         count: Count, on_step: OnStep | None, done: int, plan: Plan,
     ) -> Iterator[Tensor]:  # fmt: skip
         """-> latents [channels, height/8, width/8] float32 on the CPU, of images[done:]. count: of steps."""
@@ -127,11 +131,12 @@ class Denoise:
             captions = []
             for adapters, _, own in alike:  # of all before the first step: it takes the place of what stays then
                 weights.change(adapters)
-                captions.append(self._captions(weights, own, embeddings))
-            for (adapters, times, own), told in zip(alike, captions, strict=True):
+                captions.append(self._captions(weights, own, embeddings, job.look_tokens))
+            for (adapters, times, own), words in zip(alike, captions, strict=True):
                 weights.change(adapters)
                 batches = [
-                    Batch(own[i : i + plan.way], told, times, job.tiles, controls) for i in range(0, len(own), plan.way)
+                    Batch(own[i : i + plan.way], words, times, job.tiles, controls)
+                    for i in range(0, len(own), plan.way)
                 ]
                 yield from self._denoised(weights, batches, count, on_step)
 
@@ -173,19 +178,20 @@ class Denoise:
             release(self._beside[1].model)
 
     def _captions(
-        self, weights: Weights, images: Sequence[Image], embeddings: Mapping[str, Tensor]
+        self, weights: Weights, images: Sequence[Image], embeddings: Embeddings, look_tokens: int
     ) -> dict[Words, Caption]:
-        """Refined once, for all steps of all images."""
-        prompts = list(dict.fromkeys(words for image in images for words in all_words(image.request)))
-        batches, refined = batched(prompts, lambda words: padded(len(embeddings[words.text]))), list[Caption]()
-        hardware, model = weights.hardware, _model(weights)
+        """Refined once, for all steps of all images. look_tokens: of references, beside each."""
+        seen = {words: image.references for image in images for words in all_words(image.request)}
+        tokens = {prompt: len(embeddings[prompt]) for words in seen for prompt in words.prompts}
+        batches = batched(seen, lambda words: padded(words.length(tokens)) + look_tokens)
+        hardware, model, refined = weights.hardware, cast(Any, _model(weights)), list[Caption]()
         with weights.prelude(len(batches)) as stream:
             for batch in batches:
-                told = [words.told(embeddings[words.text]).to(hardware.device) for words in batch]
-                refined += model.refine_captions(told, stream)
-        tokens = [caption.tokens for caption in refined]
-        require_finite(tokens, self.model.transformer, "the refined prompt", hardware.dtype)
-        return dict(zip(prompts, refined, strict=True))
+                given = [told(words, embeddings, seen[words], hardware) for words in batch]
+                refined += model.refine_captions(given, stream)
+        found = [caption.tokens for caption in refined]
+        require_finite(found, self.model.transformer, "the refined prompt", hardware.dtype)
+        return dict(zip(seen, refined, strict=True))
 
     def _explain(self, batch: Batch, error: NotFiniteError, weights: Weights) -> None:
         """Raise UserError saying where values stop being finite."""

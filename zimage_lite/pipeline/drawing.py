@@ -10,7 +10,7 @@ they come.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,13 +21,14 @@ from torch import Tensor
 
 from ..adapters.library import AdapterLibrary
 from ..checkpoint.model_files import ModelFiles
-from ..config import VAE_FACTOR, GenerateOptions, RuntimeOptions
+from ..config import VAE_FACTOR, GenerateOptions, RuntimeOptions, VisionConfig
 from ..memory.failures import Clearing
 from ..memory.hardware import Hardware, probe
 from ..memory.meter import Meter
 from ..memory.plan import Plan
+from ..model.omni import Seen
 from ..pictures.recipe import recipe
-from ..plan.job import Job
+from ..plan.job import Job, reference_jobs
 from ..plan.model_sizes import model_of
 from ..plan.retry import Tell, Ways
 from .advice import advice
@@ -38,10 +39,12 @@ from .denoise import Denoise, OnStep
 from .encode import Encode, Prompt
 from .grouping import Group, grouped, rounds
 from .levels import as_tensor
+from .look import Look
 from .picture import EncodePictures
+from .references import Reference, require_seeing
 from .tasks import Task, tasks_of
 from .walk import Image
-from .words import texts
+from .words import prompts
 from .workspace import Count, Progress, Workspace, silent
 
 OnLatents = Callable[[int, Tensor], object]
@@ -49,12 +52,20 @@ OnLatents = Callable[[int, Tensor], object]
 
 @dataclass(frozen=True)
 class Planned:
-    """A group, and how its phases will be done."""
+    """A group, and how its phases will be done. references: of those of each size, how they are encoded, and look: how
+    the vision tower looks at all of them."""
 
     group: Group
     denoise: Ways
     decode: Ways
     picture: Ways | None
+    look: Ways | None = None
+    references: Mapping[tuple[int, int], Ways] = field(default_factory=dict)
+
+    @property
+    def ways(self) -> Iterator[Ways]:
+        """In their order."""
+        yield from filter(None, (self.picture, *self.references.values(), self.look, self.denoise, self.decode))
 
 
 @dataclass(frozen=True)
@@ -62,9 +73,9 @@ class Drawing:
     """All that is to be done, planned. prompts: those that are to be encoded; kept: the embeddings of the others."""
 
     groups: Sequence[Planned]
-    prompts: Sequence[str]
+    prompts: Sequence[Prompt]
     encode: Ways | None
-    kept: dict[str, Tensor]
+    kept: Mapping[Any, Tensor]
 
 
 @dataclass
@@ -90,6 +101,7 @@ class Pipeline:
         self.denoising = Denoise(self.model, self.sizes, self.choice.compute, self.work, self.choice.projecting)
         self.decoding = Decode(self.model, self.sizes, self.work)
         self.encoding_pictures = EncodePictures(self.model, self.sizes, self.work)
+        self.looking = Look(self.model, self.sizes, self.choice.unpacking, self.work)
         self.adapters = AdapterLibrary(self.model.transformer.config, self.tell, self.model.transformer.tensors)
         self.controls = ControlLibrary(self.model.transformer.config, self.tell)
 
@@ -185,36 +197,54 @@ class Pipeline:
         sights = {sight.key: sight for task in tasks for sight in task.sights}
         sources = {key: sketch.source(found[key]) for key, sketch in sketches.items()}
         contexts = {key: sight.context(found) for key, sight in sights.items()}
-        return [task.begun(sources, contexts) for task in tasks]
+        seen = self._looked_at({one.key: one for task in tasks for one in task.references}, planned)
+        return [task.begun(sources, contexts, seen) for task in tasks]
+
+    def _looked_at(self, references: Mapping[Hashable, Reference], planned: Planned) -> dict[Hashable, Seen]:
+        """What an Omni sees of them, each encoded once."""
+        within, latents = self.work.planning.within, dict[Hashable, Tensor]()
+        for size, ways in planned.references.items():
+            some = [reference for reference in references.values() if reference.shape.size == size]
+            run = partial(self.encoding_pictures.run, [reference.given() for reference in some], [None] * len(some))
+            latents |= zip((reference.key for reference in some), within(ways, run), strict=True)
+        if planned.look is None:
+            return {}
+        features = within(planned.look, partial(self.looking.run, list(references.values())))
+        return {key: Seen(latents[key], own) for key, own in zip(references, features, strict=True)}
 
     def _tasks(self, requests: Sequence[GenerateOptions]) -> list[Task]:
-        channels = self.model.transformer.config.in_channels
-        return tasks_of(requests, channels, self.model.default_size, self.controls.of)
+        require_seeing(self.model, requests)
+        channels, tower = self.model.transformer.config.in_channels, self.model.siglip
+        patch = tower.config.patch_size if tower else VisionConfig.patch_size
+        return tasks_of(requests, channels, self.model.default_size, self.controls.of, patch)
 
     def _planned(self, tasks: Sequence[Task]) -> Drawing:
         """Raises BudgetError."""
         requests = [task.request for task in tasks]
-        tokens = self.encoding.tokens(dict.fromkeys(text for request in requests for text in texts(request)))
+        tokens = self.encoding.tokens(dict.fromkeys(prompt for request in requests for prompt in prompts(request)))
         adapters = {request.loras: self.adapters.of(request.loras) for request in requests}
         groups, kept = grouped(tasks, tokens, adapters), self.encoding.kept(tokens)
-        prompts = [text for text in tokens if text not in kept]
-        todo = [self.encoding.ways([tokens[text] for text in prompts])] if prompts else []
+        unknown = [prompt for prompt in tokens if prompt not in kept]
+        todo = [self.encoding.ways([tokens[prompt] for prompt in unknown])] if unknown else []
         for group in groups:
             todo += [self.denoising.ways(group.job), self.decoding.ways(group.job)]
             todo += [self.encoding_pictures.ways(group.job)] if group.job.pictures else []
+            todo += [self.looking.ways(group.job)] if group.job.references else []
+            todo += [self.encoding_pictures.ways(job) for job in reference_jobs(group.job).values()]
         planned = iter(self.work.planning.planned(todo))
-        encode = next(planned) if prompts else None
-        ways = [
-            Planned(group, next(planned), next(planned), next(planned) if group.job.pictures else None)
-            for group in groups
-        ]
-        return Drawing(ways, prompts, encode, kept)
+        encode = next(planned) if unknown else None
+        ways = []
+        for group in groups:
+            first = group, next(planned), next(planned), next(planned) if group.job.pictures else None
+            look = next(planned) if group.job.references else None
+            ways.append(Planned(*first, look, {size: next(planned) for size in reference_jobs(group.job)}))
+        return Drawing(ways, unknown, encode, kept)
 
     def planned(self, requests: Sequence[GenerateOptions]) -> list[Plan]:
         """How `images` would draw them now, in the order of its phases. Raises BudgetError for what does not fit.
         Loads no weights."""
         todo = self._planned(self._tasks([self.complete(request) for request in requests]))
-        ways = [todo.encode, *(way for one in todo.groups for way in (one.picture, one.denoise, one.decode))]
+        ways = [todo.encode, *(way for one in todo.groups for way in one.ways)]
         return [way.plan for way in ways if way]
 
     def require_fit(self, requests: Sequence[GenerateOptions]) -> None:
@@ -288,6 +318,6 @@ class Pipeline:
 
     def release(self) -> None:
         """Let go of what an interrupted call may have left."""
-        for phase in (self.encoding_pictures, self.encoding, self.denoising, self.decoding):
+        for phase in (self.encoding_pictures, self.looking, self.encoding, self.denoising, self.decoding):
             phase.release()
         self.work.give_back()

@@ -1,6 +1,6 @@
 """First phase: prompts -> embeddings. The same prompt is never encoded twice.
 
-A prompt is a text, or the tokens that somebody else made of one.
+A prompt is a text, a segment of one, or the tokens that somebody else made of one.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from ..plan.retry import Ways
 from .finite import require_finite
 from .prompt_cache import PromptCache, cache_folder, embedding_key
 from .weights import Component
+from .words import Segment
 from .workspace import Progress, WaysOn, Workspace
 
-Prompt = str | tuple[int, ...]
+Prompt = str | Segment | tuple[int, ...]
 _Prompt = TypeVar("_Prompt", bound=Prompt)
 
 
@@ -85,6 +86,8 @@ class Encode:
             release(self.component.model)
 
     def _ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, Segment):
+            return self.model.tokenizer.encode_plain(prompt.text)
         return self.model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
     def _key(self, prompt: Prompt) -> str:

@@ -15,7 +15,7 @@ from ..model.samplers import evaluations
 from ..plan.job import Job
 from .levels import as_tensor
 from .tasks import Task
-from .words import all_words, texts
+from .words import Segment, all_words, prompts
 
 RELOADING_SHARE = 0.1  # of a round's time, at most, is spent on bringing the transformer's weights in again
 
@@ -34,15 +34,15 @@ class Group:
 
 
 def grouped(
-    tasks: Sequence[Task], tokens: Mapping[str, int], adapters: Mapping[tuple[Lora, ...], AdapterSet]
+    tasks: Sequence[Task], tokens: Mapping[str | Segment, int], adapters: Mapping[tuple[Lora, ...], AdapterSet]
 ) -> list[Group]:
-    """In the order of the first of each. tokens: text -> its tokens."""
+    """In the order of the first of each. tokens: of what is encoded."""
     found: dict[tuple, dict[tuple[Lora, ...], list[Task]]] = {}
     for task in tasks:
         request, over = task.request, task.sketch is not None
-        alike = task.size, task.sigmas, request.sampler, bool(request.guidance), over, task.controls
+        alike = task.size, task.sigmas, request.sampler, bool(request.guidance), over, task.controls, task.shapes
         found.setdefault(alike, {}).setdefault(request.loras, []).append(task)
-    encoded = {text for task in tasks for text in texts(task.request)}
+    encoded = {prompt for task in tasks for prompt in prompts(task.request)}
     waiting = sum(_pixel_bytes(task.enlarged) for task in tasks if task.enlarged)
     groups = []
     for sets in found.values():
@@ -52,31 +52,35 @@ def grouped(
 
 
 def _job(
-    tasks: Sequence[Task], tokens: Mapping[str, int], encoded: set[str], adapters: Sequence[AdapterSet], waiting: int
-) -> Job:
-    """encoded: all texts whose embeddings wait; waiting: bytes of images that are to be enlarged."""
+    tasks: Sequence[Task], tokens: Mapping[str | Segment, int], encoded: set[str | Segment],
+    adapters: Sequence[AdapterSet], waiting: int,
+) -> Job:  # fmt: skip
+    """encoded: all whose embeddings wait; waiting: bytes of images that are to be enlarged."""
     first = tasks[0]
     told = dict.fromkeys(words for task in tasks for words in all_words(task.request))
-    own = {words.text for words in told}
+    own = {prompt for words in told for prompt in words.prompts}
     sketches = [task.sketch for task in tasks if task.sketch]
     pictures = {picture.key for task in tasks for picture in task.pictures if picture.latent is None}
+    looked_at = {reference.key for task in tasks for reference in task.references}
     sights = {sight.key: sight for task in tasks for sight in task.sights}
     job = Job(
         *first.size,
         first.steps,
         bool(first.request.guidance),
         len(tasks),
-        tuple(tokens[words.text] for words in told),
-        sum(tokens[text] for text in encoded - own),
+        tuple(words.length(tokens) for words in told),
+        sum(tokens[prompt] for prompt in encoded - own),
         adapters=tuple(adapters),
         shares=tuple(Counter(task.request.loras for task in tasks).values()),
         evaluations=evaluations(first.request.sampler, first.steps),
         pictures=min(len(pictures), MOST_PER_ROUND * max(len(task.pictures) for task in tasks)),
         over=bool(sketches),
         held_bytes=waiting + _holes_bytes(tasks),
-        open_bytes=max((picture.source_bytes for task in tasks for picture in task.pictures), default=0),
+        open_bytes=max((one.source_bytes for task in tasks for one in (*task.pictures, *task.references)), default=0),
         back_bytes=max((sketch.source_bytes for sketch in sketches), default=0),
         controls=first.controls.sizes,
+        references=first.shapes,
+        looks=min(len(looked_at), MOST_PER_ROUND * len(first.references)),
         contexts=sum(
             sorted(sight.channels for sight in sights.values())[-MOST_PER_ROUND * max(len(first.sights), 1) :]
         ),

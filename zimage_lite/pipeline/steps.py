@@ -73,7 +73,7 @@ class KnownRopes:
         self._known: tuple[object, Ropes] | None = None  # with what they are of
 
     def of(self, model: Transformer, inputs: list[Tensor], captions: list[Caption]) -> Ropes:
-        alike = [latent.shape for latent in inputs], [len(caption.tokens) for caption in captions]
+        alike = [latent.shape for latent in inputs], [caption.layout for caption in captions]
         if self._known is None or self._known[0] != alike:
             self._known = alike, model.ropes(inputs, captions)
         return self._known[1]

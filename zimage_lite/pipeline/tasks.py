@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..config import SIZE_MULTIPLE, GenerateOptions
+from ..config import SIZE_MULTIPLE, GenerateOptions, VisionConfig
 from ..errors import UserError
+from ..model.omni import Seen
+from ..plan.job import SeenShape
 from .controls import UNCONTROLLED, ControlSet
 from .levels import levels_of
+from .references import Reference, references_of
 from .sights import SeenPicture, Sight, sights_of
 from .sketch import Sketch, sketch_of
 from .walk import Image, Source
@@ -20,7 +23,8 @@ from .walk import Image, Source
 class Task:
     """One image to be drawn. place: among those that were asked for; request: complete; size: width and height that
     the model draws; sigmas: from the first noise level to 0; sketch: what it is made from; enlarged: what is made from
-    it in turn; controls: ControlNets, and sights: what each of them sees."""
+    it in turn; controls: ControlNets, and sights: what each of them sees; references: what the model sees beside the
+    prompt."""
 
     place: int
     request: GenerateOptions
@@ -30,6 +34,12 @@ class Task:
     enlarged: Task | None = None
     controls: ControlSet = UNCONTROLLED
     sights: tuple[Sight, ...] = ()
+    references: tuple[Reference, ...] = ()
+
+    @property
+    def shapes(self) -> tuple[SeenShape, ...]:
+        """Of references."""
+        return tuple(reference.shape for reference in self.references)
 
     @property
     def steps(self) -> int:
@@ -41,20 +51,27 @@ class Task:
         seen = [picture for sight in self.sights for picture in sight.pictures]
         return [*([self.sketch] if self.sketch else []), *seen]
 
-    def begun(self, sources: Mapping[Hashable, Source], contexts: Mapping[Hashable, Tensor]) -> Image:
-        """What sketches and sights have become, by their keys."""
+    def begun(
+        self, sources: Mapping[Hashable, Source], contexts: Mapping[Hashable, Tensor], seen: Mapping[Hashable, Seen]
+    ) -> Image:
+        """What sketches, sights and references have become, by their keys."""
         source = sources[self.sketch.key] if self.sketch else None
-        return Image(self.place, self.request, self.size, source, tuple(contexts[sight.key] for sight in self.sights))
+        followed = tuple(contexts[sight.key] for sight in self.sights)
+        looked_at = tuple(seen[reference.key] for reference in self.references)
+        return Image(self.place, self.request, self.size, source, followed, looked_at)
 
 
 def tasks_of(
     requests: Iterable[GenerateOptions], channels: int, default_size: tuple[int, int],
-    controls: Callable[[GenerateOptions], ControlSet],
+    controls: Callable[[GenerateOptions], ControlSet], patch: int = VisionConfig.patch_size,
 ) -> list[Task]:  # fmt: skip
-    """requests: complete. channels: of latents. Those that enlarge another come after all others. Raises UserError."""
-    sketches: dict[Hashable, Sketch] = {}
+    """requests: complete. channels: of latents; patch: of the vision tower. Those that enlarge another come after all
+    others. Raises UserError."""
+    sketches, known = dict[Hashable, Sketch](), dict[Hashable, Reference]()
     firsts = [
-        _task(place, request, sketch_of(request, channels, default_size, sketches))
+        _task(
+            place, request, sketch_of(request, channels, default_size, sketches), references_of(request, patch, known)
+        )
         for place, request in enumerate(requests)
     ]
     seen: dict[Hashable, SeenPicture] = {}
@@ -77,11 +94,13 @@ def _controlled(task: Task, controls: ControlSet, seen: dict[Hashable, SeenPictu
     return replace(task, sketch=sketch, controls=controls, sights=sights)
 
 
-def _task(place: int, request: GenerateOptions, sketch: Sketch | None) -> Task:
+def _task(place: int, request: GenerateOptions, sketch: Sketch | None, references: tuple[Reference, ...]) -> Task:
     if sketch is None:
-        task = Task(place, request, request.size, levels_of(request))
+        width, height = references[-1].shape.size if references else request.size
+        size = request.width or width, request.height or height
+        task = Task(place, request, size, levels_of(request), references=references)
     else:
-        task = Task(place, request, sketch.size, levels_of(request, sketch.strength), sketch)
+        task = Task(place, request, sketch.size, levels_of(request, sketch.strength), sketch, references=references)
     return replace(task, enlarged=_enlarged(task)) if request.hires else task
 
 
@@ -94,4 +113,4 @@ def _enlarged(task: Task) -> Task:
     before = task.size if task.sketch is None else task.sketch.finished_size
     width, height = (round(side * request.hires) // SIZE_MULTIPLE * SIZE_MULTIPLE for side in before)
     sketch = Sketch((width, height), (width, height), strength, key=object())
-    return Task(task.place, request, sketch.size, levels_of(request, strength), sketch)
+    return Task(task.place, request, sketch.size, levels_of(request, strength), sketch, references=task.references)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.model_files import ModelFiles
 from ..memory.hardware import Hardware
-from ..memory.heap import mapped
+from ..memory.heap import give_back, mapped
 from ..memory.plan import Plan
 from ..memory.plan_vae import VaePlan
 from ..model.banded import Banded
@@ -51,6 +51,7 @@ class VaePhase:
                 yield result
         finally:
             release(model)
+            give_back(0)
             if hardware.device.type == "cuda":
                 torch.cuda.empty_cache()
 

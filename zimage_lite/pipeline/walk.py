@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..config import VAE_FACTOR, GenerateOptions
 from ..model.blending import blended, mask_at, renoised
+from ..model.omni import Seen
 from ..model.samplers import SAMPLERS
 from ..model.scheduler import initial_noise
 
@@ -27,13 +28,15 @@ class Source:
 @dataclass(frozen=True)
 class Image:
     """One that is to be denoised. place: among those that were asked for; size: width and height in pixels; contexts:
-    what each ControlNet sees, [channels, height/8, width/8] float32."""
+    what each ControlNet sees, [channels, height/8, width/8] float32; references: what an Omni sees, float32 on the
+    CPU."""
 
     place: int
     request: GenerateOptions
     size: tuple[int, int]
     source: Source | None = None
     contexts: tuple[Tensor, ...] = ()
+    references: tuple[Seen, ...] = ()
 
 
 class Walk:

@@ -17,7 +17,9 @@ ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 STREAM_BYTES = {"bf16": 2, "fp16": 4, "fp32": 4}  # of the residual stream: float16 is too narrow for it
 
 # "layers.17." or "controls.0.control_layers.3.": where a block's name in a tensor's ends.
-_BLOCK = re.compile(r"(?:(?:controls\.\d+\.control_)?(?:noise_refiner|layers)|context_refiner)\.\d+(?=\.)")
+_BLOCK = re.compile(
+    r"(?:(?:controls\.\d+\.control_)?(?:noise_refiner|layers)|encoder\.layers|(?:context|siglip)_refiner)\.\d+(?=\.)"
+)
 # Bytes per weight while one is unpacked, its result included: the most of a family's formats, as counted on tensors.
 _UNPACKING = {"int8": 5, "quanto": 8, "comfy_float": 8}
 _MOST_UNPACKING, _GGUF_PY_UNPACKING = 10, 16

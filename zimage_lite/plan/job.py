@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from ..adapters.joined import AdapterSet
@@ -33,6 +33,23 @@ class ControlSizes:
 
 
 @dataclass(frozen=True)
+class SeenShape:
+    """A reference. size: width and height in pixels; grid: rows and columns of patches, as the vision tower sees it."""
+
+    size: tuple[int, int]
+    grid: tuple[int, int]
+
+    @property
+    def latents(self) -> int:
+        """Pixels of its latent."""
+        return self.size[0] * self.size[1] // VAE_FACTOR**2
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
 class Job:
     """What is to be drawn: `images` of one size. prompt_tokens: of each text that is encoded, what to steer away from
     included; other_tokens: of prompts of other jobs, whose embeddings wait meanwhile. adapters: sets of LoRAs and their
@@ -40,7 +57,9 @@ class Job:
     pictures: how many different ones of that size are encoded; over: drawn over one; held_bytes: of pictures that wait
     in RAM; open_bytes: of the one that is read at a time, back_bytes: that an image is put back into.
     evaluations: of the model for each image, if not one a step. controls: ControlNets; asked: of each pass of an image,
-    whether they run in it, empty: in all; contexts: channels of all latents that they see in a round."""
+    whether they run in it, empty: in all; contexts: channels of all latents that they see in a round.
+    references: that each image sees, and looks: how many different ones there are in a round; then prompt_tokens are
+    those of whole captions, padded."""
 
     width: int
     height: int
@@ -60,6 +79,8 @@ class Job:
     controls: tuple[ControlSizes, ...] = field(default=(), compare=False)
     asked: tuple[bool, ...] = ()
     contexts: int = 0
+    references: tuple[SeenShape, ...] = ()
+    looks: int = 0
 
     @property
     def passes(self) -> int:
@@ -92,6 +113,16 @@ class Job:
         return padded(tile.height * tile.width // PATCH_SIZE**2)
 
     @property
+    def seen_tokens(self) -> int:
+        """Of references' latents, beside each image."""
+        return sum(padded(shape.latents // PATCH_SIZE**2) for shape in self.references)
+
+    @property
+    def look_tokens(self) -> int:
+        """Of references' features, and of what stands in the place of the image's, beside each caption."""
+        return sum(padded(shape.patches) for shape in self.references) + SEQUENCE_MULTIPLE * bool(self.references)
+
+    @property
     def round_images(self) -> int:
         """At most, in a round."""
         return min(self.images, MOST_PER_ROUND)
@@ -100,6 +131,12 @@ class Job:
     def round_tokens(self) -> tuple[int, ...]:
         """Of the prompts of a round, at most."""
         return tuple(sorted(self.prompt_tokens)[-self.round_images * (2 if self.guided else 1) :])
+
+
+def reference_jobs(job: Job) -> dict[tuple[int, int], Job]:
+    """Encoding references, of each size."""
+    sizes = dict.fromkeys(shape.size for shape in job.references)
+    return {size: replace(job, width=size[0], height=size[1], pictures=job.looks) for size in sizes}
 
 
 def batched(items: Iterable[_Item], tokens: Callable[[_Item], int]) -> list[list[_Item]]:

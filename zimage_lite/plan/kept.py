@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..config import OmniConfig
 from .footprint import ITEM_BYTES, STREAM_BYTES
 from .job import Job
 from .model_sizes import Model
@@ -16,7 +17,15 @@ def vector_bytes(model: Model, job: Job, dtype: str) -> int:
     """adaLN vectors of all steps, from before the first until the last image is done."""
     c = model.transformer_config
     blocks = c.n_refiner_layers + c.n_layers + sum(control.blocks for control in job.controls)
-    return ITEM_BYTES[dtype] * job.steps * (4 * blocks + 1) * c.dim
+    times = job.steps + isinstance(c, OmniConfig)  # and that of what has no noise
+    return ITEM_BYTES[dtype] * times * (4 * blocks + 1) * c.dim
+
+
+def reference_bytes(model: Model, job: Job) -> int:
+    """Of all that are seen in a round, at most: latents and features, in float32."""
+    features = model.vision_config.hidden_size if model.vision_config else 0
+    each = [model.vae_config.latent_channels * one.latents + features * one.patches for one in job.references]
+    return 4 * job.looks * max(each, default=0)
 
 
 def latent_bytes(model: Model, job: Job) -> int:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..checkpoint.detect import VISION
 from ..checkpoint.model_files import ModelFiles
-from ..config import TextEncoderConfig, TransformerConfig, VaeConfig
+from ..config import OmniConfig, TextEncoderConfig, TransformerConfig, VaeConfig, VisionConfig
 from ..convert.catalog import Part, stored_parts, true_parts
 from ..convert.recipe import KEEP, as_it_is, target
 from ..model.linear import shapes
@@ -25,21 +26,26 @@ class Model:
     transformer_config: TransformerConfig
     text_encoder_config: TextEncoderConfig
     vae_config: VaeConfig
+    vision: tuple[Part, ...] = ()  # of the tower, where it has one
+    vision_config: VisionConfig | None = None
 
 
-def true_model(format_name: str) -> Model:
-    """Z-Image-Turbo as `quantize --to` would write it. Raises UserError for a format that cannot be written."""
+def true_model(format_name: str, sees: bool = False) -> Model:
+    """Z-Image-Turbo, or Omni, as `quantize --to` would write it. Raises UserError for a format that cannot be
+    written."""
     chosen = target(format_name, "--format")
     encoder = as_it_is() if chosen.text_encoder_to == KEEP else target(chosen.text_encoder_to)
     vae = VaeConfig()
     return Model(
-        name=f"Z-Image-Turbo in {chosen.name}",
-        transformer=tuple(true_parts("transformer", chosen)),
+        name=f"{'Z-Image-Omni' if sees else 'Z-Image-Turbo'} in {chosen.name}",
+        transformer=tuple(true_parts("omni" if sees else "transformer", chosen)),
         text_encoder=tuple(true_parts("text_encoder", encoder)),
         vae_weights={half: sum(map(math.prod, shapes(made(vae)).values())) for half, made in HALVES.items()},
-        transformer_config=TransformerConfig(),
+        transformer_config=OmniConfig() if sees else TransformerConfig(),
         text_encoder_config=TextEncoderConfig(),
         vae_config=vae,
+        vision=tuple(true_parts(VISION, as_it_is())) if sees else (),
+        vision_config=VisionConfig() if sees else None,
     )
 
 
@@ -54,4 +60,6 @@ def model_of(files: ModelFiles) -> Model:
         transformer_config=files.transformer.config,
         text_encoder_config=files.text_encoder.config,
         vae_config=files.vae.config,
+        vision=tuple(stored_parts(files.siglip)) if files.siglip else (),
+        vision_config=files.siglip.config if files.siglip else None,
     )

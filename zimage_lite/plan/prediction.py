@@ -37,10 +37,11 @@ from .footprint import (
     time_bytes,
     unpacking_bytes,
 )
-from .job import Job, batched, padded
-from .kept import embedding_bytes, latent_bytes, picture_bytes, vector_bytes
+from .job import Job, batched, padded, reference_jobs
+from .kept import embedding_bytes, latent_bytes, picture_bytes, reference_bytes, vector_bytes
 from .model_sizes import Model
 from .vae_phases import ways_to_decode, ways_to_encode_pictures
+from .vision_terms import ways_to_look
 
 _SUM_TRAFFIC = 8  # bytes for each output of an 8-bit product that torch makes
 _TRAFFIC = 30  # of a block's fused element-wise work, in tokens x width x 2 bytes
@@ -56,10 +57,13 @@ _INT8_RATE = 4  # times that of 16 bits with 32-bit sums, on every GeForce since
 
 
 def phases(model: Model, job: Job, machine: Machine) -> list[list[Phase]]:
-    """picture (if there are any), encode, denoise and decode: of each, the ways there are on this machine."""
-    pictures = [ways_to_encode_pictures(model, job, machine)] if job.pictures else []
+    """picture, look (if there are any), encode, denoise and decode: of each, the ways there are on this machine."""
+    encoded = [*([job] if job.pictures else []), *reference_jobs(job).values()]
+    pictures = [ways_to_encode_pictures(model, one, machine) for one in encoded]
+    looks = [ways_to_look(model, job, machine)] if job.references else []
     return [
         *pictures,
+        *looks,
         ways_to_encode(model, job.prompt_tokens, machine),
         ways_to_denoise(model, job, machine),
         ways_to_decode(model, job, machine),
@@ -78,10 +82,10 @@ def ways_to_denoise(model: Model, job: Job, machine: Machine) -> list[Phase]:
 
 def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) -> Phase:
     """So many images at once."""
-    c, caption = model.transformer_config, padded(max(job.prompt_tokens))
+    c, caption = model.transformer_config, padded(max(job.prompt_tokens)) + job.look_tokens
     dtype = machine.dtype(device)
     item, stream = ITEM_BYTES[dtype], STREAM_BYTES[dtype]
-    image, sequences = job.image_tokens, batch * (2 if job.guided else 1)
+    image, sequences = job.image_tokens + job.seen_tokens, batch * (2 if job.guided else 1)
     parts = [*model.transformer, *beside(job.controls)]
     time_weights = [part for part in parts if is_time_weight(part.name)]
     of_blocks, rest = by_block([part for part in parts if not is_time_weight(part.name)])
@@ -99,12 +103,12 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     def attention(tokens: int) -> float:
         return 4.0 * c.dim * tokens**2
 
-    refined = batched([padded(tokens) for tokens in job.round_tokens], int)
+    refined = batched([padded(tokens) + job.look_tokens for tokens in job.round_tokens], int)
     pads = sum(map(sum, refined))
     together = min(pads, max(TOKENS_PER_PASS, caption))  # in another order more may go into one pass
     n_refiners, whole = c.n_refiner_layers, image + caption
     most = max(sum(map(attention, batch)) for batch in refined)
-    prelude = [block(f"context_refiner.{i}", together, most) for i in range(n_refiners)]
+    prelude = [block(f"{group}.{i}", together, most) for group in _refining(job) for i in range(n_refiners)]
     main = blocks("noise_refiner", n_refiners, sequences * image, sequences * attention(image)) + blocks(
         "layers", c.n_layers, sequences * whole, sequences * attention(whole)
     )
@@ -125,7 +129,7 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
             "embedders": item * sum(part.rows * part.columns for part in rest) + load.rest,
             "adaLN vectors": vector_bytes(model, job, dtype),
             "latents": latent * _LATENT_COPIES * sequences,
-            "captions": stream * pads * (c.dim + c.cap_feat_dim),
+            "captions": stream * pads * (c.dim + c.cap_feat_dim) + reference_bytes(model, job),
             **control_bytes(job, batch, sequences * whole * c.dim * stream, item),
             "activations": activations + (tokens + pads) * c.head_dim * 4,  # the angles of the parts stay, too
             "unpacking": unpacking,
@@ -138,11 +142,17 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     )
 
 
+def _refining(job: Job) -> tuple[str, ...]:
+    """What runs over captions before the first step."""
+    return ("context_refiner", "siglip_refiner") if job.references else ("context_refiner",)
+
+
 def _beside_denoising(model: Model, job: Job, dtype: str, load: Load) -> dict[str, int]:
     """Bytes in RAM, wherever it computes."""
     return {
         "embeddings": embedding_bytes(model, job, dtype),
         "done latents": latent_bytes(model, job) * job.round_images,
+        **({"references": reference_bytes(model, job)} if job.references else {}),
         **({"pictures": pictures} if (pictures := picture_bytes(model, job)) else {}),
         **({"adapters in the making": READERS * load.making} if load.making else {}),
     }

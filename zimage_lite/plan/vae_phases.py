@@ -13,7 +13,7 @@ from ..memory.plan_vae import VaePlan, decode_ways, encode_ways
 from .cpu_terms import holes_of_maps
 from .footprint import ITEM_BYTES
 from .job import Job
-from .kept import embedding_bytes, latent_bytes, picture_bytes, vector_bytes
+from .kept import embedding_bytes, latent_bytes, picture_bytes, reference_bytes, vector_bytes
 from .model_sizes import Model
 
 _LAUNCHES_PER_CONVOLUTION = 10  # with its norm, activation and what joins them
@@ -39,8 +39,8 @@ def ways_to_decode(model: Model, job: Job, machine: Machine) -> list[Phase]:
 
 
 def _pictures(model: Model, job: Job, open_bytes: int) -> dict[str, int]:
-    """With the one that is open at the time."""
-    n_bytes = picture_bytes(model, job) + open_bytes
+    """With the one that is open at the time, and what is kept of references."""
+    n_bytes = picture_bytes(model, job) + open_bytes + reference_bytes(model, job)
     return {"pictures": n_bytes} if n_bytes else {}
 
 

@@ -95,6 +95,16 @@ class Catalog:
 
         return default_size(self._folder(model)) if self._folder(model) else (DEFAULT_SIZE, DEFAULT_SIZE)
 
+    def sees(self, model: str) -> bool:
+        """Whether it has a vision tower, for pictures beside the prompt; as far as that can be told from its folder."""
+        from ..checkpoint.detect import VISION
+        from ..checkpoint.model_files import find_component
+
+        try:
+            return find_component(self._folder(model), VISION) is not None
+        except UserError:
+            return True  # several: it says so when it is opened
+
     def defaults(self) -> dict[str, dict[str, float]]:
         """Of each model, what is drawn with where a request says nothing; a broken one says so when it is opened."""
         found = {}

@@ -15,6 +15,7 @@ from ..config import (
     DEFAULT_SIZE,
     FITS,
     INPAINT_AREAS,
+    REFERENCE_POSITIONS,
     SAMPLERS,
     SCHEDULES,
     STRENGTH_MODES,
@@ -27,7 +28,7 @@ from .catalog import Catalog, UnknownError
 from .options import Limits
 from .uploads import picture_of, size_of
 
-PICTURES = ("image", "mask", "control_image")
+PICTURES = ("image", "mask", "control_image", "references")
 HELD_BACK = ("latents",)  # a file of the server's
 ALIASES = {
     "negative_prompt": "negative", "num_inference_steps": "steps", "guidance_scale": "guidance", "cfg_scale": "cfg",
@@ -35,7 +36,7 @@ ALIASES = {
 }  # fmt: skip
 _CHOICES = {
     "sampler": SAMPLERS, "schedule": SCHEDULES, "strength_mode": STRENGTH_MODES, "fit": FITS,
-    "inpaint_area": INPAINT_AREAS, "control_math": CONTROL_MATHS,
+    "inpaint_area": INPAINT_AREAS, "control_math": CONTROL_MATHS, "reference_positions": REFERENCE_POSITIONS,
 }  # fmt: skip
 _MOST_NUMBER = 2**63  # of any setting
 
@@ -119,15 +120,16 @@ _KINDS = {
     "float": Kind("a number", _is_number, {"type": "number"}),
     "str": Kind("a text", _is_text, {"type": "string"}),
 }
+_SEVERAL = Kind(
+    "a picture in base64, or a list of them", _is_pictures, {"anyOf": [_PICTURE, {"type": "array", "items": _PICTURE}]}
+)
 _OWN = {
     "loras": _named("strength", "ink"),
     "controls": _named("scale", "union"),
     "image": Kind("a picture in base64", _is_picture, _PICTURE),
     "mask": Kind("a picture in base64", _is_picture, _PICTURE),
-    "control_image": Kind(
-        "a picture in base64, or a list of them", _is_pictures,
-        {"anyOf": [_PICTURE, {"type": "array", "items": _PICTURE}]},
-    ),
+    "control_image": _SEVERAL,
+    "references": _SEVERAL,
     "control_from": Kind(
         f"one of {', '.join(CONTROL_SOURCES)}, or a list of them", _texts,
         {"anyOf": [{"enum": list(CONTROL_SOURCES)}, {"type": "array", "items": {"enum": list(CONTROL_SOURCES)}}]},
@@ -203,6 +205,8 @@ def _require_short(given: Mapping[str, Any], limits: Limits) -> None:
 def _require_small(request: GenerateOptions, limits: Limits) -> None:
     """As it is named, or as the picture that it is made from is, which is drawn in at most twice the model's size."""
     width, height = request.width or 16, request.height or 16
+    if request.references and request.image is None and not (request.width and request.height):
+        width = height = DEFAULT_SIZE  # as large as the last of them, at most
     if isinstance(request.image, bytes | Path) and request.hires and not request.width:
         own = size_of(request.image)
         part = min(1.0, (2 * DEFAULT_SIZE**2 / (own[0] * own[1])) ** 0.5)

@@ -25,7 +25,7 @@ from .uploads import checked, mask_of_alpha, picture_of
 from .waiting import COMMENT, event_stream, event_text, job_events, json_of, over
 
 # What else than prompt, model and n may stand beside OpenAI's fields, by our names.
-_EXTENSIONS = (FIELDS.keys() | ALIASES.keys()) - {"image", "mask", "width", "height", "control_image"}
+_EXTENSIONS = (FIELDS.keys() | ALIASES.keys()) - {"image", "mask", "width", "height", "control_image", "references"}
 _NUMBERS = {name for name, kind in FIELDS.items() if kind.schema.get("type") in ("number", "integer")}
 
 
@@ -57,37 +57,46 @@ class OpenAIRoutes:
 
     async def edits(self, request: Request) -> Response:
         if request.headers.get("content-type", "").startswith("multipart/"):
-            values, own = await self._form(request)
+            values, images, mask = await self._form(request)
         else:
             values = await json_of(request)
-            own = await run_in_threadpool(self._from_json, values)
+            images, mask = await run_in_threadpool(self._from_json, values)
+        own = await run_in_threadpool(self._pictures, images, mask, self._sees(values.get("model")))
         return await self._drawn(request, values, own, "image_edit")
 
-    async def _form(self, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Its texts, and its pictures; of several images the first is drawn over."""
+    def _sees(self, model: object) -> bool:
+        """Whether pictures may stand beside the prompt."""
+        catalog = self.service.catalog
+        return catalog.sees(model if isinstance(model, str) and model in catalog.models else catalog.models[0])
+
+    async def _form(self, request: Request) -> tuple[dict[str, Any], list[bytes], bytes | None]:
+        """Its texts, its images, and the mask."""
         limits = self.service.options.limits
         async with request.form(max_files=17, max_fields=60, max_part_size=limits.prompt_chars * 4) as form:
             values = {name: value for name, value in form.items() if isinstance(value, str)}
-            files = {"image": _first(form, "image"), "mask": _first(form, "mask")}
-            raw = {name: await file.read() for name, file in files.items() if file}
-        if "image" not in raw:
+            images = [await file.read() for file in _files(form, "image")]
+            masks = [await file.read() for file in _files(form, "mask")[:1]]
+        if not images:
             raise FieldError("image: there is none", "image")
-        return {**values, **_numbers(values)}, await run_in_threadpool(self._pictures, raw)
+        return {**values, **_numbers(values)}, images, masks[0] if masks else None
 
-    def _from_json(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    def _from_json(self, values: Mapping[str, Any]) -> tuple[list[bytes], bytes | None]:
         most, images = self.service.options.limits.picture_pixels, values.get("images")
-        if not isinstance(images, list) or not images or not isinstance(images[0], dict):
+        if not isinstance(images, list) or not images or not all(isinstance(image, dict) for image in images):
             raise FieldError("images: expected a list of objects with image_url", "images")
-        given = {"image": images[0], "mask": values.get("mask")}
-        named = {name: one for name, one in given.items() if isinstance(one, dict)}
-        return self._pictures({name: picture_of(one.get("image_url"), name, most) for name, one in named.items()})
+        mask = values.get("mask")
+        given = [picture_of(image.get("image_url"), "image", most) for image in images]
+        return given, picture_of(mask.get("image_url"), "mask", most) if isinstance(mask, dict) else None
 
-    def _pictures(self, raw: Mapping[str, bytes]) -> dict[str, Any]:
+    def _pictures(self, images: list[bytes], mask: bytes | None, sees: bool) -> dict[str, Any]:
+        """Drawn over is the first image, and only that; but a model that sees pictures beside the prompt sees the
+        others, and where there is no mask all of them."""
         most = self.service.options.limits.picture_pixels
-        found = {name: checked(value, name, most) for name, value in raw.items()}
-        if "mask" in found:
-            found["mask"] = mask_of_alpha(found["mask"])
-        return {name: base64.b64encode(value).decode() for name, value in found.items()}
+        given = [_base64(checked(image, "image", most)) for image in images[: None if sees else 1]]
+        if mask is None and sees:
+            return {"references": given}
+        found: dict[str, Any] = {"image": given[0], **({"references": given[1:]} if given[1:] else {})}
+        return found if mask is None else {**found, "mask": _base64(mask_of_alpha(checked(mask, "mask", most)))}
 
     async def _drawn(
         self, request: Request, values: dict[str, Any], pictures: Mapping[str, Any], kind: str
@@ -179,10 +188,13 @@ def _numbers(values: Mapping[str, str]) -> dict[str, Any]:
     return found
 
 
-def _first(form: FormData, name: str) -> UploadFile | None:
-    """`image`, or the first of a list that is sent as `image[]`."""
-    files = [file for key in (name, f"{name}[]") for file in form.getlist(key) if isinstance(file, UploadFile)]
-    return files[0] if files else None
+def _files(form: FormData, name: str) -> list[UploadFile]:
+    """`image`, or a list that is sent as `image[]`."""
+    return [file for key in (name, f"{name}[]") for file in form.getlist(key) if isinstance(file, UploadFile)]
+
+
+def _base64(picture: bytes) -> str:
+    return base64.b64encode(picture).decode()
 
 
 def _model(name: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from ..config import GenerateOptions
 from ..errors import BudgetError, UserError
 from ..pictures.recipe import sources_told
 
-_CARRIED = ("image", "mask", "control_image")  # small enough; latents have to lie where the worker is
+_CARRIED = ("image", "mask", "control_image", "references")  # small enough; latents have to lie where the worker is
 
 
 @dataclass(frozen=True)
