@@ -42,12 +42,12 @@ class Inputs:
             if not self._factors:
                 self._factors.extend(map(_factor, self.hessian))
         together = math.lcm(size, self.hessian.shape[1]) // self.hessian.shape[1]
-        for at in range(0, len(self.hessian), together):
-            own = list(zip(self.hessian, *zip(*self._factors, strict=True), strict=True))[at : at + together]
+        known = [Span(block, *own) for block, own in zip(self.hessian, self._factors, strict=True)]
+        for at in range(0, len(known), together):
             if together == 1:
-                yield Span(*own[0])
+                yield known[at]
                 continue
-            hessians, dampings, factors = zip(*own, strict=True)
+            hessians, dampings, factors = zip(*known[at : at + together], strict=True)
             yield Span(torch.block_diag(*hessians), torch.cat(dampings), torch.block_diag(*factors))
 
     def error(self, gap: Tensor) -> Tensor:
