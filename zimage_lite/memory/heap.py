@@ -21,7 +21,7 @@ KEPT_BYTES = 2**26  # so much may stay: it is used again at once
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 _MAPPED_BYTES = 2**20
 # Where glibc's own threshold ends, which rises with each mapped piece that is freed: at its first large tensor.
-_HIGHEST_BYTES = 2**25
+HIGHEST_BYTES = 2**25
 
 
 class _MallInfo(ctypes.Structure):
@@ -54,8 +54,8 @@ def mapped() -> Iterator[None]:
     try:
         yield
     finally:
-        libc.mallopt(_MMAP_THRESHOLD, _HIGHEST_BYTES)
-        libc.mallopt(_TRIM_THRESHOLD, 2 * _HIGHEST_BYTES)
+        libc.mallopt(_MMAP_THRESHOLD, HIGHEST_BYTES)
+        libc.mallopt(_TRIM_THRESHOLD, 2 * HIGHEST_BYTES)
 
 
 def _user_has_set_it() -> bool:

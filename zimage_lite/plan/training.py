@@ -18,7 +18,7 @@ from ..memory.machine import Machine, Work
 from ..memory.plan import Block, Phase, activation_bytes
 from ..memory.workers import READERS
 from ..model.transformer import is_time_weight
-from .cpu_terms import cpu_unpacking_flops, holes
+from .cpu_terms import cpu_unpacking_flops, holes, holes_of_graph
 from .footprint import ITEM_BYTES, STREAM_BYTES, arena_bytes, by_block, time_bytes, unpacking_bytes
 from .job import padded
 from .model_sizes import Model
@@ -94,13 +94,19 @@ def ways_to_train(model: Model, job: TrainJob, machine: Machine) -> list[Phase]:
                 "block inputs": c.n_layers * tokens * c.dim * stream,
                 "activations": activations,
                 "unpacking": unpacking,
-                **(
-                    {**host, **holes(activations, unpacking), "kept by the heap": KEPT_BYTES} if device == "cpu" else {}
-                ),
+                **(_on_cpu(activations, unpacking, tokens * c.ffn_dim * item) | host if device == "cpu" else {}),
             },
             ram_fixed={**host, "time weights": time_bytes(times) + load.time} if device == "gpu" else {},
         )
     ]
+
+
+def _on_cpu(activations: int, unpacking: int, widest: int) -> dict[str, int]:
+    """Bytes that its heap keeps meanwhile."""
+    found = holes(activations, unpacking)
+    return {name: n + holes_of_graph(activations, widest) for name, n in found.items()} | {
+        "kept by the heap": KEPT_BYTES
+    }
 
 
 def preserved_pictures(new: int, words: Sequence[str], prompts: Sequence[str]) -> int:
