@@ -2,10 +2,10 @@
 
     python benchmarks/cpu_step.py [--size 512] [--formats int8 q8_0 ...] --out benchmarks/results/NAME.json
 
-Random weights, the same in all, quantized by our own writer. Other formats than `int8` are re-encoded before each
-block, as with `--compute int8`, or unpacked before each product, as with `16bit`. Ways take turns, so that what
-disturbs one disturbs all; ratios are of medians. A step of ours takes captions and adaLN vectors that were made once
-for all steps, as in `generate`; diffusers makes both in every step: ours in float32 tells what that saves.
+Random weights, the same in all, quantized by our own writer. Other formats than `int8` are re-encoded once, as with
+`--compute int8` where blocks stay in memory, or unpacked before each product, as with `16bit`. Ways take turns, so that
+what disturbs one disturbs all; ratios are of medians. A step of ours takes captions and adaLN vectors that were made
+once for all steps, as in `generate`; diffusers makes both in every step: ours in float32 tells what that saves.
 The last line is the JSON that also goes to --out.
 """
 
@@ -14,23 +14,25 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from full_size import machine
-from torch import Tensor, nn
+from torch import Tensor
 from zimage_kernels.integer_product import cpu_product
 
 from zimage_lite.bench.machine import commit
 from zimage_lite.config import TransformerConfig
 from zimage_lite.model.compute import Compute
-from zimage_lite.model.linear import Linear, bind
+from zimage_lite.model.linear import bind
 from zimage_lite.model.transformer import Transformer, is_time_weight
-from zimage_lite.pipeline.reencoding import Scratch
+from zimage_lite.plan.footprint import is_reencoded
 from zimage_lite.quant.formats import FORMATS
+from zimage_lite.quant.int8 import rotation_group
 from zimage_lite.quant.tensor import QTensor
 
 CAPTION_TOKENS = 32  # a caption of up to 32
@@ -51,8 +53,8 @@ def main() -> None:
     small, wide = TransformerConfig(dim=1536, n_layers=4, n_heads=12), TransformerConfig(n_layers=2, n_refiner_layers=1)
     with torch.inference_mode():
         rows = [
-            measured("step, 1536 wide, 4 layers and 2 + 2 refiners", steps(small, side, args.formats), args.repeats),
-            measured("step, 3840 wide, 2 layers and 1 + 1 refiners", steps(wide, side, args.formats), args.repeats),
+            measured("step, 1536 wide, 4 layers and 2 + 2 refiners", *steps(small, side, args.formats), args.repeats),
+            measured("step, 3840 wide, 2 layers and 1 + 1 refiners", *steps(wide, side, args.formats), args.repeats),
         ]
     here = machine() | {"instructions": torch.backends.cpu.get_cpu_capability(), "int8_product": cpu_product()}
     report = {"machine": here, "commit": commit(), "tokens": side**2 // 4 + CAPTION_TOKENS, "rows": rows}
@@ -61,7 +63,7 @@ def main() -> None:
     print(json.dumps(report))
 
 
-def measured(name: str, ways: Ways, repeats: int) -> dict[str, Any]:
+def measured(name: str, ways: Ways, once: Ways, repeats: int) -> dict[str, Any]:
     results = {way: call() for way, call in ways.items()}
     seconds = timed(ways, repeats)
     middle = {way: median(times) for way, times in seconds.items()}
@@ -71,6 +73,7 @@ def measured(name: str, ways: Ways, repeats: int) -> dict[str, Any]:
         "seconds": seconds,
         "median": middle,
         "faster_than_diffusers": {way: middle["diffusers float32"] / its for way, its in middle.items()},
+        "reencoding_seconds": {way: median(times) for way, times in timed(once, 3).items()},
         "relative_error": {way: float((result - truth).norm() / truth.norm()) for way, result in results.items()},
     }
     row["kept"] = row["faster_than_diffusers"]["int8"] >= BARS[cpu_product()]
@@ -78,6 +81,8 @@ def measured(name: str, ways: Ways, repeats: int) -> dict[str, Any]:
         print(
             f"{name}: {way:<18} {middle[way]:.3f} s, {ratio:.2f}x, error {row['relative_error'][way]:.1e}", flush=True
         )
+    for name_of, seconds_once in row["reencoding_seconds"].items():
+        print(f"{name}: {name_of:<18} re-encoded once in {seconds_once:.3f} s", flush=True)
     return row
 
 
@@ -92,8 +97,8 @@ def timed(ways: Ways, repeats: int) -> dict[str, list[float]]:
     return seconds
 
 
-def steps(config: TransformerConfig, side: int, formats: Sequence[str]) -> Ways:
-    """side: of the latent."""
+def steps(config: TransformerConfig, side: int, formats: Sequence[str]) -> tuple[Ways, Ways]:
+    """side: of the latent. -> a step, and what is done once before the first."""
     theirs = diffusers_model(config)
     latent, features = torch.randn(config.in_channels, side, side), torch.randn(CAPTION_TOKENS, config.cap_feat_dim)
     t = torch.tensor([0.5])
@@ -102,30 +107,34 @@ def steps(config: TransformerConfig, side: int, formats: Sequence[str]) -> Ways:
         model = Transformer(config, Compute(int8=int8))
         bind(model, weights, torch.float32)
         captions, (vectors,) = model.refine_captions([features]), model.modulations(t, torch.float32)
-        if not int8:
-            return lambda: model([latent], captions, vectors)[0]
-        blocks = {str(n): dict(linears(block)) for n, block in enumerate(model.layers)}
-        stream = Scratch(blocks, torch.device("cpu"), "reference").through(iter)
-        return lambda: model([latent], captions, vectors, stream)[0]
+        return lambda: model([latent], captions, vectors)[0]
 
     def diffusers() -> Tensor:
         (answer,) = theirs([latent[:, None]], t, [features], return_dict=False)[0]
         return answer[:, 0]
 
     state = theirs.state_dict()
+    once = Ways()
     ways = {"diffusers float32": diffusers, "float32": ours(packed(state, "f32"), False)}
     for name in formats:
         weights = packed(state, name)
-        ways[name] = ours(weights, True)
-        if name != "int8":
+        if name == "int8":
+            ways[name] = ours(weights, True)
+        else:
+            ways[name] = ours({own: in_int8(weight) for own, weight in weights.items()}, True)
             ways[f"{name}, unpacked"] = ours(weights, False)
-    return ways
+            once[name] = partial(lambda weights: [in_int8(weight) for weight in weights.values()], weights)
+    return ways, once
 
 
-def linears(block: nn.Module) -> Iterator[tuple[str, QTensor]]:
-    for own, module in block.named_modules():
-        if isinstance(module, Linear) and module.packed is not None:
-            yield own, module.packed
+def in_int8(weight: QTensor) -> QTensor:
+    """Re-encoded in pieces, as when it is read; plain weights stay."""
+    if not is_reencoded(weight.format):
+        return weight
+    codec, group = FORMATS["int8"].codec, {"group": rotation_group(weight.shape[1])}
+    pieces = [codec.quantize(piece.dequantize(), group) for piece in weight.pieces()]
+    parts = {suffix: torch.cat([piece[suffix] for piece in pieces]) for suffix in pieces[0]}
+    return QTensor(FORMATS["int8"], weight.shape, parts, group)
 
 
 def diffusers_model(config: TransformerConfig) -> Any:

@@ -152,21 +152,27 @@ def test_the_verb_says_what_generate_plans(
 
 
 def test_a_cpu_that_multiplies_in_8_bits() -> None:
-    """int8 as it is, other integers re-encoded to one block of int8 in memory, which takes time, too; what is not made
-    of integers is unpacked as on any CPU."""
+    """int8 as it is, other integers as the int8 that they become while they are read, which takes time and memory;
+    what is not made of integers is unpacked as on any CPU."""
     plain = Machine("a CPU", 16 * GB)
-    fast = replace(plain, cpu=replace(plain.cpu, linear8=2 * plain.cpu.linear16), cpu_int8=True)
-    job = Job(512, 512, prompt_tokens=(128,))
-    for name, in_int8, is_reencoded in (("int8", True, False), ("q4_k_m", True, True), ("fp8", False, False)):
+    fast = replace(plain, cpu=replace(plain.cpu, linear8=2 * plain.cpu.linear16), cpu_int8=True, loops_bytes=10**8)
+    job, block_weights = Job(512, 512, prompt_tokens=(128,)), 4 * 3840**2 + 3 * 3840 * 10240
+    for name, in_int8, loops in (
+        ("int8", True, None),
+        ("int4", True, 0),
+        ("q4_k_m", True, 10**8),
+        ("fp8", False, None),
+    ):
         (before,), (after,) = (phases(true_model(name), job, there)[1] for there in (plain, fast))
         layers = [[b for b in phase.blocks if b.name.startswith("layers.")] for phase in (before, after)]
         works = [[block.work for block in of] for of in layers]  # q4_k_m keeps the noise refiner in 16 bits
         assert not any(work.int8 for work in works[0]) and all(work.int8 == in_int8 for work in works[1])
-        scratch = dict(after.fixed)["re-encoded block"]
-        block_weights = 4 * 3840**2 + 3 * 3840 * 10240
-        assert block_weights <= scratch < 1.001 * block_weights if is_reencoded else scratch == 0
+        assert all(block_weights <= block.n_bytes < 1.002 * block_weights for block in layers[1])
+        assert dict(after.fixed).get("compiled loops") == loops
+        assert ("re-encoding" in dict(after.fixed)) == (loops is not None) == all(b.making_flops for b in layers[1])
+        assert not any(block.making_flops for block in layers[0])
         others = [phase_works[0].other_flops for phase_works in works]
-        assert (others[1] > others[0]) == is_reencoded and (others[1] < others[0]) == (name == "int8")
+        assert (others[1] < others[0]) == in_int8
         times = [sum(map(there.cpu.milliseconds, of)) for there, of in zip((plain, fast), works, strict=True)]
         assert (times[1] < times[0]) == in_int8
 

@@ -54,7 +54,7 @@ def bound(component: Component, dtype: torch.dtype) -> Component:
 
 def draw(transformer: Component, encoder: Component, size: tuple[int, int], dtype: torch.dtype) -> None:
     model, config = transformer.model, transformer.model.config
-    scratch = Scratch(transformer.weights, META)
+    scratch = Scratch(transformer.stored, META)
 
     def passed(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
         yield from blocks

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -120,3 +123,26 @@ def test_what_is_free_here(monkeypatch: pytest.MonkeyPatch) -> None:
     for too_much in (None, 10**12):
         free = budgets_in_force(there, ram_bytes=too_much)
         assert free.ram_bytes == there.ram_free_bytes and not free.ram_limit.startswith("--")
+
+
+_LOADING = """
+import sys, torch
+from zimage_lite.api import load
+from zimage_lite.memory.hardware import LOOPS_BYTES, Hardware, machine_here
+from zimage_lite.memory.meter import rss_bytes
+from zimage_lite.quant.formats import FORMATS
+
+cpu = Hardware(torch.device("cpu"), torch.float32)
+before, planned = rss_bytes(), machine_here(cpu).loops_bytes
+FORMATS["int8"].codec.quantize(torch.randn(64, 256), {"group": 256})
+assert planned == LOOPS_BYTES and machine_here(cpu).loops_bytes == 0
+print(rss_bytes() - before)
+"""
+
+
+@pytest.mark.slow  # compiles
+def test_loops_that_are_to_be_loaded_are_counted(tmp_path: Path) -> None:
+    """Also the first time, when they are compiled; and not much more than they ever take."""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", _LOADING], capture_output=True, text=True, env=environment, check=True)
+    assert hardware.LOOPS_BYTES / 3 <= int(done.stdout) <= hardware.LOOPS_BYTES

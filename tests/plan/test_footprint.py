@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from live_bytes import LiveBytes
+from packing import stored
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,8 +19,8 @@ from zimage_lite.model.transformer import Block
 from zimage_lite.model.vae import Decoder, Encoder
 from zimage_lite.pipeline.decode import decode_as_planned
 from zimage_lite.pipeline.picture import encode_as_planned
-from zimage_lite.pipeline.reencoding import reencoded
-from zimage_lite.plan.footprint import STREAM_BYTES, is_reencoded, reencoded_bytes, unpacking_bytes
+from zimage_lite.pipeline.reencoding import when_read
+from zimage_lite.plan.footprint import STREAM_BYTES, int8_parts, is_reencoded, reencoding_bytes, unpacking_bytes
 from zimage_lite.quant.formats import FORMATS
 from zimage_lite.quant.tensor import TORCH_DTYPES, QTensor
 
@@ -111,18 +112,22 @@ def test_unpacking(name: str, dtype: str) -> None:
 @pytest.mark.parametrize("name", [name for name in WRITABLE if is_reencoded(FORMATS[name])])
 @torch.inference_mode()
 def test_reencoding_on_the_cpu(name: str) -> None:
-    """Beside the scratch it takes no more than what is planned for unpacking: of full pieces, and more than an eighth
-    of that, or the promise is not about it."""
+    """Beside where it is read to it takes no more than what is planned for one reader, and more than an eighth of that,
+    or the promise is not about it."""
     rows, columns = 9000, 256
     chosen = FORMATS[name]
     options = chosen.codec.options(columns)
     weight = QTensor(
         chosen, (rows, columns), chosen.codec.quantize(torch.zeros(rows, columns), options, "fast"), options
     )
-    place = torch.empty(reencoded_bytes(chosen, rows, columns), dtype=torch.uint8)
+    (int8,) = when_read({"weight": stored(weight)}).values()
+    part = Part("", chosen, rows, columns, weight.nbytes)
+    (kept,) = int8_parts([part])
+    assert kept.format.name == "int8" and kept.n_bytes == int8.packed_bytes
+    place = torch.empty(int8.packed_bytes, dtype=torch.uint8)
     with LiveBytes() as live:
-        assert reencoded(weight, place, "reference").format.name == "int8"
-    promised = unpacking_bytes(Part("", chosen, rows, columns, weight.nbytes), "cpu", "fp32")
+        int8.read_to(place)
+    promised = reencoding_bytes(part)
     assert promised / 8 <= live.peak_bytes <= promised + 4 * rows
 
 

@@ -13,7 +13,7 @@ from zimage_kernels._triton import HALF_RATE_SUMS
 from zimage_lite.config import FLOAT16_SUMS
 from zimage_lite.errors import BudgetError
 from zimage_lite.memory.gpus import GPUS, find_gpu
-from zimage_lite.memory.machine import CUDA_CONTEXT_BYTES, Machine, machine, processor
+from zimage_lite.memory.machine import CUDA_CONTEXT_BYTES, Machine, Work, machine, processor
 from zimage_lite.memory.placement import GRANULE_BYTES
 from zimage_lite.memory.plan import DEVICE, FILE, PAGEABLE, PINNED, Budgets, Plan
 from zimage_lite.memory.planner import budgets_in_force, plan_phases
@@ -235,6 +235,16 @@ def test_float16_sums_are_planned_where_they_run(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("zimage_lite.memory.machine.FLOAT16_SUMS", set())
     assert processor(LAPTOP, ideal=True).attention8 == pytest.approx(2 / (1 / tops + 1 / tflops))
     assert processor(LAPTOP, ideal=True).attention16 == tflops
+
+
+def test_what_stays_is_reencoded_once_and_what_streams_in_each_pass() -> None:
+    here, job = Machine("a CPU", 16 * GB, cpu_int8=True), Job(512, 512, prompt_tokens=(128,), steps=4)
+    (ways,) = phases(true_model("q4_k_m"), job, here)[1:2]
+    without = [replace(way, blocks=tuple(replace(b, making_flops=0.0) for b in way.blocks)) for way in ways]
+    making = sum(here.cpu.milliseconds(Work(0, other_flops=b.making_flops, launches=0)) for b in ways[0].blocks)
+    for ram, times in ((12 * GB, 1), (22 * GB // 10, 4)):
+        took, took_without = (plan_phases([some], here, Budgets(0, ram))[0].total_ms for some in (ways, without))
+        assert took - took_without == pytest.approx(times * making, rel=0.05)
 
 
 @pytest.mark.parametrize(("format_name", "times"), [("int4", 1), ("q4_k_m", 2), ("nf4", 2)])

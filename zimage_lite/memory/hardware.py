@@ -26,6 +26,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RAM_MARGIN_BYTES = 500_000_000  # left to the rest of the system when no --ram is given
 ALLOCATOR_SLACK_BYTES = 30_000_000  # what was freed but not returned, and libraries that come with the first use
 CUDA_SLACK_BYTES = 70_000_000  # more of that, of CUDA's: assumed
+_LOOPS = "zimage_lite.quant.rows_cpu"
+LOOPS_BYTES = 200_000_000  # with their compiler: 130 MB, 190 the first time, when it compiles (numba 0.62)
 _CLOCK_KHZ, _MEMORY_GBPS = 1_500_000, 200.0  # where torch does not pass on what the driver says
 _LINK_TEST_BYTES, _LINK_TESTS = 2**25, 5
 
@@ -57,7 +59,8 @@ def machine_here(hardware: Hardware, int8: bool = False) -> Machine:
     it, and as held. A GPU that is not in the table is taken for one of its size and speed. int8: what computes without
     a GPU multiplies in 8 bits."""
     if hardware.device.type != "cuda":
-        return replace(_processor_here(int8), cpu_dtype=hardware.dtype_name, cpu_int8=int8)
+        loops = 0 if _LOOPS in sys.modules else LOOPS_BYTES
+        return replace(_processor_here(int8), cpu_dtype=hardware.dtype_name, cpu_int8=int8, loops_bytes=loops)
     gpu, device, windows = gpu_here(hardware.device), hardware.device, sys.platform == "win32"
     link_gbps = _link_gbps(device)
     _load_libraries(device, hardware.dtype)

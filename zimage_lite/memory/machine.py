@@ -77,8 +77,9 @@ CPU = Processor(CPU_TFLOPS, CPU_TFLOPS, CPU_TFLOPS, CPU_TFLOPS, CPU_MEMORY_GBPS)
 @dataclass(frozen=True)
 class Machine:
     """gpu: None where there is none; vram_free_bytes: before this process took any. *_dtype: to compute in, "bf16",
-    "fp16" or "fp32". cpu_int8: the CPU multiplies weights of integers in 8 bits, re-encoded if need be.
-    pinned_limit_bytes: Windows lets about half of the RAM be pinned."""
+    "fp16" or "fp32". cpu_int8: the CPU multiplies weights of integers in 8 bits, re-encoded if need be. loops_bytes:
+    what the compiled loops for that will take; 0 if they are loaded. pinned_limit_bytes: Windows lets about half of the
+    RAM be pinned."""
 
     name: str
     ram_free_bytes: int
@@ -95,6 +96,7 @@ class Machine:
     gpu_dtype: str = "bf16"
     cpu_dtype: str = "fp32"
     cpu_int8: bool = False
+    loops_bytes: int = 0
 
     @property
     def devices(self) -> list[str]:

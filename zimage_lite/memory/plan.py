@@ -25,11 +25,13 @@ CONTEXT = "CUDA context"  # among what a plan on a GPU holds
 
 @dataclass(frozen=True)
 class Block:
-    """n_bytes: as stored, which is also what is copied."""
+    """n_bytes: where it stays, which is also what is copied. making_flops: what making that of the file takes
+    the CPU each time it is read, in operations that take as long (see `Work.other_flops`)."""
 
     name: str
     n_bytes: int
     work: Work
+    making_flops: float = 0.0
 
 
 @dataclass(frozen=True)

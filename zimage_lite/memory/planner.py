@@ -95,7 +95,7 @@ def _search(phase: Phase, machine: Machine, budgets: Budgets, best: Plan | None)
             homes = _homes(candidate, clock.sizes, held, pinnable)
             passages = tuple(clock.passages(homes))
             run = simulate(passages, candidate.slots, staging, phase.passes, idle=phase.idle)
-            if run.total_ms < limit:
+            if clock.before_ms(homes) - clock.prelude_ms + run.total_ms < limit:
                 best = _plan(phase, machine, candidate, homes, staging, clock, passages, run)
     return best
 
@@ -125,6 +125,7 @@ class _Clock:
     copy: list[float]
     disk: list[float]  # nothing for the CPU, to which the disk is the link
     host_copy: list[float]
+    making: list[float]  # what is read on the CPU into what is computed with, by all its threads
     again: list[int]  # how often it runs after the first time, -1 if it never does
     whole: int  # passes in which all run
     prelude_ms: float
@@ -150,7 +151,11 @@ class _Clock:
         def passages(blocks: Sequence[Block]) -> list[Passage]:
             return [Passage(b.name, compute_ms(b.work), copy_ms(b.n_bytes), 0.0, disk_ms(b.n_bytes)) for b in blocks]
 
+        def making_ms(block: Block) -> float:
+            return machine.cpu.milliseconds(Work(0.0, other_flops=block.making_flops, launches=0))
+
         once, found = passages(phase.prelude), passages(phase.blocks)
+        once = [replace(p, compute_ms=p.compute_ms + making_ms(b)) for p, b in zip(once, phase.prelude, strict=True)]
         prelude_ms = phase.read_once_bytes / machine.disk_gbps / 1e6
         idle = phase.idle or (frozenset[str](),) * phase.passes
         again = [sum(passage.name not in names for names in idle) - 1 for passage in found]
@@ -162,6 +167,7 @@ class _Clock:
             copy=[passage.copy_ms for passage in found],
             disk=[passage.first_read_ms for passage in found],
             host_copy=[size / machine.host_copy_gbps / 1e6 for size in sizes],
+            making=[making_ms(block) for block in phase.blocks],
             again=again,
             whole=sum(not names for names in idle),
             prelude_ms=prelude_ms + (simulate(once, 1, 1, phase.prelude_passes).total_ms if once else 0.0),
@@ -172,8 +178,14 @@ class _Clock:
     def passages(self, homes: Sequence[str]) -> Iterator[Passage]:
         for i, home in enumerate(homes):
             again = {FILE: self.disk[i], PAGEABLE: self.host_copy[i]}.get(home, 0.0)
+            stays = home == DEVICE
+            compute = self.compute[i] + (0.0 if stays else self.making[i])
             # What goes to pageable memory is put aside while the first pass copies it from the staging buffer.
-            yield Passage(self.names[i], self.compute[i], self.copy[i], again, self.disk[i], home == DEVICE)
+            yield Passage(self.names[i], compute, self.copy[i], again, self.disk[i], stays)
+
+    def before_ms(self, homes: Sequence[str]) -> float:
+        """The prelude, and making what stays."""
+        return self.prelude_ms + sum(ms for ms, home in zip(self.making, homes, strict=True) if home == DEVICE)
 
     def at_least_ms(self, candidate: Candidate, spare: int) -> float:
         """No way of running this candidate takes less: each worker needs so long if it never waits."""
@@ -209,7 +221,7 @@ def _plan(
         fixed={CONTEXT: machine.context_bytes, **phase.fixed} if gpu else dict(phase.fixed),
         peak_vram_bytes=vram + (arena if gpu else 0),
         peak_ram_bytes=ram + (staging * _staging_bytes(phase) + held if gpu else arena),
-        prelude_ms=clock.prelude_ms,
+        prelude_ms=clock.before_ms(homes),
         passages=passages,
         run=run,
         idle=phase.idle,

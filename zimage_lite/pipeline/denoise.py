@@ -36,7 +36,7 @@ from .finite import overflow, raise_at_first_non_finite, raise_if_damaged, requi
 from .references import told
 from .steps import Batch, NotFiniteError, Schedule, schedule
 from .walk import Image, Walk
-from .weights import Component, Weights
+from .weights import Component, Reencoded, Weights
 from .words import Words, all_words
 from .workspace import Count, WaysOn, Workspace
 
@@ -81,7 +81,9 @@ class Denoise:
         return self._component(transformer(self.model.transformer.config, self.compute), self.model.transformer, blocks)
 
     def _component(self, skeleton: Transformer, checkpoint: Checkpoint, blocks: tuple[str, ...]) -> Component:
-        reencoded = self.compute.backend if self.compute.int8 else None
+        reencoded: Reencoded = None
+        if self.compute.int8:
+            reencoded = "when read" if self.work.hardware.device.type == "cpu" else "before computing"
         return Component(skeleton, checkpoint, blocks, reencoded, projecting=self.projecting)
 
     @property

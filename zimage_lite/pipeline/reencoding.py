@@ -1,40 +1,78 @@
-"""Weights of other integer formats, as rotated int8, for as long as their block computes.
+"""Weights of other integer formats, as rotated int8, so that 8-bit units multiply them.
 
-A block stays packed where it is; before it computes, its weights are expanded into one scratch buffer, which the next
-block takes over. That costs one pass over the weights, on an RTX 3060 Laptop about 1 ms for int4 and 2 ms for
-K-quants of a full-size block's 38 (predictions), and lets files of every integer format run on 8-bit matrix units. On a
-CPU without such units it costs more than it saves at 256x256, 2.3 ns of a thread for each weight (a Zen 3) beside what
-unpacking takes anyway.
+On a CPU they become int8 while they are read, once for all steps where a block stays: re-encoding takes 2.3 ns of a
+thread for each weight (a Zen 3) beside what unpacking takes anyway, at 256x256 more than the products of a step.
+
+On a GPU a block stays packed where it is; before it computes, its weights are expanded into one scratch buffer, which
+the next block takes over. That costs one pass over the weights, on an RTX 3060 Laptop about 1 ms for int4 and 2 ms for
+K-quants of a full-size block's 38 (predictions), while more of the packed blocks stay, and copies are shorter.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from zimage_kernels import Backend, Int8Rows, requantize, unpacks, use_triton
+from zimage_kernels import Int8Rows, requantize, unpacks
 
 from ..checkpoint.stored import StoredTensor, aligned
 from ..model.linear import Linear, Stream
-from ..plan.footprint import is_reencoded, reencoded_bytes
+from ..plan.footprint import REENCODED_AT_ONCE, is_rotated, reencoded_bytes
 from ..quant.formats import FORMATS
 from ..quant.int8 import rotation_group
 from ..quant.tensor import QTensor, rows_columns
 
+# One weight after another: each takes all threads, and memory as planned. Readers wait for each other here.
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@dataclass(frozen=True)
+class ReencodedTensor:
+    """A stored weight that is int8 wherever it is read to. See `StoredTensor`."""
+
+    stored: StoredTensor
+
+    @property
+    def packed_bytes(self) -> int:
+        return reencoded_bytes(self.stored.format, self.stored.rows, self.stored.columns)
+
+    def packed_in(self, buffer: Tensor) -> QTensor:
+        group = _group(self.stored)
+        rows = _rows_in(buffer, self.stored.shape)
+        return QTensor(FORMATS["int8"], self.stored.shape, _parts(rows), {"group": group})
+
+    def read_to(self, buffer: Tensor) -> None:
+        """buffer: [packed_bytes] uint8 on the CPU."""
+        stored, out = self.stored, _rows_in(buffer, self.stored.shape)
+        step = stored.piece_rows(REENCODED_AT_ONCE)
+        for start in range(0, stored.rows, step):
+            rows = slice(start, min(start + step, stored.rows))
+            piece = stored.read(rows.start, rows.stop)
+            with _ONE_AT_A_TIME:
+                _by_codecs(piece, Int8Rows(out.codes[rows], out.scale[rows]), _group(stored))
+
+    def forget(self) -> None:
+        self.stored.forget()
+
+
+def when_read(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor | ReencodedTensor]:
+    """Those that kernels could re-encode; the others as they are. So files compute alike everywhere."""
+    return {own: ReencodedTensor(t) if _is_reencoded(_empty(t)) else t for own, t in tensors.items()}
+
+
+def _empty(tensor: StoredTensor) -> QTensor:
+    """Without bytes."""
+    return tensor.packed_in(torch.empty(tensor.packed_bytes, dtype=torch.uint8, device="meta"))
+
 
 class Scratch:
-    """Room for the largest of these blocks: name -> its tensors by their names in it. backend: that re-encodes."""
+    """Room for the largest of these blocks on a GPU: name -> its tensors by their names in it."""
 
-    def __init__(
-        self,
-        blocks: Mapping[str, Mapping[str, StoredTensor | QTensor]],
-        device: torch.device,
-        backend: Backend = "triton",
-    ) -> None:
-        self.backend: Backend = backend
+    def __init__(self, blocks: Mapping[str, Mapping[str, StoredTensor | QTensor]], device: torch.device) -> None:
         sizes = (
             sum(reencoded_bytes(t.format, *rows_columns(t.shape)) for t in tensors.values())
             for tensors in blocks.values()
@@ -56,9 +94,9 @@ class Scratch:
         used, packed = 0, dict[Linear, tuple[QTensor, QTensor]]()
         try:
             for owner in block.modules():
-                if isinstance(owner, Linear) and owner.packed is not None and is_reencoded(owner.packed.format):
+                if isinstance(owner, Linear) and owner.packed is not None and _is_reencoded(owner.packed):
                     n_bytes = reencoded_bytes(owner.packed.format, *owner.packed.shape)
-                    int8 = reencoded(owner.packed, self.buffer[used : used + n_bytes], self.backend)
+                    int8 = reencoded(owner.packed, self.buffer[used : used + n_bytes])
                     packed[owner], used = (owner.packed, int8), used + n_bytes
                     owner.packed = int8
             yield
@@ -72,21 +110,34 @@ class Scratch:
         self.buffer = self.buffer[:0].clone()
 
 
-def reencoded(weight: QTensor, place: Tensor, backend: Backend = "triton") -> QTensor:
-    """As int8, in place: [reencoded_bytes] uint8. A weight that the kernel cannot unpack is returned as it is, whatever
-    the backend: files compute alike everywhere."""
-    rows, columns = weight.shape
-    if not unpacks(weight.format.name, weight.parts, weight.options, columns):
-        return weight
-    group = weight.options["group"] if weight.format.family == "comfy_int" else rotation_group(columns)
+def reencoded(weight: QTensor, place: Tensor) -> QTensor:
+    """As int8, by the kernel, in place: [reencoded_bytes] uint8."""
+    out, group = _rows_in(place, weight.shape), _group(weight)
+    requantize(weight.format.name, weight.parts, weight.options, out, group, weight.first_row)
+    return QTensor(FORMATS["int8"], weight.shape, _parts(out), {"group": group})
+
+
+def _is_reencoded(weight: QTensor) -> bool:
+    rows, columns = rows_columns(weight.shape)
+    return rows > 1 and unpacks(weight.format.name, weight.parts, weight.options, columns)
+
+
+def _group(weight: StoredTensor | QTensor) -> int:
+    """Columns that are rotated together."""
+    if is_rotated(weight.format):
+        return int(weight.options["group"])
+    return rotation_group(rows_columns(weight.shape)[1])
+
+
+def _rows_in(place: Tensor, shape: tuple[int, ...]) -> Int8Rows:
+    """place: [reencoded_bytes] uint8 -> codes [rows, columns], scale [rows]."""
+    rows, columns = rows_columns(shape)
     codes = place[: rows * columns].view(torch.int8).view(rows, columns)
-    scale = place[aligned(rows * columns) :][: 4 * rows].view(torch.float32)
-    if use_triton(backend, place.device):
-        requantize(weight.format.name, weight.parts, weight.options, Int8Rows(codes, scale), group, weight.first_row)
-    else:
-        _by_codecs(weight, Int8Rows(codes, scale), group)
-    parts = {"": codes, "_scale": scale.view(rows, 1)}
-    return replace(weight, format=FORMATS["int8"], parts=parts, options={"group": group}, first_row=0)
+    return Int8Rows(codes, place[aligned(rows * columns) :][: 4 * rows].view(torch.float32))
+
+
+def _parts(rows: Int8Rows) -> dict[str, Tensor]:
+    return {"": rows.codes, "_scale": rows.scale.view(-1, 1)}
 
 
 def _by_codecs(weight: QTensor, out: Int8Rows, group: int) -> None:

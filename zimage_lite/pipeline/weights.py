@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import psutil
 import torch
@@ -31,9 +31,11 @@ from ..memory.workers import HostLink, Job, Moved, Threads
 from ..model.linear import Stream, attach, bind, release, shapes
 from ..model.transformer import is_time_weight
 from ..units import round_up
-from .reencoding import Scratch
+from .reencoding import ReencodedTensor, Scratch, when_read
 
 _Named = TypeVar("_Named")
+_Read = StoredTensor | ReencodedTensor | JoinedModule
+Reencoded = Literal["when read", "before computing"] | None
 
 _JOB_BYTES = 2**23  # smaller tensors are read by one thread, one after another
 
@@ -49,7 +51,7 @@ class Component:
     model: nn.Module
     checkpoint: Checkpoint
     streamed: tuple[str, ...]
-    reencoded: Backend | None = None  # what turns the blocks' weights to int8, whatever they are stored in
+    reencoded: Reencoded = None  # when the blocks' weights become int8, whatever they are stored in
     adapters: AdapterSet = NOTHING
     projecting: Backend | None = None  # what multiplies by their narrow halves; None: as all else
 
@@ -63,14 +65,21 @@ class Component:
         return {f"{group}.{name}": block for group, blocks in lists.items() for name, block in blocks.named_children()}
 
     @cached_property
-    def weights(self) -> dict[str, dict[str, StoredTensor]]:
-        """Those of each block, by their names in it."""
+    def stored(self) -> dict[str, dict[str, StoredTensor]]:
+        """The weights of each block, by their names in it."""
         return {
             name: {
                 own: tensor for own, tensor in self.wanted.under(name).items() if not is_time_weight(f"{name}.{own}")
             }
             for name in self.blocks
         }
+
+    @cached_property
+    def weights(self) -> Mapping[str, Mapping[str, StoredTensor | ReencodedTensor]]:
+        """The same as they are once they are read."""
+        if self.reencoded != "when read":
+            return self.stored
+        return {name: when_read(tensors) for name, tensors in self.stored.items()}
 
     @cached_property
     def rest(self) -> dict[str, StoredTensor]:
@@ -101,7 +110,8 @@ class Weights:
         held = sum(_paged(sizes[name]) for name, home in plan.homes.items() if home in (PINNED, PAGEABLE))
         host = held + self._staging * _paged(plan.staging_bytes)
         self._host = torch.empty(host + PAGE_BYTES * bool(host), dtype=torch.uint8)
-        self._scratch = Scratch(component.weights, device, component.reencoded) if component.reencoded else None
+        later = component.reencoded == "before computing"
+        self._scratch = Scratch(component.stored, device) if later else None
 
     def change(self, adapters: AdapterSet) -> None:
         """Others from now on. Weights that stay are not read again; only what is added to them is."""
@@ -188,9 +198,9 @@ class Weights:
 
     def _jobs(self, name: str, buffer: Tensor) -> Iterator[Job]:
         """Reading a block's tensors, each to its place in the buffer, and then what adapters add."""
-        cut, some, n_bytes = _cutter(buffer), list[tuple[StoredTensor | JoinedModule, Tensor]](), 0
+        cut, some, n_bytes = _cutter(buffer), list[tuple[_Read, Tensor]](), 0
         own = () if name in self._there else self.component.weights[name].values()
-        wanted: Iterable[StoredTensor | JoinedModule] = chain(own, self._added[name].values())
+        wanted: Iterable[_Read] = chain(own, self._added[name].values())
         for tensor in wanted:
             some.append((tensor, cut(tensor.packed_bytes)))
             n_bytes += tensor.packed_bytes
@@ -200,11 +210,11 @@ class Weights:
         if some:
             yield self._reading(some, name)
 
-    def _reading(self, some: list[tuple[StoredTensor | JoinedModule, Tensor]], name: str) -> Job:
+    def _reading(self, some: list[tuple[_Read, Tensor]], name: str) -> Job:
         def read() -> None:
             for tensor, place in some:
                 tensor.read_to(place)
-                if isinstance(tensor, StoredTensor) and self._passes_by and self.plan.homes.get(name) == FILE:
+                if not isinstance(tensor, JoinedModule) and self._passes_by and self.plan.homes.get(name) == FILE:
                     tensor.forget()
 
         return read

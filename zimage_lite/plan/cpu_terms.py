@@ -44,16 +44,19 @@ def holes_of_maps(n_bytes: int) -> dict[str, int]:
 
 
 def cpu_unpacking_flops(parts: Iterable[Part], int8: bool = False) -> int:
-    """Of all matrices, once. int8: those of integers are multiplied in 8 bits, re-encoded if need be."""
+    """Of all matrices, once. int8: those in int8 are multiplied as they are."""
+    wanted = (part for part in parts if part.rows > 1 and not (int8 and part.format.name == "int8"))
+    return sum(_unpacking_flops(part) * part.rows * part.columns for part in wanted)
 
-    def per_weight(part: Part) -> int:
-        if int8 and part.format.name == "int8":
-            return 0
-        return unpacking(part) + (_REENCODING_FLOPS if int8 and is_reencoded(part.format) else 0)
 
-    def unpacking(part: Part) -> int:
-        if not part.format.lossy:
-            return 0 if part.format.dtype == "F32" else _UNPACKING_FLOPS["16 bits"]
-        return _UNPACKING_FLOPS["8 bits" if part.n_bytes >= part.rows * part.columns else "fewer"]
+def reencoding_flops(parts: Iterable[Part]) -> int:
+    """Of making int8 of all matrices of other integers."""
+    wanted = (part for part in parts if part.rows > 1 and is_reencoded(part.format))
+    return sum((_unpacking_flops(part) + _REENCODING_FLOPS) * part.rows * part.columns for part in wanted)
 
-    return sum(per_weight(part) * part.rows * part.columns for part in parts if part.rows > 1)
+
+def _unpacking_flops(part: Part) -> int:
+    """Of each weight."""
+    if not part.format.lossy:
+        return 0 if part.format.dtype == "F32" else _UNPACKING_FLOPS["16 bits"]
+    return _UNPACKING_FLOPS["8 bits" if part.n_bytes >= part.rows * part.columns else "fewer"]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 from zimage_kernels import KINDS
 
 from ..checkpoint.stored import ALIGNMENT, aligned
 from ..convert.catalog import Part
-from ..quant.formats import Format
+from ..memory.workers import READERS
+from ..quant.formats import FORMATS, Format
 from ..quant.tensor import CPU_PIECE_WEIGHTS, GPU_PIECE_WEIGHTS, piece_rows
 
+REENCODED_AT_ONCE = 2**19  # weights that a CPU turns to int8 while it reads them
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 STREAM_BYTES = {"bf16": 2, "fp16": 4, "fp32": 4}  # of the residual stream: float16 is too narrow for it
 
@@ -34,6 +37,31 @@ def arena_bytes(parts: Iterable[Part]) -> int:
 @lru_cache(maxsize=256)
 def _n_parts(format: Format, columns: int) -> int:
     return len(format.layout(format.row_group or 1, columns))
+
+
+def int8_parts(parts: Iterable[Part]) -> list[Part]:
+    """As a CPU that multiplies in 8 bits keeps them."""
+    return [_int8(part) if is_reencoded(part.format) and part.rows > 1 else part for part in parts]
+
+
+def _int8(part: Part) -> Part:
+    return replace(part, format=FORMATS["int8"], n_bytes=reencoded_bytes(part.format, part.rows, part.columns))
+
+
+def reencoding_bytes(part: Part) -> int:
+    """What a CPU takes for a moment to make int8 of it: some rows unpacked, and rotated; each reader has some as they
+    are stored."""
+    if not is_reencoded(part.format):
+        return 0
+    rows = piece_rows(part.format, part.columns, REENCODED_AT_ONCE) if part.format.row_group else part.rows
+    rows = min(part.rows, rows)
+    stored = part.n_bytes * rows // part.rows
+    return _unpacking_bytes(part.format, rows, part.columns, "cpu", "fp32") + 5 * rows * part.columns + READERS * stored
+
+
+def is_rotated(format: Format) -> bool:
+    """Whether such weights stand for rotated integers already, so that turning them to int8 is unpacking them."""
+    return format.family == "comfy_int"
 
 
 def unpacking_bytes(part: Part, device: str, dtype: str) -> int:

@@ -2,7 +2,8 @@
 holds beside them. From sizes alone; no weight is read.
 
 Assumed of the computation, as it is designed: adaLN vectors are computed once on the CPU and their weights never sent;
-blocks in another format than int8 are re-encoded to int8 on the device, one at a time, before they compute; blocks that
+blocks in another format than int8 are re-encoded to int8 on the device, one at a time, before they compute, or on a CPU
+that multiplies in 8 bits while they are read; blocks that
 are kept in 16 bits compute in 16 bits; norms, gates and quantization are fused (30 times the tokens x width x 2 bytes
 of traffic per block), and so is what follows an 8-bit product, except before compute capability 8.0, where its int32
 sums are written and read. The text encoder unpacks its weights to 16 bits.
@@ -26,14 +27,17 @@ from ..memory.workers import READERS
 from ..model.controlnet import visits
 from ..model.transformer import is_time_weight
 from .control_terms import beside, control_bytes, idle
-from .cpu_terms import ELEMENTWISE_FLOPS, cpu_unpacking_flops, holes
+from .cpu_terms import ELEMENTWISE_FLOPS, cpu_unpacking_flops, holes, reencoding_flops
 from .footprint import (
     ITEM_BYTES,
     STREAM_BYTES,
     arena_bytes,
     by_block,
+    int8_parts,
     is_reencoded,
+    is_rotated,
     reencoded_bytes,
+    reencoding_bytes,
     time_bytes,
     unpacking_bytes,
 )
@@ -48,6 +52,7 @@ _TRAFFIC = 30  # of a block's fused element-wise work, in tokens x width x 2 byt
 # Re-encoding is bound by instructions rather than memory, by the compiled code between a half and all of a copy's speed
 # on a laptop: half until it is measured. What is rotated already (comfy_int) has little to compute.
 _REENCODING_TIMES = 2
+_MAKING = "re-encoding"
 _LATENT_COPIES = 3  # the latent, the model's answer and their sum, in float32
 _BATCHES = (1, 2, 4, 8)  # images at once
 # What is computed for twice as many images is charged so much more, so that they are denoised together only where that
@@ -88,13 +93,16 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     image, sequences = job.image_tokens + job.seen_tokens, batch * (2 if job.guided else 1)
     parts = [*model.transformer, *beside(job.controls)]
     time_weights = [part for part in parts if is_time_weight(part.name)]
-    of_blocks, rest = by_block([part for part in parts if not is_time_weight(part.name)])
+    stored, rest = by_block([part for part in parts if not is_time_weight(part.name)])
+    kept = device == "cpu" and machine.cpu_int8
+    of_blocks = {name: int8_parts(own) for name, own in stored.items()} if kept else stored
     charge, load = _BATCH_CHARGE ** math.log2(batch), most_of(job.adapters, dtype)
 
     def block(name: str, tokens: int, attention: float) -> Block:
         work = _transformer_work(of_blocks[name], tokens, c.dim, attention, charge, device, machine)
         work = _with_adapters(work, load, name, charge * tokens, device)
-        return Block(name, arena_bytes(of_blocks[name]) + load.bytes.get(name, 0), work)
+        making = reencoding_flops(stored[name]) if kept else 0
+        return Block(name, arena_bytes(of_blocks[name]) + load.bytes.get(name, 0), work, making)
 
     def blocks(group: str, count: int, tokens: int, attention: float) -> list[Block]:
         names, controls = [f"{group}.{i}" for i in range(count)], [control.config for control in job.controls]
@@ -115,6 +123,7 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
     unpacking = _most_unpacking(list(of_blocks.values()), device, machine)
     tokens = max(sequences * whole, together)
     activations = activation_bytes(tokens, c.dim, c.ffn_dim, c.n_heads, item, stream)
+    making = _reencoding(stored, machine) if kept else {}
     latent = latent_bytes(model, job)
     host = _beside_denoising(model, job, dtype, load)
     return Phase(
@@ -133,7 +142,7 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine) 
             **control_bytes(job, batch, sequences * whole * c.dim * stream, item),
             "activations": activations + (tokens + pads) * c.head_dim * 4,  # the angles of the parts stay, too
             "unpacking": unpacking,
-            **({**host, **holes(activations, unpacking), **_scratch(of_blocks, machine)} if device == "cpu" else {}),
+            **({**host, **holes(activations, unpacking + making.get(_MAKING, 0)), **making} if device == "cpu" else {}),
         },
         # On the CPU the first block takes the place of the time weights.
         ram_fixed={**host, "time weights": time_bytes(time_weights) + load.time} if device == "gpu" else {},
@@ -172,9 +181,13 @@ def _most_unpacking(blocks: Sequence[Sequence[Part]], device: str, machine: Mach
     return max(most(part for parts in blocks for part in parts), max(map(_reencoded, blocks)) + beside)
 
 
-def _scratch(blocks: Mapping[str, Sequence[Part]], machine: Machine) -> dict[str, int]:
-    """Bytes of what the CPU re-encodes a block to, from the first to the last: no hole in its heap."""
-    return {"re-encoded block": max(map(_reencoded, blocks.values()))} if machine.cpu_int8 else {}
+def _reencoding(blocks: Mapping[str, Sequence[Part]], machine: Machine) -> dict[str, int]:
+    """Bytes in RAM while blocks become int8, if any does. What rotates them is compiled, and stays."""
+    parts = [part for own in blocks.values() for part in own if is_reencoded(part.format) and part.rows > 1]
+    if not parts:
+        return {}
+    loops = 0 if all(is_rotated(part.format) for part in parts) else machine.loops_bytes
+    return {_MAKING: max(map(reencoding_bytes, parts)), "compiled loops": loops}
 
 
 def _encode(model: Model, prompt_tokens: Sequence[int], device: str, machine: Machine) -> Phase:
@@ -236,7 +249,7 @@ def _reencoding_traffic(part: Part) -> float:
     """Bytes read and written, as many times as it takes longer than a copy."""
     if not is_reencoded(part.format):
         return 0.0
-    times = 1 if part.format.family == "comfy_int" else _REENCODING_TIMES
+    times = 1 if is_rotated(part.format) else _REENCODING_TIMES
     return times * (part.n_bytes + reencoded_bytes(part.format, part.rows, part.columns))
 
 
