@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +17,14 @@ from torch import Tensor
 from trained_loras import save_lora
 
 from zimage_lite import load, quantize
+from zimage_lite.adapters.joined import JoinedModule
 from zimage_lite.config import GenerateOptions, Lora
 from zimage_lite.memory.meter import rss_bytes
+from zimage_lite.memory.plan import Phase
 from zimage_lite.model.transformer import Transformer
 from zimage_lite.pictures.saving import recipe_of
+from zimage_lite.pipeline import denoise as denoising
+from zimage_lite.plan.prediction import ways_to_denoise
 
 pytestmark = pytest.mark.slow  # whole pictures
 
@@ -90,18 +97,39 @@ def test_in_8_bits_it_is_the_same_lora(tiny: Path, loras: Path, tmp_path: Path) 
     assert psnr(*changed, 255) > psnr(plain[0], changed[0], 255) + 6
 
 
-def test_blocks_that_come_and_go_bring_theirs(tiny: Path, exact: None, loras: Path) -> None:
-    """With a budget that holds two blocks. What is planned holds what is read: its places are cut from the plan."""
-    request = with_loras(CAT, (loras / STYLE, 1.0), (loras / OTHER, 0.5))
-    first, streaming = free(tiny), tight(tiny, request=request)
-    (wanted,), (got,) = first.generate([request]), streaming.generate([request])
-    assert torch.equal(wanted, got)
+@pytest.mark.parametrize("keeps", [True, False])
+def test_blocks_that_come_and_go(
+    tiny: Path, exact: None, loras: Path, monkeypatch: pytest.MonkeyPatch, keeps: bool
+) -> None:
+    """With a budget that holds two blocks: what is added to them is made once, or comes with them in each step. What is
+    planned holds what is read, whose places are cut from the plan."""
+    made: Counter[str] = Counter()
+
+    def counted(joined: JoinedModule, buffer: Tensor) -> None:
+        made[joined.module] += 1
+        read_to(joined, buffer)
+
+    read_to, request = JoinedModule.read_to, with_loras(CAT, (loras / STYLE, 1.0), (loras / OTHER, 0.5))
+    wanted = free(tiny).generate([request])
+    monkeypatch.setattr(denoising, "ways_to_denoise", partial(_ways, ways_to_denoise, keeps))
+    streaming = tight(tiny, request=request)
+    monkeypatch.setattr(JoinedModule, "read_to", counted)
+    for _ in range(2):
+        made.clear()
+        assert torch.equal(*wanted, *streaming.generate([request]))
+        assert {made[f"{name}.attention.to_q"] for name in streaming.plans["denoise"].sizes} == {1 if keeps else 2}
     plain = free(tiny)
     plain.generate([CAT])
-    more = {name: first.plans["denoise"].sizes[name] - size for name, size in plain.plans["denoise"].sizes.items()}
-    config = first.model.transformer.config
-    linears = 4 * config.dim * (4 + 4) * config.dim  # at least q, k, v and out of each block, float32, rank 4
-    assert min(more.values()) >= linears // config.dim
+    own, planned = plain.plans["denoise"].sizes, streaming.plans["denoise"]
+    dim = streaming.model.transformer.config.dim
+    linears = 4 * 4 * (4 + 4) * dim  # at least q, k, v and out of each block, float32, rank 4
+    more = {name: planned.sizes[name] - size for name, size in own.items()}
+    assert planned.fixed["adapters"] >= len(own) * linears if keeps else min(more.values()) >= linears
+
+
+def _ways(real: Any, keeps: bool, *args: Any) -> list[Phase]:
+    ways = real(*args)
+    return [way for way in ways if way.keeps == keeps] or ways
 
 
 @pytest.mark.parametrize("many", [24, pytest.param(1000, marks=pytest.mark.full_size)])

@@ -42,7 +42,8 @@ class Phase:
     device: "gpu" or "cpu", which computes. fixed: what else is held there while it runs, by name; ram_fixed: in RAM
     beside a GPU. read_once_bytes: what the CPU reads for itself before all that. idle: for each pass the blocks that do
     not run in it; empty: all run in all.
-    way: what the caller calls this way; a plan carries it along.
+    way: what the caller calls this way; keeps: whether what is added to a block stays once it is made, while the block
+    comes and goes. A plan carries both along.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Phase:
     ram_fixed: Mapping[str, int] = field(default_factory=dict)
     idle: tuple[frozenset[str], ...] = ()
     way: Any = None
+    keeps: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ class Budgets:
 
 @dataclass(frozen=True)
 class Plan:
-    """One phase. homes: block -> where it waits to be computed. way, idle: of the `Phase` it was made from. Times are
-    predictions."""
+    """One phase. homes: block -> where it waits to be computed. way, keeps, idle: of the `Phase` it was made from.
+    Times are predictions."""
 
     phase: str
     device: str  # "gpu" or "cpu"
@@ -91,6 +93,7 @@ class Plan:
     run: Run
     idle: tuple[frozenset[str], ...] = ()
     way: Any = None
+    keeps: bool = False
 
     @cached_property
     def resident(self) -> frozenset[str]:

@@ -226,6 +226,7 @@ def _plan(
         run=run,
         idle=phase.idle,
         way=phase.way,
+        keeps=phase.keeps,
     )
 
 

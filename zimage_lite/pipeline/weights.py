@@ -9,7 +9,6 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
 from typing import Literal, TypeVar
 
 import psutil
@@ -29,11 +28,13 @@ from ..memory.plan import DEVICE, FILE, PAGEABLE, PINNED, Plan
 from ..memory.streamer import Places, Route, Streamer
 from ..memory.workers import HostLink, Job, Moved, Threads
 from ..model.linear import Stream, attach, bind, release, shapes
+from ..model.side_path import SidePath
 from ..model.transformer import is_time_weight
 from ..units import round_up
 from .reencoding import ReencodedTensor, Scratch, when_read
 
 _Named = TypeVar("_Named")
+_Cut = Callable[[int], Tensor]
 _Read = StoredTensor | ReencodedTensor | JoinedModule
 Reencoded = Literal["when read", "before computing"] | None
 
@@ -100,6 +101,8 @@ class Weights:
         self.component, self.plan, self.hardware = component, plan, hardware
         self.moved: list[Moved] = []
         self._there: set[str] = set()  # blocks whose own weights lie where they stay
+        # Of blocks that have been read, what is added to them and stays; and of those that are being read.
+        self._kept, self._coming = dict[str, _Added](), dict[str, _Added]()
         self._take(component.adapters)
         device, sizes = hardware.device, plan.sizes
         # Apple's GPU has no memory of its own, but the CPU cannot read files into what it works on.
@@ -128,10 +131,12 @@ class Weights:
             name: {joined.module.removeprefix(f"{name}."): joined for joined in of_blocks.get(name, ())}
             for name in self.component.blocks
         }
+        self._kept.clear()
         self._sizes = {name: n_bytes + self._added_bytes(name) for name, n_bytes in self.component.block_bytes.items()}
 
     def _added_bytes(self, name: str) -> int:
-        return sum(joined.packed_bytes for joined in self._added[name].values())
+        """That come with the block."""
+        return 0 if self.plan.keeps else sum(joined.packed_bytes for joined in self._added[name].values())
 
     @contextmanager
     def prelude(self, passes: int = 1) -> Iterator[Stream]:
@@ -199,16 +204,27 @@ class Weights:
     def _jobs(self, name: str, buffer: Tensor) -> Iterator[Job]:
         """Reading a block's tensors, each to its place in the buffer, and then what adapters add."""
         cut, some, n_bytes = _cutter(buffer), list[tuple[_Read, Tensor]](), 0
-        own = () if name in self._there else self.component.weights[name].values()
-        wanted: Iterable[_Read] = chain(own, self._added[name].values())
-        for tensor in wanted:
-            some.append((tensor, cut(tensor.packed_bytes)))
+        stored = () if name in self._there else self.component.weights[name].values()
+        own: list[tuple[_Read, Tensor]] = [(tensor, cut(tensor.packed_bytes)) for tensor in stored]
+        for tensor, place in (*own, *self._added_places(name, cut)):
+            some.append((tensor, place))
             n_bytes += tensor.packed_bytes
             if n_bytes >= _JOB_BYTES:
                 yield self._reading(some, name)
                 some, n_bytes = [], 0
         if some:
             yield self._reading(some, name)
+
+    def _added_places(self, name: str, cut: _Cut) -> Iterable[tuple[JoinedModule, Tensor]]:
+        """What is still to be made of what is added to a block, and where to."""
+        if not self.plan.keeps:
+            return [(joined, cut(joined.packed_bytes)) for joined in self._added[name].values()]
+        if name in self._kept:
+            return ()
+        added = self._added[name].items()
+        places = {own: (joined, torch.empty(joined.packed_bytes, dtype=torch.uint8)) for own, joined in added}
+        self._coming[name] = _Added(places, self.component.projecting)
+        return places.values()
 
     def _reading(self, some: list[tuple[_Read, Tensor]], name: str) -> Job:
         def read() -> None:
@@ -230,8 +246,13 @@ class Weights:
         cut = _cutter(self._homes.get(name, place))
         packed = {own: t.packed_in(cut(t.packed_bytes)) for own, t in self.component.weights[name].items()}
         bind(block, packed, self.hardware.dtype)
-        added = {own: (joined, cut(joined.packed_bytes)) for own, joined in self._added[name].items()}
-        _attach(block, added, self.component.projecting)
+        if not self.plan.keeps:
+            added = {own: (joined, cut(joined.packed_bytes)) for own, joined in self._added[name].items()}
+            _Added(added, self.component.projecting).attach(block)
+            return
+        if name in self._coming:
+            self._kept[name] = self._coming.pop(name)
+        self._kept[name].attach(block)
 
     def bind_rest(self) -> None:
         """What belongs to no block."""
@@ -289,15 +310,26 @@ def read_into(module: nn.Module, tensors: Mapping[str, StoredTensor], hardware: 
 
 def _attach_read(module: nn.Module, joined: Mapping[str, JoinedModule], hardware: Hardware) -> None:
     """Read what adapters add, and attach it to the module on the device."""
-    _attach(module, {name: (one, one.made().to(hardware.device)) for name, one in joined.items()})
+    _Added({name: (one, one.made().to(hardware.device)) for name, one in joined.items()}).attach(module)
 
 
-def _attach(
-    module: nn.Module, placed: Mapping[str, tuple[JoinedModule, Tensor]], projecting: Backend | None = None
-) -> None:
-    sides = {name: joined.side_in(place, projecting) for name, (joined, place) in placed.items() if joined.is_linear}
-    deltas = {name: joined.delta_in(place) for name, (joined, place) in placed.items() if not joined.is_linear}
-    attach(module, sides, deltas)
+class _Added:
+    """What adapters add to a block, where it lies. A side path turns its own numbers to what it multiplies by, so there
+    is one for as long as they lie there."""
+
+    def __init__(self, places: Mapping[str, tuple[JoinedModule, Tensor]], projecting: Backend | None = None) -> None:
+        self.places, self.projecting = places, projecting
+
+    def attach(self, block: nn.Module) -> None:
+        """Once it is read."""
+        attach(block, *self._made)
+
+    @cached_property
+    def _made(self) -> tuple[dict[str, SidePath], dict[str, Tensor]]:
+        linears = {name: pair for name, pair in self.places.items() if pair[0].is_linear}
+        sides = {name: joined.side_in(place, self.projecting) for name, (joined, place) in linears.items()}
+        others = {name: joined.delta_in(place) for name, (joined, place) in self.places.items() if name not in linears}
+        return sides, others
 
 
 def _under(prefix: str, named: Mapping[str, _Named]) -> dict[str, _Named]:
@@ -319,7 +351,7 @@ def _paged(n_bytes: int) -> int:
     return round_up(n_bytes, PAGE_BYTES)
 
 
-def _cutter(buffer: Tensor, start: int = 0) -> Callable[[int], Tensor]:
+def _cutter(buffer: Tensor, start: int = 0) -> _Cut:
     """Gives the next so many bytes of the buffer."""
 
     def cut(n_bytes: int) -> Tensor:
