@@ -60,6 +60,7 @@ from demo_scenes import LANGUAGES, caption, held_out_captions, random_scene
 AUTO = {"auto:4.5bpw": ("", 4.5), "auto, 2/3 of q4_k_m": ("q4_k_m", 2 / 3)}  # bits, or a share of that recipe's
 RECIPES = (
     "q4_k_m", "q3_k_s", "q2_k", "q4_k_s", *AUTO, "q4_0", "iq4_xs", "q3_k_m", "iq4_nl", "q4_1", "q5_k_s", "q5_0", "q5_1",
+    "int4", "nf4", "int8",
 )  # fmt: skip
 WAYS = {  # --effort, and whether with --calibration
     "blind": ("reference", False),

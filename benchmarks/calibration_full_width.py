@@ -28,7 +28,7 @@ from zimage_lite.quant.formats import FORMATS
 from zimage_lite.quant.inputs import Inputs
 
 COLUMNS, WIDTHS = 3840, (256, 1280, 3840)
-FORMAT_NAMES = ("q2_k", "q3_k", "iq4_xs", "q4_k", "q4_0", "q5_k", "q6_k")
+FORMAT_NAMES = ("q2_k", "q3_k", "iq4_xs", "q4_k", "q4_0", "q5_k", "q6_k", "int4", "nf4", "int8")
 
 
 def main() -> None:
@@ -83,10 +83,11 @@ def blocks(x: Tensor, width: int) -> Tensor:
 
 
 def measured(name: str, weight: Tensor, unseen: Tensor, effort: str, known: Inputs | None) -> dict[str, Any]:
-    codec, start = FORMATS[name].codec, time.process_time()
-    parts = codec.quantize(weight, {}, effort, known)
+    codec = FORMATS[name].codec
+    options, start = codec.options(COLUMNS), time.process_time()
+    parts = codec.quantize(weight, options, effort, known)
     seconds = time.process_time() - start
-    true, found = unseen @ weight.t(), unseen @ codec.dequantize(parts, COLUMNS, {}).t()
+    true, found = unseen @ weight.t(), unseen @ codec.dequantize(parts, COLUMNS, options).t()
     error = float((found - true).norm() / true.norm())
     return {"output_error": round(error, 5), "seconds_per_million": round(seconds / weight.numel() * 1e6, 3)}
 

@@ -14,6 +14,7 @@ import torch
 from zimage_lite.api import open_named
 from zimage_lite.calibration import files, imatrix
 from zimage_lite.calibration.statistics import OTHERS, Moments, Statistics, input_of, row_weights
+from zimage_lite.checkpoint.opening import open_tensor_file
 from zimage_lite.cli import run
 from zimage_lite.config import RuntimeOptions
 from zimage_lite.pipeline import calibrating
@@ -165,6 +166,23 @@ def test_quantizing_with_statistics(statistics: Path, tmp_path: Path) -> None:
     assert np.mean(np.frombuffer(own, np.uint8) == np.frombuffer(blind, np.uint8)) < 0.999
 
 
+@pytest.mark.parametrize("to", ["int4", "nf4", "int8"])
+def test_formats_of_others_with_statistics(statistics: Path, tmp_path: Path, to: str) -> None:
+    """The same file but for its values, and those of what no statistics are of."""
+    common = ("--component", "transformer", "--to", to, "--keep", "layers.1.*", "--keep", "layers.2.*")
+    for name, more in {"blind": (), "best": ("--calibration", str(statistics), "--effort", "best")}.items():
+        assert run(["quantize", "demo", "-o", str(tmp_path / f"{name}.safetensors"), *common, *more]) == 0
+    blind, best = (open_tensor_file(tmp_path / f"{name}.safetensors") for name in ("blind", "best"))
+    assert blind.metadata == best.metadata
+    places = [
+        {key: (entry.kind, entry.shape, entry.offset) for key, entry in file.entries.items()} for file in (blind, best)
+    ]
+    assert places[0] == places[1]
+    differ = {key for key in blind.entries if not torch.equal(blind.entries[key].read(), best.entries[key].read())}
+    assert any(key.startswith("layers.0.") for key in differ)
+    assert not any(key.startswith(("layers.1.", "t_embedder", "cap_embedder")) for key in differ)
+
+
 def refused(capsys: pytest.CaptureFixture[str]) -> str:
     (line,) = capsys.readouterr().err.splitlines()
     return line
@@ -189,6 +207,9 @@ def test_what_does_not_fit_is_refused(statistics: Path, tmp_path: Path, capsys: 
     (tmp_path / "broken.dat").write_bytes(b"\x01\x00\x00\x00\xff\xff")
     assert quantized(tmp_path / "x.gguf", "--calibration", str(tmp_path / "broken.dat")) == 2
     assert "not an imatrix" in refused(capsys)
+    fp8 = ("--component", "transformer", "--to", "fp8", "-o", str(tmp_path / "x.safetensors"))
+    assert run(["quantize", "demo", *fp8, "--calibration", str(statistics)]) == 2
+    assert "--calibration: not a format that is chosen by it: got fp8, expected int4, int8, " in refused(capsys)
     assert run(["calibrate", "demo", "-o", str(tmp_path / "x.npz")]) == 2
     assert "its end says what it is" in refused(capsys)
     assert not (tmp_path / "x.gguf").exists()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from zimage_lite.errors import FileFormatError
 from zimage_lite.quant import bnb
+from zimage_lite.quant.inputs import Inputs
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,25 @@ def test_bitsandbytes_reads_what_we_write(library: Any, name: str, nested: int) 
     else:
         assert torch.equal(stored[".absmax"], theirs.absmax)
     assert relative_error(ours, x) <= relative_error(library.dequantize_4bit(packed, theirs), x) * 1.0001
+
+
+@pytest.mark.slow  # bitsandbytes takes seconds to load
+@pytest.mark.parametrize("nested", [256, 0])
+@pytest.mark.parametrize("effort", ["reference", "best"])
+def test_bitsandbytes_reads_what_is_calibrated(library: Any, effort: str, nested: int) -> None:
+    codec: Any = CODECS["nf4"]
+    shape = (130, 1088)
+    x, options = weights(*shape), {**codec.options(1088), "nested_blocksize": nested}
+    hessian = torch.eye(1088).add_(0.5).unsqueeze(0)
+    parts = codec.quantize(x, options, effort, Inputs(torch.full((1088,), 1.5), hessian))
+    stored = as_stored(codec, parts, shape, options)
+    state = library.QuantState.from_dict(
+        {suffix[1:]: part for suffix, part in stored.items() if suffix}, device=torch.device("cpu")
+    )
+    state.dtype = torch.float32
+    theirs = library.dequantize_4bit(stored[""], state)
+    assert torch.equal(theirs, codec.dequantize(parts, 1088, options))
+    assert relative_error(theirs, x) < 0.15
 
 
 def test_bitsandbytes_rows_are_cut() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from oracles import relative_error
 
 from zimage_lite.errors import FileFormatError
 from zimage_lite.quant import comfy
+from zimage_lite.quant.inputs import Inputs
 from zimage_lite.quant.int8 import Int8Codec
 
 pytestmark = pytest.mark.slow  # loads comfy-kitchen, and with it torch's compiler
@@ -97,10 +99,11 @@ def test_reads_every_kind_of_int4(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("shape", [(64, 1024), (33, 192), (40, 208)])  # rotated by 256, 64 and 16
 @pytest.mark.parametrize("effort", ["fast", "reference", "best"])
-def test_comfy_kitchen_reads_our_int4(shape: tuple[int, int], effort: str) -> None:
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_comfy_kitchen_reads_our_int4(shape: tuple[int, int], effort: str, calibrated: bool) -> None:
     x, codec = weights(*shape), CODECS["int4"]
     options = codec.options(shape[1])
-    parts = codec.quantize(x, options, effort)
+    parts = codec.quantize(x, options, effort, Inputs(torch.linspace(0, 1, shape[1])) if calibrated else None)
     stored = as_stored(codec, parts, shape, options)
     params = AsymW4A8Int8Layout.Params(
         scale=stored["_s_rel"], s_channel=stored["_s_channel"], codebook=stored["_codebook"], orig_dtype=torch.float32,
@@ -123,6 +126,18 @@ def test_int4_is_nearer_than_comfy_kitchens() -> None:
     assert errors["best"] < errors["reference"] < errors["fast"] <= theirs * 1.003
     assert errors["reference"] < theirs * 0.99
     assert errors["best"] < theirs * 0.98
+
+
+@pytest.mark.parametrize("group", [0, 16, 64, 256])
+@pytest.mark.parametrize("effort", ["reference", "best"])
+def test_comfy_kitchen_reads_calibrated_int8(group: int, effort: str) -> None:
+    x, codec = weights(50, 768), Int8Codec()
+    rotation = {"convrot": True, "convrot_groupsize": group} if group else {}
+    _, params = TensorWiseINT8Layout.quantize(x, per_channel=True, **rotation)
+    parts = codec.quantize(x, {"group": group}, effort, Inputs(torch.linspace(0, 1, 768)))
+    theirs = TensorWiseINT8Layout.dequantize(parts[""], replace(params, scale=parts["_scale"]))
+    assert close(codec.dequantize(parts, 768, {"group": group}), theirs, ROTATED)
+    assert relative_error(theirs, x) < 0.02
 
 
 @pytest.mark.parametrize("group", [0, 16, 64, 256, 1024])

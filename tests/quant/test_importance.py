@@ -169,7 +169,7 @@ def test_each_round_makes_it_better(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert known.hessian is not None
     hessian, errors = dampened(known.hessian[0]).float(), []
     for rounds in range(3):
-        monkeypatch.setattr("zimage_lite.quant.ggml.ROUNDS", rounds)
+        monkeypatch.setattr("zimage_lite.quant.compensate.ROUNDS", rounds)
         gap = by_gguf_py(name, FORMATS[name].codec.quantize(x, {}, "best", known)[""]) - x
         errors.append((gap @ hessian * gap).sum(1))
     assert (errors[1] < errors[0]).all() and (errors[2] <= errors[1]).all()

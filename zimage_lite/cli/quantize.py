@@ -64,7 +64,7 @@ WORST = 5  # tensors that --verify names
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Statistics that `zimage-lite calibrate` gathered, or an imatrix: errors count as the transformer's inputs "
-    "make them count. best also makes up for each column's error in the others.",
+    "make them count. best also makes up for each column's error in the others. For GGUF types, int8, int4 and nf4.",
 )
 @click.option(
     "--device",

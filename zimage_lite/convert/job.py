@@ -20,7 +20,7 @@ from . import streaming
 from .allocation import allocated
 from .fidelity import TensorError
 from .output_file import output_tensors, require_overrides_fit
-from .recipe import Target
+from .recipe import Target, target, targets
 from .tokenizers import tokenizer_metadata
 
 Progress = Callable[[int, int], None]  # source bytes done, in all
@@ -95,8 +95,9 @@ def prepare(out: Path, sources: Sequence[Checkpoint], job: Job) -> None:
     _require_apart(out, {*adapters, *(file for source in sources for file in _files_read(source))})
     require_overrides_fit(job.target, sources[0])
     if job.options.calibration:
-        if job.target.container != "gguf":
-            raise UserError("--calibration is for GGUF formats", got=job.target.name)
+        if not job.target.calibrated:
+            fits = ", ".join(name for name in targets() if target(name).calibrated)
+            raise UserError("--calibration: not a format that is chosen by it", got=job.target.name, expected=fits)
         _require_statistics_of(sources[0], job.options.calibration)
     for leftover in clear_leftovers(out):
         job.note(f"an earlier run was killed before it had finished: {leftover.name} was cleared away")

@@ -159,6 +159,11 @@ class Target:
     def lossy(self) -> bool:
         return FORMATS[self.recipes["transformer"].format].lossy
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether its transformer is quantized by what is known of weights' inputs."""
+        return FORMATS[self.recipes["transformer"].format].calibrated
+
     def recipe(self, component: str) -> Recipe:
         recipe = self.recipes[component]
         return replace(recipe, keep=(), rules=(*self.overrides, *recipe._all_rules))

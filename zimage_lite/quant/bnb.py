@@ -9,6 +9,8 @@ one float32 for 256 of them, plus one offset. That offset and the sizes are JSON
 Blocks run over the flat tensor. If 64 divides the row, codes and absmax are cut by rows as well; a nested_absmax is for
 256 blocks wherever they lie, so options["first_row"] says where the parts begin.
 
+Where it is known what rows are multiplied by, scales and codes are chosen by that; they mean the same to whoever reads.
+
 8 bits: w = code * SCB / 127, SCB the row's largest |w|. Source: bitsandbytes 0.50.2.
 """
 
@@ -24,12 +26,16 @@ from torch import Tensor
 
 from ..errors import FileFormatError
 from ..units import round_up
+from .compensate import compensated
 from .formats import Codec, Format, Layout, Options, Parts, Shapes
 from .inputs import Inputs
+from .levels import Free, Levels, Scales, nearest, searched
 from .pieces import by_pieces, count_below, pack_nibbles, unpack_nibbles, widen
 
 BLOCK, NESTED_BLOCK = 64, 256
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # that bitsandbytes knows
+PIECE_COMPENSATED = 2**22  # weights: fewer would be columns too short to be worth a step of Python's
+_OFFSET = ".nested_offset"  # while a tensor is quantized
 STATE_BYTES = 256  # the JSON is padded with spaces, so that its size is known before the offset is
 
 # Quantiles of a normal distribution, with a level at 0. QLoRA, arXiv 2305.14314.
@@ -116,6 +122,8 @@ class FourBitCodec(Codec):
         levels = torch.tensor(_LEVELS[self.quant_type], device=x.device)
         ordered, order = levels.sort(stable=True)
         bounds = (ordered[1:] + ordered[:-1]) / 2
+        if inputs is not None and self.quant_type == "nf4":
+            return self._written(_weighed(x, levels, options, effort, inputs), x, options)
 
         def pack(piece: slice) -> Parts:
             blocks = x[piece].reshape(-1, size)
@@ -127,12 +135,19 @@ class FourBitCodec(Codec):
             return {"": packed, ".absmax": absmax.view(-1, columns // size)}
 
         parts = by_pieces(rows, columns, pack)
-        state = {"quant_type": self.quant_type, "blocksize": size, "dtype": options["dtype"], "shape": [rows, columns]}
         if nested:
-            scales, offset = _nest(parts[".absmax"], nested)
-            parts |= scales
+            parts |= _nest(parts[".absmax"], nested)
+        return self._written(parts, x, options)
+
+    def _written(self, parts: Parts, x: Tensor, options: Options) -> Parts:
+        """With what readers want to know beside it. parts: with the offset of double quantization, if there is one, as
+        a tensor."""
+        kind, size, shape = self.quant_type, options["blocksize"], list(x.shape)
+        state = {"quant_type": kind, "blocksize": size, "dtype": options["dtype"], "shape": shape}
+        if _OFFSET in parts:
+            nested, offset = options["nested_blocksize"], parts.pop(_OFFSET).item()
             state |= {"nested_blocksize": nested, "nested_dtype": "float32", "nested_offset": offset}
-        text = json.dumps(state).encode().ljust(STATE_BYTES)
+        text, levels = json.dumps(state).encode().ljust(STATE_BYTES), torch.tensor(_LEVELS[kind], device=x.device)
         return {**parts, ".quant_map": levels, self.state_part: torch.tensor(list(text), dtype=torch.uint8)}
 
     def dequantize(self, parts: Parts, columns: int, options: Options) -> Tensor:
@@ -164,8 +179,81 @@ class FourBitCodec(Codec):
         return parts[".nested_quant_map"].index_select(0, codes.int()).mul_(scales).add_(options["offset"])
 
 
-def _nest(absmax: Tensor, size: int) -> tuple[Parts, float]:
-    """Double quantization of the scales: the four parts, and the offset."""
+class _NestedScales:
+    """What blocks can be multiplied by with double quantization: a number of the map times one of theirs, and more than
+    0. Stored as indices, int64. nested: [blocks] float32, the scales of scales."""
+
+    def __init__(self, levels: Tensor, nested: Tensor, offset: Tensor) -> None:
+        self.table, self.nested, self.offset, self.map = levels, nested, offset, nested_map().to(levels.device)
+        self.borders = (self.map[1:] + self.map[:-1]) / 2
+        self.least = torch.searchsorted(self.map, -offset / nested.clamp(min=1e-38), right=True).clamp(max=255)
+
+    def near(self, scale: Tensor) -> list[Tensor]:
+        stored = torch.bucketize((scale - self.offset) / self.nested.clamp(min=1e-38), self.borders)
+        return [torch.maximum(stored + step, self.least).clamp_(max=255) for step in (0, -1, 1)]
+
+    def value(self, stored: Tensor) -> Tensor:
+        return self.map[stored] * self.nested + self.offset
+
+    def levels(self, stored: Tensor) -> Tensor:
+        return self.table.unsqueeze(1) * self.value(stored)
+
+
+def _weighed(x: Tensor, levels: Tensor, options: Options, effort: str, inputs: Inputs) -> Parts:
+    """Scales are searched as if any could be stored; with double quantization those that are near them in what can be
+    stored then. `best` starts from these once more, in turn from left to right."""
+    rows, columns = x.shape
+    size, nested = options["blocksize"], options.get("nested_blocksize", 0)
+    counted, free = inputs.squares.to(x.device).view(-1, size).t(), Free(levels)
+
+    def columns_of(piece: slice) -> tuple[Tensor, Tensor]:
+        """[size, blocks] of weights, and of what their errors count"""
+        own = x[piece].reshape(-1, size).t().contiguous()
+        return own, counted.repeat(1, own.shape[1] // counted.shape[1])
+
+    def search(piece: slice) -> Parts:
+        return {".absmax": searched(free, *columns_of(piece)).view(-1, columns // size)}
+
+    parts = by_pieces(rows, columns, search)
+    if nested:
+        parts = _nest(parts[".absmax"], nested)
+    place = torch.arange(rows * (columns // size), device=x.device).view(rows, -1)
+
+    def scales_of(blocks: Tensor) -> Scales:
+        return _NestedScales(levels, parts[".nested_absmax"][blocks // nested], parts[_OFFSET]) if nested else free
+
+    def pack(piece: slice) -> Parts:
+        own, weights = columns_of(piece)
+        scales = scales_of(place[piece].flatten())
+        stored = searched(scales, own, weights)
+        return _packed_4bit(
+            nearest(scales.levels(stored), own).t().reshape(-1, columns), stored.view(-1, columns // size)
+        )
+
+    def compensate(piece: slice) -> Parts:
+        def fit(number: int, block: Tensor, counted: Tensor) -> Levels:
+            scales = scales_of(place[piece, number])
+            return Levels(scales, size, searched(scales, block.t().contiguous(), counted.unsqueeze(1)))
+
+        blocks = compensated(x[piece], inputs, size, fit)
+        codes = torch.cat([block.codes for block in blocks]).t().contiguous()
+        return _packed_4bit(codes, torch.stack([block.stored for block in blocks], dim=1))
+
+    if effort == "best" and inputs.hessian is not None:
+        return parts | by_pieces(rows, columns, compensate, PIECE_COMPENSATED)
+    return parts | by_pieces(rows, columns, pack)
+
+
+def _packed_4bit(codes: Tensor, stored: Tensor) -> Parts:
+    """codes: [rows, columns] uint8; stored: [rows, blocks], scales or the codes of them"""
+    return {
+        "": pack_nibbles(codes, high_first=True),
+        ".absmax": stored if stored.is_floating_point() else stored.byte(),
+    }
+
+
+def _nest(absmax: Tensor, size: int) -> Parts:
+    """Double quantization of the scales: the parts, and the offset."""
     levels = nested_map().to(absmax.device)
     offset = absmax.flatten().mean()
     blocks = (absmax.flatten() - offset).split(size)
@@ -173,7 +261,7 @@ def _nest(absmax: Tensor, size: int) -> tuple[Parts, float]:
     scaled = [block * (1.0 / scale.clamp(min=1e-38)) for block, scale in zip(blocks, scales, strict=True)]
     codes = torch.bucketize(torch.cat(scaled), (levels[1:] + levels[:-1]) / 2, out_int32=True).byte()
     parts = {".absmax": codes.view(absmax.shape), ".nested_absmax": scales, ".nested_quant_map": levels}
-    return parts, offset.item()
+    return parts | {_OFFSET: offset}
 
 
 class EightBitCodec(Codec):

@@ -8,7 +8,8 @@ int4   rows are rotated by ConvRot; 16 columns share an e4m3 scale and a row a f
        a correction to add to each group.
 convrot_w4a4  signed nibbles and one scale per row, rotated
 
-Source of layouts and codebook: comfy-kitchen 0.2.40. The group scales are chosen better than there.
+Source of layouts and codebook: comfy-kitchen 0.2.40. The group scales are chosen better than there, and where it is
+known what rows are multiplied by, by that: H as it is after the rotation.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import torch
 from torch import Tensor
 from zimage_kernels import hadamard_rotate
 
+from .compensate import compensated
 from .formats import Codec, Format, Layout, Options, Parts, Shapes
 from .inputs import Inputs
 from .int8 import rotation_group
-from .pieces import by_pieces, count_below, unpack_nibbles, widen
+from .levels import Levels, searched
+from .pieces import by_pieces, count_below, pack_nibbles, unpack_nibbles, widen
 
 SCALE_GROUP = 16
 
@@ -66,10 +69,15 @@ class Int4Codec(Codec):
 
     def quantize(self, x: Tensor, options: Options, effort: str = "reference", inputs: Inputs | None = None) -> Parts:
         codebook = torch.tensor(_CODEBOOK, device=x.device)
-        group = options["scale_group"]
+        group, known = options["scale_group"], None if inputs is None else inputs.rotated(options["group"])
+        counted = None if known is None else known.squares.to(x.device)
+        if known is not None and effort == "best":
+            rotated = hadamard_rotate(x, options["group"])
+            return {**_compensated_int4(rotated, group, codebook, known), "_codebook": codebook}
 
         def pack(piece: slice) -> Parts:
-            return _pack_int4(hadamard_rotate(x[piece], options["group"]), group, codebook, effort)
+            rotated = hadamard_rotate(x[piece], options["group"])
+            return _pack_int4(rotated, group, codebook, effort, counted)
 
         return {**by_pieces(x.shape[0], x.shape[1], pack), "_codebook": codebook}
 
@@ -104,37 +112,78 @@ def _levels(packed: Tensor, columns: int, codebook: Tensor | None) -> Tensor:
     return low.add_(high.view(-1, columns), alpha=16)
 
 
-def _pack_int4(rotated: Tensor, group: int, codebook: Tensor, effort: str) -> Parts:
-    """Works on [columns of a group, groups]: sums over a group are then sums of long rows."""
+def _channel(rotated: Tensor, codebook: Tensor) -> Tensor:
+    """[rows, 1]: the row's largest level becomes 127. Below 1e-30 everything is 0."""
+    return (rotated.abs().amax(1, keepdim=True) * (codebook.abs().amax() / 127)).clamp_(min=1e-30)
+
+
+def _pack_int4(rotated: Tensor, group: int, codebook: Tensor, effort: str, counted: Tensor | None = None) -> Parts:
+    """Works on [columns of a group, groups]: sums over a group are then sums of long rows. counted: [columns], what
+    squared errors count."""
     rows, columns = rotated.shape
+    channel = _channel(rotated, codebook)
     x = rotated.view(-1, group).t().contiguous()
     extreme = x.abs().amax(0).view(rows, -1)
-    # The row's largest level becomes 127. Below 1e-30 everything is 0.
-    channel = (extreme.amax(1, keepdim=True) * (codebook.abs().amax() / 127)).clamp_(min=1e-30)
     x.view(group, rows, -1).div_(channel)
-    scale = _best_scale(x, (extreme / channel).flatten().to(torch.float8_e4m3fn), codebook, _STEPS[effort])
+    start = (extreme / channel).flatten().to(torch.float8_e4m3fn)
+    weights = None if counted is None else counted.view(-1, group).t().repeat(1, rows)
+    scale = _best_scale(x, start, codebook, _STEPS[effort], weights)
     if effort == "best":
         levels = (codebook.unsqueeze(1) * scale.float()).round_().clamp_(-127, 127)
         codes = count_below(x, (levels[1:] + levels[:-1]).div_(2))
     else:  # loses 0.2 % of the error, and takes a sixth of the time
         codes = _nearest_codes(codebook).index_select(0, _cells(x, scale.float()).flatten()).view(x.shape)
-    packed = codes[0::2] | (codes[1::2] << 4)
-    return {
-        "": packed.t().reshape(rows, columns // 2).view(torch.int8),
-        "_s_rel": scale.view(rows, -1),
-        "_s_channel": channel,
-    }
+    return _packed(codes.t().reshape(rows, columns), scale.view(rows, -1), channel)
 
 
-def _best_scale(x: Tensor, start: Tensor, codebook: Tensor, steps: tuple[int, ...]) -> Tensor:
-    """For each group the e4m3 scale near `start` that reproduces it best. x: [columns of a group, groups]."""
+def _packed(codes: Tensor, scale: Tensor, channel: Tensor) -> Parts:
+    """codes: [rows, columns] uint8"""
+    return {"": pack_nibbles(codes, high_first=False).view(torch.int8), "_s_rel": scale, "_s_channel": channel}
+
+
+class _GroupScales:
+    """What the groups of rows can be multiplied by: e4m3 numbers, stored as their bits in int16, times the row's
+    scale. channel: [rows]."""
+
+    def __init__(self, codebook: Tensor, channel: Tensor) -> None:
+        self.codebook, self.channel = codebook, channel
+
+    def near(self, scale: Tensor) -> list[Tensor]:
+        stored = (scale / self.channel).clamp(max=448).to(torch.float8_e4m3fn).view(torch.uint8).short()
+        return [(stored + step).clamp(0, _E4M3_LARGEST) for step in (0, -1, 1)]
+
+    def value(self, stored: Tensor) -> Tensor:
+        return stored.byte().view(torch.float8_e4m3fn).float() * self.channel
+
+    def levels(self, stored: Tensor) -> Tensor:
+        relative = stored.byte().view(torch.float8_e4m3fn).float()
+        return (self.codebook.unsqueeze(1) * relative).round_().clamp_(-127, 127).mul_(self.channel)
+
+
+def _compensated_int4(rotated: Tensor, group: int, codebook: Tensor, known: Inputs) -> Parts:
+    channel = _channel(rotated, codebook)
+    scales = _GroupScales(codebook, channel.flatten())
+
+    def fit(number: int, block: Tensor, counted: Tensor) -> Levels:
+        return Levels(scales, group, searched(scales, block.t().contiguous(), counted.unsqueeze(1)))
+
+    blocks = compensated(rotated, known, group, fit)
+    codes = torch.cat([block.codes for block in blocks]).t().contiguous()
+    stored = torch.stack([block.stored for block in blocks], dim=1)
+    return _packed(codes, stored.byte().view(torch.float8_e4m3fn), channel)
+
+
+def _best_scale(x: Tensor, start: Tensor, codebook: Tensor, steps: tuple[int, ...], weights: Tensor | None) -> Tensor:
+    """For each group the e4m3 scale near `start` that reproduces it best. x: [columns of a group, groups]; weights:
+    the same, of squared errors, if they differ."""
     nearest = codebook[_nearest_codes(codebook).int()]
     best_scale, best_error = start.view(torch.uint8), torch.full_like(x[0], torch.inf)
     for step in steps:
         scale = (start.view(torch.uint8).short() + step).clamp_(0, _E4M3_LARGEST).byte()
         wide = scale.view(torch.float8_e4m3fn).float()
         levels = nearest.index_select(0, _cells(x, wide).flatten()).view(x.shape)
-        error = levels.mul_(wide).round_().clamp_(-127, 127).sub_(x).square_().sum(0)
+        squared = levels.mul_(wide).round_().clamp_(-127, 127).sub_(x).square_()
+        error = (squared if weights is None else squared.mul_(weights)).sum(0)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)

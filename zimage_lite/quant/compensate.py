@@ -11,12 +11,13 @@ costs a fifth to a quarter of the error.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from .inputs import Span
+from .inputs import Inputs, Span
 
 ROUNDS = 2  # of scales and columns; a third gains 2 %
 _STEP = 32  # columns whose errors are kept back from those further on
@@ -44,6 +45,21 @@ class Scaled(Nearest, Protocol):
 
 
 Block = TypeVar("Block", bound=Nearest)
+Refitted = TypeVar("Refitted", bound=Scaled)
+
+
+def compensated(x: Tensor, inputs: Inputs, size: int, fit: Callable[[int, Tensor, Tensor], Refitted]) -> list[Refitted]:
+    """x: [rows, columns] float32 -> its blocks of so many columns, from left to right. fit: as of `rounded`, given how
+    many blocks come before, too."""
+    columns, numbers, found = x.t().contiguous(), count(), list[Refitted]()
+    for known in inputs.spans(size):
+        span = Span(*(part.to(x.device) for part in known))
+        own, columns = columns[: len(span.hessian)], columns[len(span.hessian) :]
+        blocks = rounded(own.clone(), span.factor, size, lambda *block: fit(next(numbers), *block))
+        for _ in range(ROUNDS):
+            improve(own, blocks, span)
+        found += blocks
+    return found
 
 
 def rounded(x: Tensor, factor: Tensor, size: int, fit: Callable[[Tensor, Tensor], Block]) -> list[Block]:

@@ -113,6 +113,11 @@ class Format:
         """Bits per weight of a square tensor, scales included."""
         return self.nbytes(columns, columns) * 8 / columns**2
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether it is quantized better where it is known what weights are multiplied by."""
+        return self.writable and (self.family == "ggml" or self.name in ("int8", "int4", "nf4"))
+
     def part_name(self, tensor: str, suffix: str) -> str:
         """What a part is called in the file. tensor: "<layer>.weight"."""
         leaf = self.codec.names.get(suffix)

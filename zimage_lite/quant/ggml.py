@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import UserError
 from . import blocks, flat, kquants
 from .cells import Cells
-from .compensate import ROUNDS, improve, rounded
+from .compensate import compensated
 from .formats import GGML_TYPES, Codec, Format, Layout, Options, Parts
 from .importance import Importance
 from .inputs import Inputs
@@ -45,18 +45,11 @@ class BlockCodec(Codec):
         return {"": self.pack(blocks, effort, importance=importance).reshape(x.shape[0], -1)}
 
     def _compensated(self, x: Tensor, inputs: Inputs) -> Tensor:
-        columns, found = x.t().contiguous(), list[Cells]()
-        for span in inputs.spans(self.block):
-            own = columns[: len(span.hessian)]
-            blocks = rounded(own.clone(), span.factor, self.block, self._cells)
-            for _ in range(ROUNDS):
-                improve(own, blocks, span)
-            columns = columns[len(own) :]
-            found += blocks
+        found = compensated(x, inputs, self.block, self._cells)
         encode = partial(flat.bits, self.name) if self.name in flat.GRIDS else PACK_BITS[self.name]
         return torch.cat([encode(cells.scales, cells.codes.t().contiguous()) for cells in found], dim=1)
 
-    def _cells(self, block: Tensor, counted: Tensor) -> Cells:
+    def _cells(self, number: int, block: Tensor, counted: Tensor) -> Cells:
         """Whose scales are searched when the errors of the blocks before it have been made up for in it."""
         searches, importance = compiled(block), Importance.of(self.name, block, counted, self.block)
         if self.name in flat.GRIDS:

@@ -13,16 +13,16 @@ from .formats import Parts
 PIECE_WEIGHTS = 2**20
 
 
-def row_pieces(rows: int, columns: int) -> Iterator[slice]:
-    step = max(PIECE_WEIGHTS // max(columns, 1), 1)
+def row_pieces(rows: int, columns: int, weights: int = PIECE_WEIGHTS) -> Iterator[slice]:
+    step = max(weights // max(columns, 1), 1)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
-def by_pieces(rows: int, columns: int, work: Callable[[slice], Parts]) -> Parts:
-    """What `work` makes of all rows, a few at a time. Its parts have a row for each row."""
+def by_pieces(rows: int, columns: int, work: Callable[[slice], Parts], weights: int = PIECE_WEIGHTS) -> Parts:
+    """What `work` makes of all rows, about so many weights at a time. Its parts have a row for each row."""
     out: Parts = {}
-    for piece in row_pieces(rows, columns):
+    for piece in row_pieces(rows, columns, weights):
         parts = work(piece)
         if piece.stop - piece.start == rows:
             return parts
