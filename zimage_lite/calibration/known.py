@@ -34,6 +34,9 @@ class Calibration:
     _kept: OrderedDict[str, Inputs] = field(default_factory=OrderedDict, compare=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, compare=False)
 
+    def inputs_known(self, weight: str) -> bool:
+        return input_of(weight) in self.squares
+
     def inputs(self, weight: str) -> Inputs | None:
         """Of a weight, by its canonical name; None: nothing is known of them."""
         name = input_of(weight)

@@ -57,11 +57,17 @@ class TensorWriter:
 @contextmanager
 def open_writer(path: Path, header: bytes, total_bytes: int) -> Iterator[TensorWriter]:
     """Yields a writer; on success the finished file replaces `path`, on any failure nothing is left."""
-    with replacing(path) as partial:
-        require_space(path.parent, total_bytes)
-        with open(partial, "w+b", buffering=0) as file:
-            file.truncate(total_bytes)
-            writer = TensorWriter(file)
-            writer._put(0, header)
-            yield writer
-            os.fsync(file.fileno())
+    with replacing(path) as partial, open_new(partial, header, total_bytes) as writer:
+        yield writer
+
+
+@contextmanager
+def open_new(path: Path, header: bytes, total_bytes: int) -> Iterator[TensorWriter]:
+    """Yields a writer of a file that is there at once, for a `path` that is a temporary one."""
+    require_space(path.parent, total_bytes)
+    with open(path, "w+b", buffering=0) as file:
+        file.truncate(total_bytes)
+        writer = TensorWriter(file)
+        writer._put(0, header)
+        yield writer
+        os.fsync(file.fileno())

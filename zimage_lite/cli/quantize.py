@@ -11,7 +11,7 @@ import click
 
 from ..checkpoint.hub import is_hub_id
 from ..checkpoint.model_card import model_folder
-from ..config import Lora
+from ..config import REPAIR_RANK, Lora
 from ..convert.recipe import targets
 from ..quant.formats import EFFORTS
 from ..units import format_gb
@@ -66,6 +66,14 @@ WORST = 5  # tensors that --verify names
     help="Statistics that `zimage-lite calibrate` gathered, or an imatrix: errors count as the transformer's inputs "
     "make them count. best also makes up for each column's error in the others. For GGUF types, int8, int4 and nf4.",
 )
+@click.option(
+    "--repair",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write a LoRA beside, .safetensors, that takes back part of what quantizing makes wrong, for generate --lora. "
+    "Needs --calibration.",
+)
+@click.option("--repair-rank", type=click.IntRange(1), default=REPAIR_RANK, show_default=True, help="Of that LoRA.")
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),

@@ -20,6 +20,7 @@ MAX_STEPS = 1000  # as many as the model was trained with
 MAX_LORA_STRENGTH = 100  # as ComfyUI has it
 TILED_PIXELS = 2048 * 2048  # above, a picture that is drawn over is denoised in tiles: as much as the card names
 PREVIEW_BYTES = 150 * 10**6  # of RAM for previews by TAEF1 of 256 pixels: 116 MB more were measured (AVX2)
+REPAIR_RANK = 32  # of what is written beside a quantized transformer: 0.25 bits for each of the true model's weights
 DEFAULT_STRENGTH = 0.6  # of drawing a picture over; of what a mask names, 1
 RANDOM_SEED = -1  # stands for one that is drawn
 

@@ -92,14 +92,19 @@ def prepare(out: Path, sources: Sequence[Checkpoint], job: Job) -> None:
     """All that can be refused before anything is written, and what an earlier, killed run left behind."""
     require_absent(out, job.overwrite)
     adapters = [file_of(place_of(lora.path)) for lora in job.loras]
-    _require_apart(out, {*adapters, *(file for source in sources for file in _files_read(source))})
+    read = {*adapters, *(file for source in sources for file in _files_read(source))}
+    outputs = [out] if job.options.repair is None else [out, job.options.repair.out]
+    for output in outputs:
+        _require_apart(output, read)
+    if out.resolve() in {place.resolve() for output in outputs[1:] for place in (output, *output.absolute().parents)}:
+        raise UserError(f"{outputs[1]}: lies in the output", fix="choose another name for --repair")
     require_overrides_fit(job.target, sources[0])
     if job.options.calibration:
         if not job.target.calibrated:
             fits = ", ".join(name for name in targets() if target(name).calibrated)
             raise UserError("--calibration: not a format that is chosen by it", got=job.target.name, expected=fits)
         _require_statistics_of(sources[0], job.options.calibration)
-    for leftover in clear_leftovers(out):
+    for leftover in (leftover for output in outputs for leftover in clear_leftovers(output)):
         job.note(f"an earlier run was killed before it had finished: {leftover.name} was cleared away")
     require_absent(out, job.overwrite)  # again, for an old folder may have come back
 

@@ -30,13 +30,15 @@ MARKER_ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class OutTensor:
-    """A tensor of the output under its name there, and the canonical tensors whose rows it holds, in order."""
+    """A tensor of the output under its name there, and what its rows are read from, in order. members: the canonical
+    tensors that they are, of which several may be read as one."""
 
     name: str
     format: Format
     shape: tuple[int, ...]
     sources: tuple[StoredTensor, ...]
     options: Options = field(default_factory=dict)
+    members: tuple[StoredTensor, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -93,14 +95,15 @@ def output_tensors(source: Checkpoint, target: Target) -> list[OutTensor]:
     n_layers = _n_layers(source.tensors)
     out = []
     for name, members in _names(source, target.container).items():
-        parts = _joined(tuple(source.tensors[member] for member in members))
+        stored = tuple(source.tensors[member] for member in members)
+        parts = _joined(stored)
         shape = parts[0].shape
         if len(parts) > 1:
             shape = (sum(part.shape[0] for part in parts), *shape[1:])
         if name.endswith("pad_token"):
             shape = (1, shape[-1])  # diffusers and ComfyUI refuse [3840]; stable-diffusion.cpp takes both
         row = recipe.format_of((*members, name), shape, parts[0].format, n_layers)
-        out.append(OutTensor(name, row, shape, parts, row.codec.options(rows_columns(shape)[1])))
+        out.append(OutTensor(name, row, shape, parts, row.codec.options(rows_columns(shape)[1]), stored))
     return sorted(out, key=lambda tensor: (_block_order(tensor.name), -math.prod(tensor.shape), tensor.name))
 
 

@@ -16,7 +16,7 @@ from ..checkpoint.impostors import no_such
 from ..checkpoint.model_files import find_component
 from ..checkpoint.output import require_absent
 from ..checkpoint.weight_files import WEIGHT_SUFFIXES, is_weight_file
-from ..config import Lora
+from ..config import REPAIR_RANK, Lora
 from ..errors import UserError
 from ..quant.formats import EFFORTS
 from .complete import open_complete
@@ -24,6 +24,7 @@ from .job import Job, Note, Progress, Written, convert_part, expect, prepare, so
 from .merging import with_merged
 from .model_folder import quantize_model
 from .recipe import KEEP, overridden, target
+from .repair import repairing
 from .streaming import Options
 
 
@@ -38,6 +39,8 @@ def quantize(
     tensors: Sequence[str] = (),
     effort: str = "reference",
     calibration: Path | None = None,
+    repair: Path | None = None,
+    repair_rank: int = REPAIR_RANK,
     device: str = "cpu",
     measure: bool = False,
     verify: bool = False,
@@ -56,7 +59,8 @@ def quantize(
 
     out: default is the source's name with the format added, in the current folder. keep: patterns of tensors that stay
     16-bit; tensors: PATTERN=FORMAT; of a model, both are about its transformer. calibration: statistics, or an
-    imatrix, that errors in the transformer are weighed by. merge_loras: adapters that become part of the transformer.
+    imatrix, that errors in the transformer are weighed by. repair: a file for a LoRA of repair_rank that takes back
+    part of them. merge_loras: adapters that become part of the transformer.
     measure: decode everything again and compare; verify: read it back as well.
     """
     chosen = overridden(target(to), keep, tensors)
@@ -69,18 +73,27 @@ def quantize(
     if out is not None:
         require_absent(out, overwrite)
     known = read_statistics(calibration) if calibration else None
-    options = Options(device, effort, measure or verify, verify, known)
     parts = tuple(COMPONENTS) if component == "all" else (component,)
-    with _files(source, revision, discard_source, out, parts, downloaded) as files:
+    with (
+        repairing(repair, repair_rank, known is not None, overwrite) as beside,
+        _files(source, revision, discard_source, out, parts, downloaded) as files,
+    ):
+        options = Options(device, effort, measure or verify, verify, known, beside)
         job = Job(chosen, part, options, overwrite, progress, note, files, merge_loras)
         single = _single_file(files.path, component)
         if single is None:
-            return quantize_model(files.path, out, job)
+            return _told(quantize_model(files.path, out, job), job)
         if component == "text_encoder" and text_encoder_to not in (None, KEEP, to):
             raise UserError(
                 "--to and --text-encoder-to disagree", fix="with --component text_encoder, name one of them"
             )
-        return [_quantize_file(single, out, files.path, None if component == "all" else component, job)]
+        return _told([_quantize_file(single, out, files.path, None if component == "all" else component, job)], job)
+
+
+def _told(written: list[Written], job: Job) -> list[Written]:
+    if job.options.repair is not None:
+        job.note(job.options.repair.told())
+    return written
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from ..quant.tensor import TORCH_DTYPES, QTensor
 from .fidelity import Sums, TensorError, sums
 from .output_file import OutputFile, OutTensor, lay_out, metadata, output_tensors
 from .recipe import Target
+from .repair import Repair, RepairWriter, open_repair
 
 CHUNK_WEIGHTS = 2**22  # smaller ones cost more in system calls and in waiting for Python's lock
 IN_FLIGHT_WEIGHTS = 100_000_000  # two of the largest tensors, in float32 and packed: 0.6 GB
@@ -49,13 +50,14 @@ class Files(Protocol):
 @dataclass(frozen=True)
 class Options:
     """How to convert. measure: decode everything again and compare; verify: read it back from the file as well;
-    calibration: what the weights are multiplied by."""
+    calibration: what the weights are multiplied by; repair: a file of what takes back errors, to be written beside."""
 
     device: str = "cpu"
     effort: str = "reference"
     measure: bool = False
     verify: bool = False
     calibration: Calibration | None = None
+    repair: Repair | None = None
 
 
 @dataclass(frozen=True)
@@ -129,16 +131,26 @@ def convert(
     options = options or Options()
     tensors = output_tensors(source, target)
     file = lay_out(tensors, target, {**metadata(source, target), **(extra or {})})
-    with open_writer(out, file.header, file.total_bytes) as writer:
+    chunks_of = list(_chunks(tensors))
+    changed = {chunk.tensor.name: chunk.tensor for chunk in chunks_of if not chunk.passes and _repairable(chunk.tensor)}
+    repair = options.repair if source.component == "transformer" else None
+    with (
+        open_writer(out, file.header, file.total_bytes) as writer,
+        open_repair(repair, changed.values(), options.calibration) as repairs,
+    ):
         for offset, content in file.markers.items():
             writer.write(offset, torch.frombuffer(bytearray(content), dtype=torch.uint8))
-        carrier = _Carrier(writer, file, options)
-        for chunks in _brought(_chunks(tensors), files):
+        carrier = _Carrier(writer, file, options, repairs)
+        for chunks in _brought(iter(chunks_of), files):
             for chunk, found in _run(carrier, chunks):
                 carrier.add(chunk, found)
                 on_bytes(chunk.source_bytes)
         source.require_unchanged()
     return carrier.errors
+
+
+def _repairable(tensor: OutTensor) -> bool:
+    return tensor.format.lossy and len(tensor.shape) == 2
 
 
 def _chunks(tensors: list[OutTensor]) -> Iterator[_Chunk]:
@@ -180,8 +192,10 @@ def _brought(chunks: Iterator[_Chunk], files: Files | None) -> Iterator[Iterable
 class _Carrier:
     """Takes a chunk from the source to the output; several threads call it at once."""
 
-    def __init__(self, writer: TensorWriter, file: OutputFile, options: Options) -> None:
-        self.writer, self.file, self.options = writer, file, options
+    def __init__(
+        self, writer: TensorWriter, file: OutputFile, options: Options, repairs: RepairWriter | None = None
+    ) -> None:
+        self.writer, self.file, self.options, self.repairs = writer, file, options, repairs
         self._sums: dict[str, tuple[OutTensor, Sums]] = {}
 
     def __call__(self, chunk: _Chunk) -> Sums | None:
@@ -189,7 +203,7 @@ class _Carrier:
         if chunk.passes:
             parts = self._passed_on(chunk)
             self._write(chunk.tensor, parts, chunk.first_row)
-            return self._measured(chunk, None, parts, chunk.rows)
+            return self._measured(chunk, None, parts, chunk.first_row, chunk.rows)
         wide = _read_wide(chunk)
         tensor, found = chunk.tensor, None
         step = chunk.rows if tensor.format.per_tensor else max(CHUNK_WEIGHTS // tensor.columns, 1)
@@ -197,7 +211,7 @@ class _Carrier:
             rows = wide[start : start + step]
             parts = _encode(tensor, rows, chunk.pieces[0].source, self.options)
             self._write(tensor, parts, chunk.first_row + start)
-            more = self._measured(chunk, rows, parts, len(rows))
+            more = self._measured(chunk, rows, parts, chunk.first_row + start, len(rows))
             found = more if found is None or more is None else found + more
         return found
 
@@ -233,13 +247,17 @@ class _Carrier:
                     f"{tensor.name}: what was written reads back differently", fix="the disk is failing, use another"
                 )
 
-    def _measured(self, chunk: _Chunk, wide: Tensor | None, parts: Parts, rows: int) -> Sums | None:
+    def _measured(self, chunk: _Chunk, wide: Tensor | None, parts: Parts, first: int, rows: int) -> Sums | None:
         """wide: the weights before they were encoded; None: they were passed on as they are."""
-        if not self.options.measure:
+        tensor, repairs = chunk.tensor, self.repairs if self.repairs and self.repairs.wants(chunk.tensor) else None
+        if not self.options.measure and repairs is None:
             return None
-        tensor = chunk.tensor
         decoded = QTensor(tensor.format, (rows, tensor.columns), dict(parts), tensor.options).dequantize()
-        return sums(decoded if wide is None else wide, decoded)
+        wide = decoded if wide is None else wide
+        found = sums(wide, decoded) if self.options.measure else None
+        if repairs is not None:
+            repairs.add(tensor, first, wide.sub(decoded) if wide is not decoded else torch.zeros_like(decoded))
+        return found
 
 
 def _read_wide(chunk: _Chunk) -> Tensor:
