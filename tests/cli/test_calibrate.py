@@ -10,6 +10,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from zimage_lite.api import open_named
 from zimage_lite.calibration import files, imatrix
@@ -213,6 +215,27 @@ def test_what_does_not_fit_is_refused(statistics: Path, tmp_path: Path, capsys: 
     assert run(["calibrate", "demo", "-o", str(tmp_path / "x.npz")]) == 2
     assert "its end says what it is" in refused(capsys)
     assert not (tmp_path / "x.gguf").exists()
+
+
+@pytest.mark.parametrize("weighing", [None, {"others": 1.0}])
+def test_what_was_weighed_otherwise_is_refused(
+    statistics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], weighing: object
+) -> None:
+    """Statistics of before it was said, and of another weight: neither used nor added to; gathered again, they are."""
+    old = tmp_path / "old.safetensors"
+    with safe_open(statistics, "pt") as file:
+        said = json.loads(file.metadata()[files.KEY])
+    said.pop("weighing")
+    save_file(load_file(statistics), old, {files.KEY: json.dumps(said | ({"weighing": weighing} if weighing else {}))})
+    before = old.read_bytes()
+    capsys.readouterr()
+    assert quantized(tmp_path / "x.gguf", "--calibration", str(old)) == 2
+    assert "old.safetensors: statistics of another version, which weighed rows differently: got" in refused(capsys)
+    assert calibrate(old, "a red circle\n") == 2
+    assert "gather them again, with calibrate --overwrite" in refused(capsys)
+    assert old.read_bytes() == before and not (tmp_path / "x.gguf").exists()
+    assert calibrate(old, "a red circle\n", "--overwrite") == 0
+    assert written(old).prompts == ["a red circle"]
 
 
 @pytest.mark.parametrize(("ram", "width"), [("100GB", 384), ("60MB", 128), ("1MB", 32)])

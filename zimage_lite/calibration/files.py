@@ -22,9 +22,9 @@ from ..errors import FileFormatError, UserError
 from ..quant.formats import DTYPE_BYTES
 from . import imatrix
 from .known import Calibration
-from .statistics import STEP_RANGES, Moments, Statistics
+from .statistics import STEP_RANGES, WEIGHING, Moments, Statistics
 
-KEY = "zimage_lite.calibration"  # metadata: config, settings and prompts as JSON
+KEY = "zimage_lite.calibration"  # metadata: config, settings, prompts and how rows were weighed, as JSON
 _COUNTS, _SQUARES, _PRODUCTS = ".counts", ".squares", ".products"
 _DTYPES = {_COUNTS: ("F64", torch.float64), _SQUARES: ("F64", torch.float64), _PRODUCTS: ("F32", torch.float32)}
 
@@ -37,6 +37,7 @@ def write(path: Path, statistics: Statistics) -> None:
     tensors = {f"{name}{part}": tensor for name, own in statistics.inputs.items() for part, tensor in _parts(own)}
     arrays = [(name, _DTYPES[_part(name)][0], tuple(tensor.shape)) for name, tensor in tensors.items()]
     said = {"config": statistics.config, "settings": statistics.settings, "prompts": statistics.prompts}
+    said["weighing"] = WEIGHING
     header, offsets = safetensors.encode_header(arrays, {KEY: json.dumps(said, ensure_ascii=False)})
     total = len(header) + sum(DTYPE_BYTES[dtype] * math.prod(shape) for _, dtype, shape in arrays)
     with open_writer(path, header, total) as writer:
@@ -84,11 +85,21 @@ def _part(name: str) -> str:
 def _said(file: TensorFile) -> dict[str, Any]:
     try:
         said = json.loads(file.metadata[KEY])
-        if {key: type(said[key]) for key in ("config", "settings", "prompts")} == _KINDS:
-            return said
+        sound = {key: type(said[key]) for key in _KINDS} == _KINDS
     except (KeyError, ValueError, TypeError, RecursionError):
-        pass
-    raise FileFormatError(f"{file.path}: no statistics", expected="what `zimage-lite calibrate` writes, or an imatrix")
+        sound = False
+    if not sound:
+        raise FileFormatError(
+            f"{file.path}: no statistics", expected="what `zimage-lite calibrate` writes, or an imatrix"
+        )
+    if said.get("weighing") != WEIGHING:
+        raise FileFormatError(
+            f"{file.path}: statistics of another version, which weighed rows differently",
+            got=str(said.get("weighing", "nothing said"))[:100],
+            expected=WEIGHING,
+            fix="gather them again, with calibrate --overwrite",
+        )
+    return said
 
 
 _KINDS = {"config": dict, "settings": dict, "prompts": list}
