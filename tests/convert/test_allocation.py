@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -76,5 +78,18 @@ def test_a_file_of_the_size_that_was_asked_for(tmp_path: Path, capsys: pytest.Ca
     capsys.readouterr()
     assert run(["inspect", str(out)]) == 0
     assert "made by the recipe auto-8bpw layers.0.attention.*=keep" in capsys.readouterr().out
-    assert run(["quantize", "demo", "--to", "auto:3bpw", *common, "--overwrite"]) == 2
-    assert "auto-3bpw: too small for this model: expected" in capsys.readouterr().err
+
+
+def test_what_is_too_small_is_refused_before_it_is_measured(
+    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The smallest that is told is refused no more, and a hundredth of a bit less still is."""
+    monkeypatch.setattr("zimage_lite.convert.allocation.choices", lambda *given, **more: pytest.fail("it measures"))
+    out = ("--component", "transformer", "-o", tmp_path / "x.gguf")
+    line = refused("quantize", "demo", "--to", "auto:3bpw", *out)
+    told = re.search(r"auto-3bpw: too small for this model: expected ([\d.]+)bpw", line)
+    assert told
+    assert "too small" in refused("quantize", "demo", "--to", f"auto:{float(told[1]) - 0.01:.2f}bpw", *out)
+    with pytest.raises(pytest.fail.Exception, match="it measures"):
+        run(["quantize", "demo", "--to", f"auto:{float(told[1]) + 0.01:.2f}bpw", *map(str, out)])
+    assert not list(tmp_path.iterdir())

@@ -41,9 +41,13 @@ class Choice:
     error: float
 
 
-def allocated(target: Target, source: Checkpoint, options: Options, progress: Callable[[int, int], None]) -> Target:
+def allocated(
+    target: Target, source: Checkpoint, options: Options, progress: Callable[[int, int], None],
+    begins: Callable[[], None] = lambda: None,
+) -> Target:  # fmt: skip
     """The target with a rule for each tensor that it shrinks. progress: bytes of tensors that were measured, and of
-    all. Raises UserError if no choice is small enough."""
+    all; begins: called before the first. Raises UserError, before anything is measured, if no choice is small
+    enough."""
     assert target.goal is not None
     tensors = output_tensors(source, target)
     shrunk = [tensor for tensor in tensors if tensor.format.lossy and len(tensor.shape) == 2]
@@ -51,6 +55,11 @@ def allocated(target: Target, source: Checkpoint, options: Options, progress: Ca
     kept = sum(tensor.nbytes for tensor in tensors) - sum(tensor.nbytes for tensor in free)
     weights = sum(tensor.rows * tensor.columns for tensor in tensors)
     budget = target.goal.bytes_of(weights) - kept
+    least = sum(min(row.nbytes(tensor.rows, tensor.columns) for row in _candidates(tensor)) for tensor in free)
+    if least > budget:
+        smallest = f"{8 * (least + kept) / weights:.2f}bpw, {format_gb(least + kept)}"
+        raise UserError(f"{target.name}: too small for this model", expected=f"{smallest} or more")
+    begins()
     threads, measured, done = torch.get_num_threads(), dict[str, list[Choice]](), 0
     torch.set_num_threads(1)
     try:
@@ -61,10 +70,6 @@ def allocated(target: Target, source: Checkpoint, options: Options, progress: Ca
                 progress(done, sum(tensor.nbytes for tensor in free))
     finally:
         torch.set_num_threads(threads)
-    least = sum(min(choice.nbytes for choice in own) for own in measured.values())
-    if least > budget:
-        smallest = f"{8 * (least + kept) / weights:.2f}bpw, {format_gb(least + kept)}"
-        raise UserError(f"{target.name}: too small for this model", expected=f"{smallest} or more")
     rules = tuple(Rule(name, choice.format) for name, choice in allocate(measured, budget).items())
     return replace(target, overrides=(*target.overrides, *rules))
 
@@ -76,14 +81,19 @@ def _overridden(tensor: OutTensor, target: Target) -> bool:
 
 def choices(tensor: OutTensor, options: Options) -> list[Choice]:
     """What the tensor could be written in."""
-    rows, x = [FORMATS[name] for name in CANDIDATES], _sampled(tensor)
-    if not rows[0].fits(tensor.columns):
-        rows = [FORMATS[name] for name in SHORT_CANDIDATES if FORMATS[name].fits(tensor.columns)]
+    x = _sampled(tensor)
     known = options.calibration.inputs(tensor.sources[0].name) if options.calibration else None
     return [
         Choice(row.name, row.nbytes(tensor.rows, tensor.columns), error_in(row, x, options.effort, known))
-        for row in rows
+        for row in _candidates(tensor)
     ]
+
+
+def _candidates(tensor: OutTensor) -> list[Format]:
+    rows = [FORMATS[name] for name in CANDIDATES]
+    if rows[0].fits(tensor.columns):
+        return rows
+    return [FORMATS[name] for name in SHORT_CANDIDATES if FORMATS[name].fits(tensor.columns)]
 
 
 def error_in(row: Format, x: Tensor, effort: str, known: Inputs | None) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from ..adapters.library import place_of
@@ -63,8 +64,8 @@ class Job:
             raise UserError(f"--to {self.target.name} measures the weights first", fix="download the model before")
         if self.options.calibration:
             _require_statistics_of(transformer, self.options.calibration)
-        self.note("measuring what each of the transformer's tensors loses in each type")
-        return replace(self, target=allocated(self.target, transformer, self.options, self.progress))
+        told = partial(self.note, "measuring what each of the transformer's tensors loses in each type")
+        return replace(self, target=allocated(self.target, transformer, self.options, self.progress, told))
 
     def target_of(self, component: str) -> Target | None:
         if component in ("vae", VISION):
