@@ -82,9 +82,14 @@ class RepairWriter:
         whole[first_row : first_row + len(gap)] = gap
         with self._lock:
             self._left[tensor.name] -= len(gap)
-            if self._left[tensor.name]:
+
+    def finish(self, tensor: OutTensor) -> None:
+        """Write what repairs it, if all of its rows are there. For whoever has added some and kept none."""
+        with self._lock:
+            if self._left.get(tensor.name) != 0:
                 return
-            del self._gaps[tensor.name]
+            del self._left[tensor.name]
+            whole = self._gaps.pop(tensor.name)
         first = 0
         for member in tensor.members:
             self._write(member, whole[first : first + member.rows])

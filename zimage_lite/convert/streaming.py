@@ -200,12 +200,13 @@ class _Carrier:
 
     def __call__(self, chunk: _Chunk) -> Sums | None:
         """What was measured of the chunk."""
-        if chunk.passes:
-            parts = self._passed_on(chunk)
-            self._write(chunk.tensor, parts, chunk.first_row)
-            return self._measured(chunk, None, parts, chunk.first_row, chunk.rows)
-        wide = _read_wide(chunk)
-        tensor, found = chunk.tensor, None
+        found = self._passed_on(chunk) if chunk.passes else self._encoded(chunk)
+        if self.repairs is not None:
+            self.repairs.finish(chunk.tensor)
+        return found
+
+    def _encoded(self, chunk: _Chunk) -> Sums | None:
+        wide, tensor, found = _read_wide(chunk), chunk.tensor, None
         step = chunk.rows if tensor.format.per_tensor else max(CHUNK_WEIGHTS // tensor.columns, 1)
         for start in range(0, chunk.rows, step):
             rows = wide[start : start + step]
@@ -227,12 +228,13 @@ class _Carrier:
             for tensor, total in self._sums.values()
         ]
 
-    def _passed_on(self, chunk: _Chunk) -> Parts:
+    def _passed_on(self, chunk: _Chunk) -> Sums | None:
         piece = chunk.pieces[0]
         packed = piece.source.read(piece.start, piece.stop)
         if not packed.is_finite():
             raise piece.source.not_finite()
-        return packed.parts
+        self._write(chunk.tensor, packed.parts, chunk.first_row)
+        return self._measured(chunk, None, packed.parts, chunk.first_row, chunk.rows)
 
     def _write(self, tensor: OutTensor, parts: Parts, first_row: int) -> None:
         for suffix, part in parts.items():
@@ -256,7 +258,7 @@ class _Carrier:
         wide = decoded if wide is None else wide
         found = sums(wide, decoded) if self.options.measure else None
         if repairs is not None:
-            repairs.add(tensor, first, wide.sub(decoded) if wide is not decoded else torch.zeros_like(decoded))
+            repairs.add(tensor, first, torch.sub(wide, decoded, out=decoded))
         return found
 
 
