@@ -46,6 +46,7 @@ def main() -> None:
         "blind": ("reference", None),
         "best": ("best", None),
         "weighted": ("reference", Inputs(squares)),
+        "weighted, best": ("best", Inputs(squares)),
         **{f"blocks of {width}": ("best", Inputs(squares, blocks(seen, width))) for width in WIDTHS},
     }
     for _, known in ways.values():
