@@ -100,3 +100,13 @@ def test_inputs_are_rotated_as_weights_are(width: int, group: int) -> None:
     whole = torch.block_diag(*own.hessian if own.hessian is not None else ())
     rotation = torch.block_diag(*[hadamard_rotate(torch.eye(group), group)] * (columns // group))
     assert torch.allclose(found.squares, (rotation @ whole @ rotation).diagonal(), rtol=1e-3)
+
+
+def test_rows_are_compensated_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the doubly quantized scales of their own place: 192 blocks of 256 in the first piece, and so on."""
+    x, inputs = weights(96), known(together())
+    whole = read_back("nf4", x, "best", inputs)
+    monkeypatch.setattr("zimage_lite.quant.bnb.PIECE_COMPENSATED", 24 * COLUMNS)
+    some = read_back("nf4", x, "best", inputs)
+    assert (some == whole).float().mean() > 0.99
+    assert torch.allclose(inputs.error(some - x), inputs.error(whole - x), rtol=0.02)
