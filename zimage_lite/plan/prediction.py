@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ..adapters.load import Load, most_of
 from ..config import TOKENS_PER_PASS
@@ -98,22 +99,12 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine, 
     parts = [*model.transformer, *beside(job.controls)]
     time_weights = [part for part in parts if is_time_weight(part.name)]
     stored, rest = by_block([part for part in parts if not is_time_weight(part.name)])
-    kept = device == "cpu" and machine.cpu_int8
-    of_blocks = {name: int8_parts(own) for name, own in stored.items()} if kept else stored
-    charge, load = _BATCH_CHARGE ** math.log2(batch), most_of(job.adapters, dtype)
-
-    def block(name: str, tokens: int, attention: float) -> Block:
-        work = _transformer_work(of_blocks[name], tokens, c.dim, attention, charge, device, machine)
-        work = _with_adapters(work, load, name, charge * tokens, device)
-        making = reencoding_flops(stored[name]) if kept else 0
-        n_bytes, added = arena_bytes(of_blocks[name]), load.bytes.get(name, 0)
-        return (
-            Block(name, n_bytes, work, making) if keeps else Block(name, n_bytes + added, work, making + _MADE * added)
-        )
+    counted = _Counted(c.dim, stored, most_of(job.adapters, dtype), keeps, _BATCH_CHARGE ** math.log2(batch), machine)
+    load = counted.load
 
     def blocks(group: str, count: int, tokens: int, attention: float) -> list[Block]:
         names, controls = [f"{group}.{i}" for i in range(count)], [control.config for control in job.controls]
-        return [block(name, tokens, attention) for name in visits(group, names, controls)]
+        return [counted.block(name, tokens, attention) for name in visits(group, names, controls)]
 
     def attention(tokens: int) -> float:
         return 4.0 * c.dim * tokens**2
@@ -123,14 +114,13 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine, 
     together = min(pads, max(TOKENS_PER_PASS, caption))  # in another order more may go into one pass
     n_refiners, whole = c.n_refiner_layers, image + caption
     most = max(sum(map(attention, batch)) for batch in refined)
-    prelude = [block(f"{group}.{i}", together, most) for group in _refining(job) for i in range(n_refiners)]
+    prelude = [counted.block(f"{group}.{i}", together, most) for group in _refining(job) for i in range(n_refiners)]
     main = blocks("noise_refiner", n_refiners, sequences * image, sequences * attention(image)) + blocks(
         "layers", c.n_layers, sequences * whole, sequences * attention(whole)
     )
-    unpacking = _most_unpacking(list(of_blocks.values()), device, machine)
+    unpacking = _most_unpacking(list(counted.of_blocks.values()), device, machine)
     tokens = max(sequences * whole, together)
     activations = activation_bytes(tokens, c.dim, c.ffn_dim, c.n_heads, item, stream)
-    making = _reencoding(stored, machine) if kept else {}
     latent = latent_bytes(model, job)
     host = _beside_denoising(model, job, dtype, load)
     return Phase(
@@ -150,7 +140,7 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine, 
             "activations": activations + (tokens + pads) * c.head_dim * 4,  # the angles of the parts stay, too
             "unpacking": unpacking,
             **({"adapters": sum(load.bytes.values())} if keeps else {}),
-            **({**host, **holes(activations, unpacking + making.get(_MAKING, 0)), **making} if device == "cpu" else {}),
+            **(host | _on_cpu(activations, unpacking, counted.reencoding) if device == "cpu" else {}),
         },
         # On the CPU the first block takes the place of the time weights.
         ram_fixed={**host, "time weights": time_bytes(time_weights) + load.time} if device == "gpu" else {},
@@ -158,6 +148,50 @@ def _denoise(model: Model, job: Job, batch: int, device: str, machine: Machine, 
         way=batch,
         keeps=keeps,
     )
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """The transformer's blocks as the first device computes them. stored: their weights; keeps: see `Phase`; charge:
+    for more images at once."""
+
+    dim: int
+    stored: Mapping[str, Sequence[Part]]
+    load: Load
+    keeps: bool
+    charge: float
+    machine: Machine
+
+    @property
+    def device(self) -> str:
+        return self.machine.devices[0]
+
+    @property
+    def in_int8(self) -> bool:
+        """Whether a CPU keeps what it re-encodes."""
+        return self.device == "cpu" and self.machine.cpu_int8
+
+    @cached_property
+    def of_blocks(self) -> Mapping[str, Sequence[Part]]:
+        """As they lie where they are computed with."""
+        return {name: int8_parts(own) for name, own in self.stored.items()} if self.in_int8 else self.stored
+
+    @property
+    def reencoding(self) -> dict[str, int]:
+        return _reencoding(self.stored, self.machine) if self.in_int8 else {}
+
+    def block(self, name: str, tokens: int, attention: float) -> Block:
+        """attention: operations."""
+        parts = self.of_blocks[name]
+        work = _transformer_work(parts, tokens, self.dim, attention, self.charge, self.device, self.machine)
+        work = _with_adapters(work, self.load, name, self.charge * tokens, self.device)
+        making = reencoding_flops(self.stored[name]) if self.in_int8 else 0
+        added = 0 if self.keeps else self.load.bytes.get(name, 0)
+        return Block(name, arena_bytes(parts) + added, work, making + _MADE * added)
+
+
+def _on_cpu(activations: int, unpacking: int, reencoding: dict[str, int]) -> dict[str, int]:
+    return holes(activations, unpacking + reencoding.get(_MAKING, 0)) | reencoding
 
 
 def _refining(job: Job) -> tuple[str, ...]:
