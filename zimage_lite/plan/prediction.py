@@ -55,7 +55,7 @@ _TRAFFIC = 30  # of a block's fused element-wise work, in tokens x width x 2 byt
 _REENCODING_TIMES = 2
 _MAKING = "re-encoding"
 # Making what adapters add of their files takes the CPU as long as so many operations of a product for each byte of it.
-_MADE = 100
+_MADE = 300
 _LATENT_COPIES = 3  # the latent, the model's answer and their sum, in float32
 _BATCHES = (1, 2, 4, 8)  # images at once
 # What is computed for twice as many images is charged so much more, so that they are denoised together only where that
