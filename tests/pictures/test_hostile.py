@@ -180,7 +180,7 @@ def test_paths(tmp_path: Path) -> None:
         (tmp_path / ("x" * 300), "cannot be read (File name too long)"),
         (tmp_path / "link", "cannot be read ("),
         (tmp_path / "no\n\x1b[31m.png", "no such file"),
-        ("", "this is a folder"),
+        ("", "a picture without a name"),
     ):
         with pytest.raises(UserError) as raised:
             read(path)

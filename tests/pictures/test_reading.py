@@ -90,7 +90,7 @@ def test_arrays_of_one_plane_and_of_four() -> None:
     assert all(np.array_equal(grey.rgb[..., channel], RGB[..., 0]) for channel in range(3))
     assert np.array_equal(both.rgb, RGBA[..., :3]) and np.array_equal(both.alpha, RGBA[..., 3])
     assert np.array_equal(read(RGB[..., 0] > 99).rgb[..., 1], np.where(RGB[..., 0] > 99, 255, 0))
-    assert read(np.array([[-1.0, 0.5, 7.0, np.nan, np.inf, -np.inf]])).rgb[0, :, 0].tolist() == [0, 128, 255, 0, 255, 0]
+    assert read(np.array([[-1.0, 0.5, 7.0, np.inf, -np.inf]])).rgb[0, :, 0].tolist() == [0, 128, 255, 255, 0]
 
 
 @pytest.mark.parametrize(
@@ -108,6 +108,18 @@ def test_arrays_of_something_else_are_refused(source: Any, got: str) -> None:
     with pytest.raises(UserError, match=r"^the picture: got .*, expected a path, bytes, .*height, width, 3") as raised:
         read(source)
     assert got in str(raised.value)
+
+
+def test_arrays_of_no_numbers_are_refused() -> None:
+    for source in (np.full((8, 9, 3), np.nan, np.float32), torch.full((8, 9, 3), np.nan, dtype=torch.bfloat16)):
+        with pytest.raises(UserError, match=r"^the picture: holds NaN: expected floats from 0 to 1"):
+            read(source)
+
+
+def test_a_picture_without_a_name() -> None:
+    for name in ("", " "):
+        with pytest.raises(UserError, match="a picture without a name: expected a file"):
+            read(name)
 
 
 def test_arrays_are_limited_too() -> None:

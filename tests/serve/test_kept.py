@@ -83,6 +83,12 @@ def test_a_picture_that_cannot_be_kept_is_no_request_at_fault(
     assert client.post("/api/jobs", json=ORDER).status_code == 507
 
 
+def test_a_broken_picture_is_told_without_its_place(client: TestClient) -> None:
+    job = client.post("/api/jobs", json={**ORDER, "image": base64_of(IMAGE[: len(IMAGE) // 2])}).json()["id"]
+    said = finished(client, job)["error"]["message"]
+    assert said.startswith("the picture: the picture is broken or cut short")
+
+
 @pytest.mark.parametrize("value", ["../history.sqlite", "0" * 63, "G" * 64, "", "x" * 10**5, "%2e%2e"])
 def test_no_hash_leads_out_of_the_folder(value: str, client: TestClient) -> None:
     answer = client.post("/api/jobs", json={"prompt": "x", "image": {"sha256": value}})

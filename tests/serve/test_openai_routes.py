@@ -209,6 +209,8 @@ def test_forms_of_hostile_clients(client: TestClient) -> None:
     assert client.post("/v1/images/edits", files=many).status_code == 400
     assert client.post("/v1/images/edits", data={"prompt": "x"}, files={"other": b"x"}).status_code == 400
     files = {"image": ("../../etc/passwd", b"not a picture", "image/png")}
-    assert client.post("/v1/images/edits", data={"prompt": "x"}, files=files).status_code == 400
+    answer = client.post("/v1/images/edits", data={"prompt": "x"}, files=files)
+    said = "image: not a picture of a kind that can be read; save it as PNG or JPEG"
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, said)
     raw = {"content-type": "multipart/form-data; boundary=x"}
     assert client.post("/v1/images/edits", content=b"--x\r\nbroken", headers=raw).status_code == 400

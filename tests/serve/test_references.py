@@ -29,6 +29,10 @@ def test_of_an_omni(omni_folder: Path, tmp_path: Path) -> None:
         assert plan["fits"] and "look" in {phase["phase"] for phase in plan["phases"]}
         job = finished(client, client.post("/api/jobs", json=both).json()["id"])
         assert job["state"] == "done", job
+        kept = client.get(f"/api/jobs/{job['id']}").json()["settings"]["references"]  # so it can be drawn again
+        assert [client.get(f"/api/given/{said['sha256']}").content for said in kept] == [one, other]
+        again = finished(client, client.post("/api/jobs", json={**both, "references": kept}).json()["id"])
+        assert again["state"] == "done", again
         four = client.post("/api/jobs", json={**both, "references": [base64_of(one)] * 4})
         assert four.status_code == 400 and "at most 3 times" in four.text
 

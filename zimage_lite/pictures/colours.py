@@ -70,6 +70,8 @@ def from_array(array: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray | N
     if not known or planes.ndim != 3 or planes.shape[2] not in (1, 3, 4):
         expected = "a path, bytes, a picture of Pillow's, or [height, width, 3] of uint8 or of floats from 0 to 1"
         raise UserError(name, got=f"{array.dtype} of shape {array.shape}", expected=expected)
+    if planes.dtype.kind == "f" and np.isnan(planes).any():  # infinite ones are only too bright
+        raise UserError(f"{name}: holds NaN", expected="floats from 0 to 1")
     planes = eight_bit(planes)
     rgb = np.repeat(planes, 3, 2) if planes.shape[2] == 1 else planes[..., :3].copy()
     alpha = planes[..., 3].copy() if planes.shape[2] == 4 else None

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000
 _ORIENTATION = 0x0112  # of EXIF
+_UNKNOWN = "not a picture of a kind that can be read", "save it as PNG or JPEG"
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else what it logs of broken files lands on stderr
 
@@ -55,7 +56,8 @@ def read(source: str | Path | bytes | Image.Image | np.ndarray | Tensor, name: s
     """A file by its path or its bytes, a picture of Pillow's, or an array or a tensor [h, w, 3] of uint8, or of floats
     from 0 to 1. name: what messages call it. Raises UserError for what is no picture, is broken, or is too large."""
     if isinstance(source, str | Path):
-        return _from_file(Path(source), name or str(source))
+        with _file_of(source, name or str(source)) as file:
+            return _from_stream(file, name or str(source))
     name = name or "the picture"
     if isinstance(source, bytes):
         return _from_stream(BytesIO(source), name)
@@ -70,12 +72,22 @@ def read(source: str | Path | bytes | Image.Image | np.ndarray | Tensor, name: s
     return Picture(*from_array(array, name), name)
 
 
-def _from_file(path: Path, name: str) -> Picture:
+def require_picture(path: str | Path) -> None:
+    """Raise UserError for a file that is no picture, or is too large, by its first bytes: nothing is decoded."""
+    with _file_of(path, str(path)) as file:
+        _require_size(_opened(file, str(path)).size, str(path))
+
+
+@contextmanager
+def _file_of(path: str | Path, name: str) -> Iterator[IO[bytes]]:
+    if isinstance(path, str) and not path.strip():
+        raise UserError("a picture without a name", expected="a file")
+    path = Path(path)
     try:
         if path.is_dir():
             raise UserError(f"{name}: this is a folder", fix="name a picture in it")
         with open(path, "rb") as file:
-            return _from_stream(file, name)
+            yield file
     except FileNotFoundError as error:
         raise no_such(path, "no such file") from error
     except (OSError, ValueError) as error:  # the latter for a name with a zero in it
@@ -83,17 +95,21 @@ def _from_file(path: Path, name: str) -> Picture:
 
 
 def _from_stream(file: IO[bytes], name: str) -> Picture:
+    return _from_pillow(_opened(file, name), name)
+
+
+def _opened(file: IO[bytes], name: str) -> Image.Image:
+    """Its header."""
     with decoding(name):
         try:
-            image = Image.open(file)
+            return Image.open(file)
         except OSError as error:  # Pillow takes a few weights files for pictures, and only then finds them broken
             file.seek(0)
             known = kind_of(file.read(START_BYTES))
             if not known and not isinstance(error, UnidentifiedImageError):
                 raise
-            what, fix = known or ("not a picture of a kind that can be read", "save it as PNG or JPEG")
+            what, fix = known or _UNKNOWN
             raise FileFormatError(f"{name}: {what}", fix=fix) from error
-    return _from_pillow(image, name)
 
 
 def _from_pillow(image: Image.Image, name: str) -> Picture:
@@ -116,6 +132,8 @@ def decoding(name: str) -> Iterator[None]:
             yield
     except (UserError, MemoryError):
         raise
+    except UnidentifiedImageError as error:  # its message names an object in memory
+        raise FileFormatError(f"{name}: {_UNKNOWN[0]}", fix=_UNKNOWN[1]) from error
     except Image.DecompressionBombError as error:
         raise _too_large("more pixels than Pillow takes", name) from error
     except Exception as error:

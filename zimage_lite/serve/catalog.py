@@ -3,6 +3,7 @@ They see names, never paths, and a name that is not in the list finds nothing.""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from ..adapters.tags import adapters_in, with_tags
 from ..config import DEFAULT_SIZE, GenerateOptions, SchedulerConfig
 from ..errors import UserError
-from .options import ServeOptions
+from .options import GIVEN, ServeOptions
 
 _DEFAULTS = ("width", "height", "steps", "guidance", "shift")
 
@@ -29,6 +30,7 @@ class Catalog:
     def __init__(self, options: ServeOptions, kept: Callable[[object], Path | None] = _nothing) -> None:
         self._kept = kept
         self._models, self.controls, self._lora_dir = dict(options.models), dict(options.controls), options.lora_dir
+        self._given = re.compile(rf"{re.escape(str(options.folder / GIVEN))}[/\\][0-9a-f]{{64}}")
 
     @property
     def models(self) -> list[str]:
@@ -68,6 +70,7 @@ class Catalog:
 
     def shown(self, text: str) -> str:
         """What is said of files, by the names that clients know, not by where they lie."""
+        text = self._given.sub("the picture", text)
         places = {place: name for name, place in (*self._models.items(), *self.controls.items())}
         if self._lora_dir:
             places[str(self._lora_dir)] = "the server's folder"

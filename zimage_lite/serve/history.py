@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..pictures.saving import save_file
 from .jobs import LOST, OPEN, Job, Picture
 from .kept import KeptPictures
+from .options import GIVEN
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -57,7 +58,7 @@ class History:
         if version > _VERSION:
             raise UserError(f"{folder}: a history of a newer version", fix="name another --folder, or update")
         self._clear_partial()
-        self.kept = KeptPictures(folder / "given", self._db, self._lock)
+        self.kept = KeptPictures(folder / GIVEN, self._db, self._lock)
 
     def lost(self) -> list[str]:
         """The jobs that were not over when the last server stopped; they are over now."""

@@ -15,10 +15,10 @@ from typing import Any
 from ..config import GenerateOptions
 from ..pictures.recipe import sources_told
 from ..pictures.saving import save_file
+from .fields import PICTURES
 from .jobs import OPEN
 
 MOST_BYTES = 2 * 10**9  # then the oldest go whose jobs are over
-PICTURES = ("image", "mask", "control_image")
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS kept (sha256 TEXT NOT NULL, job TEXT NOT NULL, bytes INTEGER, UNIQUE (sha256, job));
 CREATE INDEX IF NOT EXISTS kept_by_job ON kept (job);

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..config import RuntimeOptions
 from ..errors import UserError
 
+GIVEN = "given"  # in the folder: pictures that clients sent
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
