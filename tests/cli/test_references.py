@@ -74,8 +74,16 @@ def test_an_omni_refuses_what_it_cannot(tiny_omni: Path, here: Path, refused: Ca
     assert "small.png: a reference of this shape" in refused(
         "generate", "x", "--model", tiny_omni, "--reference", "small.png"
     )
+    for model in (("--model", tiny_omni), ("--reference", "a.png")):
+        assert "LoRAs are not trained on Omni" in refused("plan", "--train", "--gpu", "RTX 4060 Laptop", *model)
     control = ["--control", "synthetic:2.1/int8", "--control-image", "a.png"]
     assert "there are no ControlNets for Omni" in refused("generate", "x", "--model", tiny_omni, *control)
+
+
+def test_inspect_tells_it(tiny_omni: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for place in (tiny_omni, tiny_omni / "transformer"):
+        assert run(["inspect", str(place)]) == 0
+        assert "transformer: Z-Image Omni transformer, " in capsys.readouterr().out
 
 
 def test_plan(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,6 +68,11 @@ def test_guidance_on_turbo(model: ModelFiles) -> None:
     assert told(model, replace(PLAIN, negative="blue")) == ["--negative has no effect without --guidance"]
 
 
+def test_an_omni_is_no_turbo(omni_folder: Path) -> None:
+    """Whether it is distilled, nobody has said."""
+    assert told(open_model(omni_folder), replace(PLAIN, guidance=5.0)) == []
+
+
 def test_base_is_drawn_as_base(model: ModelFiles) -> None:
     """features.md: 28 to 50 steps, guidance 3 to 5."""
     base = replace(model, scheduler=BASE)

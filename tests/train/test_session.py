@@ -126,7 +126,13 @@ def test_in_8_bits_it_goes_on_alike(pupil: Path, lessons: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("change", "told"), [({"rank": 5}, "rank"), ({"seed": 1}, "seed"), ({"trigger": "x"}, "trigger")]
+    ("change", "told"),
+    [
+        ({"rank": 5}, "rank"),
+        ({"seed": 1}, "seed"),
+        ({"trigger": "x"}, "trigger"),
+        ({"rate_schedule": "cosine"}, "rate_schedule"),
+    ],
 )
 def test_another_training_is_not_taken_up(
     pupil: Path, lessons: Path, whole: Path, change: dict[str, Any], told: str
@@ -135,6 +141,20 @@ def test_another_training_is_not_taken_up(
     session = Session(pipeline_of(pupil), goal, resume=True, overwrite=True)
     with pytest.raises(UserError, match=rf"--resume: {told} is not what this training began with: got .*, expected"):
         session.run(silent)
+
+
+def test_steps_that_the_rate_follows_from_stay(pupil: Path, lessons: Path, whole: Path, tmp_path: Path) -> None:
+    """Of a training that began with a falling rate; what is wrong is the schedule if that changed, too."""
+    falling = replace(FEW, rate_schedule="cosine", steps=2)
+    goal = goal_of(lessons, tmp_path / "a.safetensors", falling)
+    assert Session(pipeline_of(pupil), goal).run(silent)
+    for change, told in (
+        ({"steps": 3}, "steps .*cosine.*got 3, expected 2"),
+        ({"rate_schedule": "constant"}, "rate_schedule .*expected cosine"),
+    ):
+        other = replace(goal, options=replace(falling, **change))
+        with pytest.raises(UserError, match=f"--resume: {told}"):
+            Session(pipeline_of(pupil), other, resume=True, overwrite=True).run(silent)
 
 
 def test_the_file_says_what_it_is(whole: Path) -> None:

@@ -133,6 +133,7 @@ def _train(
     from ..train.prior import prompts_in
     from .plan_training import predict_training
 
+    sizes.require_trainable()
     prompts = prompts_in(preserve_file) if preserve_file else ()
     options = TrainOptions(**{name: value for name, value in asked.items() if value is not None})
     gpu, machines = _machines(gpu_name, *limits)

@@ -196,11 +196,10 @@ def _measured(session: Session, finished: bool) -> dict[str, Any]:
 
 
 def _summary(result: dict[str, Any]) -> str:
-    measured, planned = result["measured"], [f"{format_gb(result['planned_ram_bytes'])} of RAM"]
+    measured = result["measured"]
     peaks = [f"{format_gb(measured.get('peak_rss_bytes', 0))} of RAM"]
     if result["planned_vram_bytes"]:
-        planned.insert(0, f"{format_gb(result['planned_vram_bytes'])} of GPU memory")
         peaks.insert(0, f"{format_gb(measured.get('peak_reserved_bytes', 0))} of GPU memory")
     where = result["lora"] or result["page"]
     seconds = f"{measured.get('seconds', 0):.0f} s of training"
-    return f"{where}  ({seconds}; memory: {', '.join(peaks)}, planned: {', '.join(planned)})"
+    return f"{where}  ({seconds}; memory: {', '.join(peaks)})"

@@ -13,6 +13,7 @@ from ..checkpoint.detect import COMPONENTS, CONTROLNET, KINDS, VISION
 from ..checkpoint.impostors import no_such, refuse_cache_root
 from ..checkpoint.model_files import find_component, open_model
 from ..checkpoint.stored import StoredTensor
+from ..config import OmniConfig
 from ..errors import UserError
 from .complete import open_complete
 from .fidelity import GROUP_ORDER, group_of
@@ -84,7 +85,7 @@ def _part(name: str, path: Path, component: str | None) -> Part:
         return Part(name, refusal=str(error))
     return Part(
         name,
-        KINDS[checkpoint.component],
+        _kind(checkpoint),
         checkpoint.layout,
         len(checkpoint.tensors),
         checkpoint.nbytes,
@@ -95,6 +96,10 @@ def _part(name: str, path: Path, component: str | None) -> Part:
         unused=checkpoint.unused,
         about=said_of(checkpoint.config, names_of(checkpoint)) if checkpoint.component == CONTROLNET else None,
     )
+
+
+def _kind(checkpoint: Checkpoint) -> str:
+    return "Z-Image Omni transformer" if isinstance(checkpoint.config, OmniConfig) else KINDS[checkpoint.component]
 
 
 def _groups(checkpoint: Checkpoint) -> dict[str, tuple[tuple[str, ...], int]]:

@@ -38,7 +38,8 @@ def advice(requests: Sequence[GenerateOptions], model: ModelFiles) -> Iterator[s
     found = (unlike(lora, request) for request in requests for lora in request.loras)
     yield from dict.fromkeys(line for line in found if line)
     settings = dict.fromkeys((request.step_count, request.guidance or 0.0) for request in requests)
-    yield from _schedule(list(settings), model.scheduler)
+    if not model.sees or model.scheduler.undistilled:  # what an Omni of another shift is made for, nobody has said
+        yield from _schedule(list(settings), model.scheduler)
 
 
 def _cut(prompts: Sequence[str], cut: Callable[[str], tuple[int, str]]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from ..checkpoint.model_files import ModelFiles
 from ..config import OmniConfig, TextEncoderConfig, TransformerConfig, VaeConfig, VisionConfig
 from ..convert.catalog import Part, stored_parts, true_parts
 from ..convert.recipe import KEEP, as_it_is, target
+from ..errors import UserError
 from ..model.linear import shapes
 from ..model.vae import HALVES
 
@@ -28,6 +29,16 @@ class Model:
     vae_config: VaeConfig
     vision: tuple[Part, ...] = ()  # of the tower, where it has one
     vision_config: VisionConfig | None = None
+
+    @property
+    def sees(self) -> bool:
+        """Whether it also takes pictures beside the prompt."""
+        return isinstance(self.transformer_config, OmniConfig)
+
+    def require_trainable(self) -> None:
+        """Raise UserError for a model on which LoRAs are not trained."""
+        if self.sees:
+            raise UserError(f"{self.name}: LoRAs are not trained on Omni", fix="train on Z-Image or Turbo")
 
 
 def true_model(format_name: str, sees: bool = False) -> Model:

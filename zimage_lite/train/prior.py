@@ -31,6 +31,8 @@ def prior_examples(
     place, and the prompts. Raises UserError."""
     if words and not trigger:
         raise UserError("--preserve puts its word in the place of the trigger", fix="name the --trigger, too")
+    if same := [word for word in words if word.lower() == trigger.lower()]:
+        raise UserError("--preserve", got=same[0], expected="another word than the trigger: what it is a kind of")
     captions = [example.caption for example in examples]
     told = [
         words[number % len(words)].join(re.split(re.escape(trigger), captions[number % len(captions)], flags=re.I))

@@ -53,15 +53,23 @@ def load_state(path: Path, settings: Mapping[str, Any], lora: TrainedLora, optim
             said = json.loads((file.metadata() or {})["state"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise FileFormatError(f"{path}: not the state of a training", fix="begin anew with --overwrite") from error
-    for name, value in said["settings"].items():
-        if settings.get(name) != value:
-            raise UserError(
-                f"--resume: {name} is not what this training began with", got=settings.get(name), expected=value,
-                fix="take it up as it was, or begin anew with --overwrite",
-            )  # fmt: skip
+    _require_same(said["settings"], settings)
     lora.load({name.removeprefix(_LORA): value for name, value in tensors.items() if name.startswith(_LORA)})
     _load_optimizer(optimizer, tensors, said["numbers"])
     return Done(settings, tensors[_LOSSES].tolist())
+
+
+def _require_same(began: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raise UserError for settings that are not what it began with. Steps, of which a falling rate follows, come last:
+    they are there because of the schedule."""
+    for name in sorted(began, key="steps".__eq__):
+        got = settings.get(name)
+        if got != began[name]:
+            why = "; with --rate-schedule cosine the rate follows from the steps" if name == "steps" else ""
+            raise UserError(
+                f"--resume: {name} is not what this training began with{why}", got=got, expected=began[name],
+                fix="take it up as it was, or begin anew with --overwrite",
+            )  # fmt: skip
 
 
 def _optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

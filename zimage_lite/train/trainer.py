@@ -58,8 +58,7 @@ class Trainer:
     def __post_init__(self) -> None:
         pipeline, options = self.pipeline, self.options
         self.work = Workspace(hardware_for(pipeline.hardware), pipeline.options, pipeline.tell)
-        if pipeline.model.sees:
-            raise UserError(f"{pipeline.model.name}: LoRAs are not trained on Omni", fix="train on Z-Image or Turbo")
+        pipeline.sizes.require_trainable()
         transformer, adapters = pipeline.model.transformer, pipeline.adapters.of(self.assistant)
         self.component = Component(Transformer(transformer.config), transformer, BLOCKS, adapters=adapters)
         tokens = pipeline.encoding.tokens(example.caption for example in self.examples)
