@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from zimage_lite.api import load
 from zimage_lite.cli import run
 from zimage_lite.cli.requests import requests_of
 from zimage_lite.config import ControlUse, GenerateOptions
@@ -21,6 +24,56 @@ from zimage_lite.pictures.saving import recipe_of
 def lines(folder: Path, *objects: dict[str, Any]) -> Path:
     (folder / "a.jsonl").write_text("\n".join(map(json.dumps, objects)), encoding="utf-8")
     return folder / "a.jsonl"
+
+
+def saved(path: Path) -> Path:
+    Image.new("RGB", (64, 64), "red").save(path)
+    return path
+
+
+def test_no_picture_is_replaced_by_what_is_made_of_it(
+    tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = saved(tmp_path / "fox.png").read_bytes()
+    (tmp_path / "link.png").symlink_to("fox.png")
+    for flags in (
+        ["--image", "fox.png"],
+        ["--image", saved(tmp_path / "a.png"), "--mask", "fox.png"],
+        ["--control", "demo", "--control-image", tmp_path / "fox.png"],
+        ["--reference", "fox.png"],
+        ["--image", "link.png"],
+    ):
+        told = refused("generate", "x", *flags, "-o", "fox.png")
+        assert f"fox.png would be replaced, which {flags[-2]} names" in told
+    flags = ["--image", "fox.png", "-o", "b.png", "--preview", "fox.png"]
+    assert "fox.png would be replaced, which --image names" in refused("generate", "x", *flags)
+    latents = ["--latents", "b.latents.safetensors", "--save-latents", "-o", "b.png"]
+    assert "b.latents.safetensors would be replaced" in refused("generate", "x", *latents)
+    assert (tmp_path / "fox.png").read_bytes() == before and not (tmp_path / "b.png").exists()
+
+
+def test_pictures_of_all_lines_are_looked_at_first(tmp_path: Path, refused: Callable[..., str]) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    fine = {"prompt": "a", "image": str(saved(tmp_path / "fox.png")), "mask": "none"}
+    net = {"prompt": "b", "controls": ["demo"]}
+    for wrong, said in (
+        ({**net, "control_image": [str(tmp_path / "none.png")]}, "none.png: no such file"),
+        ({**fine, "image": str(tmp_path / "text.png")}, "text.png: not a picture of a kind that can be read"),
+        ({"prompt": "b", "references": ""}, "a picture without a name"),
+    ):
+        path = lines(tmp_path, fine, wrong)
+        told = refused("generate", "--prompts", path, "--steps", "1", "-o", tmp_path / "drawn")
+        assert "a.jsonl, line 2: " in told and said in told
+    assert not (tmp_path / "drawn").exists()
+
+
+def test_python_says_what_it_draws() -> None:
+    demo = load()
+    for wrong in ("a red fox", GenerateOptions("a red fox"), ["a red fox"]):
+        for call in (demo.generate, demo.planned):
+            with pytest.raises(TypeError, match=r"expected a list of requests: \[GenerateOptions\('a red fox'\)\]"):
+                call(wrong)
 
 
 def test_cfg_counts_from_one() -> None:
@@ -47,7 +100,12 @@ def test_a_line_has_its_own_settings(tmp_path: Path) -> None:
     assert (a.guidance, a.steps, b.guidance, b.steps, c.guidance, c.negative) == (2.0, 4, 0, 9, 5.0, "d")
 
 
-def test_the_command_lines_settings_are_for_pictures_of_the_file(tmp_path: Path) -> None:
+def test_the_command_lines_settings_are_for_pictures_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path / "fox.png")
+    saved(tmp_path / "cat.png")
     path = lines(tmp_path, {"prompt": "a", "image": "fox.png"}, {"prompt": "b", "image": "cat.png", "strength": 0.2})
     base = {"strength": 0.7, "mask": "hat.png", "cfg": 3.0}
     a, b = requests_of([], path, base, 1)
@@ -64,7 +122,10 @@ def test_a_random_seed_is_drawn_once_for_all_prompts(tmp_path: Path) -> None:
     assert a.seed == b.seed == c.seed
 
 
-def test_a_line_has_its_own_picture_to_follow(tmp_path: Path) -> None:
+def test_a_line_has_its_own_picture_to_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path / "a.png")
+    saved(tmp_path / "b.png")
     path = lines(
         tmp_path,
         {"prompt": "a", "control_image": "a.png"},

@@ -19,7 +19,7 @@ from ..units import parse_bytes
 from . import leaving_at_once, print_json, say
 from .drawing_options import DRAWING_FIELDS
 from .generate import command as generate
-from .requests import requests_of
+from .requests import requests_of, require_apart
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -64,6 +64,7 @@ def command(
     limits = {"vram_bytes": parse_bytes(vram) if vram else None, "ram_bytes": parse_bytes(ram) if ram else None}
     options = RuntimeOptions(device, dtype, backend, cache=False, compute=compute, **limits)
     _require_place(out)
+    require_apart([out, out.with_suffix(".json")], requests)
     with leaving_at_once():
         from ..compare.models import compare, opened, sheet
     from .progress import phase_progress

@@ -23,7 +23,7 @@ from .drawing_options import control_options, picture_options, reference_options
 from .like import Liked, liked
 from .many import Many, draw_many, is_folder, paths_in
 from .previews import previewing
-from .requests import Seed, requests_of
+from .requests import Seed, requests_of, require_apart
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -176,14 +176,15 @@ def command(
         cache=not no_cache,
         compute=compute,
     )
-    if workers or is_folder(out):
-        if preview or preview_decoder or save_latents:
-            raise UserError("neither --workers nor a folder goes with previews and latents", fix="name a file with -o")
-        again = is_folder(out)
-        many = Many(model, parts, requests, (paths_in if again else _output_paths)(out, len(requests)))
-        result = draw_many(many, workers, options, again)
+    again = is_folder(out)
+    if (workers or again) and (preview or preview_decoder or save_latents):
+        raise UserError("neither --workers nor a folder goes with previews and latents", fix="name a file with -o")
+    paths = (paths_in if again else _output_paths)(out, len(requests))
+    if not again:  # in a folder nothing is replaced
+        require_apart(_written(paths, save_latents, preview), requests)
+    if workers or again:
+        result = draw_many(Many(model, parts, requests, paths), workers, options, again)
         return print_json(result) if as_json else None
-    paths = _output_paths(out, len(requests))
 
     with leaving_at_once():
         from ..api import open_named
@@ -267,11 +268,24 @@ def _output_paths(out: Path, count: int) -> list[Path]:
     return paths
 
 
+def _written(paths: Sequence[Path], latents: bool, preview: str | None) -> Iterator[Path]:
+    """All files that are replaced."""
+    yield from paths
+    if latents:
+        yield from map(_latents_beside, paths)
+    if preview:
+        yield Path(preview)
+
+
+def _latents_beside(path: Path) -> Path:
+    return path.with_suffix(".latents.safetensors")
+
+
 def _saver(paths: Sequence[Path]) -> Callable[[int, Tensor], None]:
     """Keeps latents beside the pictures."""
     from ..pipeline.latents import save_latents
 
-    return lambda index, latent: save_latents(paths[index].with_suffix(".latents.safetensors"), latent)
+    return lambda index, latent: save_latents(_latents_beside(paths[index]), latent)
 
 
 def _measured(pipeline: Pipeline, requests: Sequence[GenerateOptions]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import click
 
 from ..adapters.tags import with_tags
-from ..config import RANDOM_SEED, GenerateOptions
+from ..config import NO_MASK, RANDOM_SEED, GenerateOptions
 from ..errors import UserError
 
 _MAX_IMAGES = 10_000
@@ -31,6 +32,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 _KINDS = {
     str: "a text", int: "a whole number", _NUMBER: "a number", list: "a list", _TEXTS: "a text or a list of them"
 }  # fmt: skip
+_PICTURES = ("image", "mask", "control_image", "references")
 _LISTS = {"sigmas": 0, "guidance_range": 2, "outpaint": 4}  # of so many numbers, any number if 0
 
 
@@ -108,9 +110,38 @@ def _request(values: dict[str, Any], base: Mapping[str, Any], where: str) -> Gen
     if values.get("controls") == []:
         instead |= {"control_image"}  # a line without any of the command line's ControlNets
     try:
-        return GenerateOptions(**{**{name: base[name] for name in base.keys() - instead}, **values})
+        request = GenerateOptions(**{**{name: base[name] for name in base.keys() - instead}, **values})
+        _require_pictures(request, values)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+    return request
+
+
+def _require_pictures(request: GenerateOptions, named: Collection[str]) -> None:
+    """Raise UserError for what is none: before the first line is drawn, and not when its turn comes."""
+    from ..pictures.reading import require_picture
+
+    for name in _PICTURES:
+        for source in _files(request, name) if name in named else ():
+            require_picture(source)
+
+
+def _files(request: GenerateOptions, name: str) -> list[str | Path]:
+    """That a setting names."""
+    value = getattr(request, name)
+    named = value if isinstance(value, list | tuple) else [value]
+    return [one for one in named if isinstance(one, str | Path) and one != NO_MASK]
+
+
+def require_apart(outputs: Iterable[Path], requests: Iterable[GenerateOptions]) -> None:
+    """Raise UserError where what is written would replace what it is made from."""
+    there = {os.path.realpath(path): path for path in outputs}
+    for request in requests:
+        for name in (*_PICTURES, "latents"):
+            for source in _files(request, name):
+                if out := there.get(os.path.realpath(source)):
+                    flag = "--reference" if name == "references" else f"--{name.replace('_', '-')}"
+                    raise UserError(f"{out} would be replaced, which {flag} names", fix="choose another name with -o")
 
 
 def _fits(value: Any, kind: type | tuple[type, ...]) -> bool:

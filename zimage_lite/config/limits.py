@@ -36,6 +36,7 @@ SCHEDULES = (
     "simple", "normal", "sgm_uniform", "beta", "beta57", "bong_tangent", "linear_quadratic", "kl_optimal", "karras",
 )  # fmt: skip
 STRENGTH_MODES = ("steps", "diffusers")
+NO_MASK = "none"  # in the place of one: what is transparent is no mask, either
 REFERENCE_POSITIONS = ("diffusers", "aligned")
 FITS = ("crop", "pad", "stretch")
 INPAINT_AREAS = ("picture", "mask")

@@ -124,8 +124,8 @@ class Pipeline:
         several sizes or schedules, one group after another. on_latents: called with each place and its latents before
         they are decoded, [channels, height/8, width/8] float32."""
         with Clearing(self.release):
-            if requests:
-                yield from self._drawn([self.complete(request) for request in requests], progress, on_step, on_latents)
+            if completed := self._completed(requests):
+                yield from self._drawn(completed, progress, on_step, on_latents)
 
     def _drawn(
         self, requests: Sequence[GenerateOptions], progress: Progress, on_step: OnStep | None,
@@ -158,7 +158,7 @@ class Pipeline:
         """What `images` does without decoding, for who watches the transformer: the places in `requests` of those that
         are done, some at a time, before any of the next is begun."""
         with Clearing(self.release):
-            tasks = self._tasks([self.complete(request) for request in requests])
+            tasks = self._tasks(self._completed(requests))
             for _, some, _ in self._denoised(tasks, progress, on_step):
                 yield [task.place for task in some]
 
@@ -243,7 +243,7 @@ class Pipeline:
     def planned(self, requests: Sequence[GenerateOptions]) -> list[Plan]:
         """How `images` would draw them now, in the order of its phases. Raises BudgetError for what does not fit.
         Loads no weights."""
-        todo = self._planned(self._tasks([self.complete(request) for request in requests]))
+        todo = self._planned(self._tasks(self._completed(requests)))
         ways = [todo.encode, *(way for one in todo.groups for way in one.ways)]
         return [way.plan for way in ways if way]
 
@@ -254,6 +254,12 @@ class Pipeline:
     def complete(self, request: GenerateOptions) -> GenerateOptions:
         """What was left open is what the model says of itself."""
         return self.model.scheduler.completed(request, self.model.default_size)
+
+    def _completed(self, requests: Sequence[GenerateOptions]) -> list[GenerateOptions]:
+        """Raises TypeError for what are no requests."""
+        if not isinstance(requests, Sequence) or not all(isinstance(one, GenerateOptions) for one in requests):
+            raise TypeError(f"got {requests!r:.60}, expected a list of requests: [GenerateOptions('a red fox')]")
+        return [self.complete(request) for request in requests]
 
     def recipe(
         self, request: GenerateOptions, pixels: Tensor | None = None, sha256: str | None = None

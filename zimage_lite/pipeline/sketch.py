@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import DEFAULT_STRENGTH, VAE_FACTOR, GenerateOptions
+from ..config import DEFAULT_STRENGTH, NO_MASK, VAE_FACTOR, GenerateOptions
 from ..model.scheduler import initial_noise
 from ..pictures.canvas import Canvas, Layout, lay_out
 from ..pictures.masks import latent_mask, nearest_latent_mask
@@ -18,7 +18,6 @@ from ..pictures.reading import Picture, read
 from .latents import read_latents
 from .walk import Source
 
-NO_MASK = "none"  # in the place of one: what is transparent is no mask, either
 OPEN_COPIES = 8  # of the source's three bytes a pixel, at most, while it is read or put back: measured at 98 MP
 
 
