@@ -92,6 +92,26 @@ def test_pictures_that_it_was_made_from_are_named(tmp_path: Path) -> None:
     assert notes(found) == [f"{path} was made from another --image: fox.png"]
 
 
+@pytest.mark.parametrize("place", ["beside", "here"])
+def test_what_lies_beside_it_is_found(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of all kinds, as they were; all of several, or none."""
+    there = tmp_path / place
+    there.mkdir()
+    monkeypatch.chdir(there if place == "here" else tmp_path)
+    said = {name: {"name": f"{name}.png", "sha256": hashlib.sha256(name.encode()).hexdigest()} for name in "abcd"}
+    for name in said:
+        (there / f"{name}.png").write_bytes(name.encode())
+    sources = {"image": said["a"], "mask": said["b"], "control_image": [said["c"], said["d"]]}
+    path = picture(there if place == "beside" else tmp_path, **sources)
+    found = like(path)
+    a, b, c, d = (str(there / f"{name}.png") if place == "beside" else f"{name}.png" for name in said)
+    wanted = {"image": a, "mask": b, "control_image": [c, d]}
+    assert {name: found.settings[name] for name in sources} == wanted and not notes(found)
+    (there / "d.png").write_bytes(b"other")
+    with pytest.raises(UserError, match=r"made from c\.png and d\.png; name it with --control-image"):
+        like(path)
+
+
 def test_loras_are_found_by_name(tmp_path: Path) -> None:
     lora = {"name": "ink", "strength": -0.5, "sha256": "0" * 64, "blocks": {"layers.0": 0.0}}
     path = picture(tmp_path, loras=[lora])

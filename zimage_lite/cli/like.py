@@ -72,7 +72,7 @@ def liked(picture: Path, image: Mapping[str, Any], given: Collection[str], lora_
 def _sources(
     recipe: Mapping[str, Any], picture: Path, image: Mapping[str, Any], given: Collection[str], notes: list[str]
 ) -> dict[str, Any]:
-    """What it was made from is on the command line, or is a word."""
+    """What it was made from is on the command line, is a word, or lies beside it or here, as it was."""
     found = {}
     for name in SOURCES:
         said, flag = recipe.get(name), _FLAGS.get(name, f"--{name.replace('_', '-')}")
@@ -80,10 +80,10 @@ def _sources(
             found[name] = said
         elif said is not None:
             was = said if isinstance(said, list) else [said]
-            if name == "references" and name not in given and (there := _beside(picture, was)):
-                found[name] = there
-                continue
             if name not in given:
+                if there := _beside(picture, was):
+                    found[name] = there if isinstance(said, list) else there[0]
+                    continue
                 names = " and ".join(_name(one) for one in was)
                 raise UserError(f"--like {picture}: made from {names}", fix=f"name it with {flag}")
             now = image[name] if isinstance(image[name], list | tuple) else [image[name]]
@@ -92,12 +92,12 @@ def _sources(
     return found
 
 
-def _beside(picture: Path, said: Sequence[object]) -> Any:
+def _beside(picture: Path, said: Sequence[object]) -> list[str] | None:
     """The files that a recipe names, if all of them lie beside the picture or here, as they were."""
     found = []
     for one in said:
         hashed = isinstance(one, Mapping) and one.get("sha256")
-        places = [folder / _name(one) for folder in (picture.parent, Path())] if hashed else []
+        places = [folder / Path(_name(one)).name for folder in (picture.parent, Path())] if hashed else []
         there = [place for place in places if place.is_file() and _is(place, one)]
         if not there:
             return None
