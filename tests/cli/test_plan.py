@@ -96,9 +96,31 @@ def test_a_control_takes_what_its_blocks_take(tmp_path: Path, capsys: pytest.Cap
     assert more["fixed"]["control states"] == 2 * (4096 + 128) * 3840 * 2
     step = more["pass_ms"][0] - plain["pass_ms"][0]
     assert step / plain["pass_ms"][0] > 8 / 32
+    (own,) = beside["controls"]
+    homes = [home for block, home in more["homes"].items() if block.startswith("controls.")]
+    assert own["name"] == "union" and own["blocks"] == {home: homes.count(home) for home in own["blocks"]}
+    assert 3.0e9 < own["bytes"] < 3.11e9  # 1550.8 million weights, but for embedders and what the time weighs
     half = next(p for p in planned("--control", str(net), "--control-end", "0.5")["phases"] if p["phase"] == "denoise")
     assert half["fixed"] == more["fixed"]
     assert more["total_ms"][0] - half["total_ms"][0] == pytest.approx(4 * step, rel=0.1)  # of 8 steps
+
+
+def test_each_control_says_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nearly all that a step takes longer, where computing bounds it."""
+    nets = ["synthetic:2.1-lite/int8", "synthetic:2.1/int8"]
+    command = ["plan", "--gpu", "RTX 4090", "--control-end", "0.5"]
+    assert run([*command, *(word for net in nets for word in ("--control", net))]) == 0
+    out = capsys.readouterr().out
+    for net, count in zip(nets, (5, 17), strict=True):
+        assert f"{net}: {count} of these blocks, " in out
+    assert out.count("ms of a step, asked in 4 of 8 passes") == 2 and ", at most 0.0 MB over the link" in out
+    totals, own = [], []
+    for more in ([], ["--control", nets[0]]):
+        assert run(["plan", "--gpu", "RTX 4090", "--json", *more]) == 0
+        said = json.loads(capsys.readouterr().out)
+        totals.append(next(phase for phase in said["phases"] if phase["phase"] == "denoise")["pass_ms"])
+        own += [net["compute_ms"] for net in said["controls"]]
+    assert own[0] == pytest.approx([more - plain for plain, more in zip(*totals, strict=True)], rel=0.05)
 
 
 def test_the_verb_refuses(refused, tiny: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,12 +38,35 @@ class _Prediction:
     count: int
     plans: Sequence[Plan]
     slow_plans: Sequence[Plan]
+    controls: Sequence[str] = ()  # names
 
     @property
     def denoise(self) -> tuple[Plan, Plan]:
         """At both limits; of several, the last, which is the largest."""
         pairs = list(zip(self.plans, self.slow_plans, strict=True))
         return [pair for pair in pairs if pair[0].phase == "denoise"][-1]
+
+    def of_controls(self) -> list[dict[str, Any]]:
+        """Of each ControlNet its blocks, by where they wait, their bytes, and what they compute in a step in which it
+        is asked, at both limits."""
+        from ..model.controlnet import CONTROLS
+
+        fast, found = self.denoise[0], []
+        for i, name in enumerate(self.controls):
+            own = {block: home for block, home in fast.homes.items() if block.startswith(f"{CONTROLS}.{i}.")}
+            n_bytes = sum(fast.sizes[block] for block in own)
+            times = [sum(p.compute_ms for p in plan.passages if p.name in own) for plan in self.denoise]
+            found.append({"name": name, "blocks": _counts(own.values()), "bytes": n_bytes, "compute_ms": times})
+        return found
+
+
+def _counts(homes: Iterable[str]) -> dict[str, int]:
+    there = list(homes)
+    return {home: there.count(home) for home in _HOMES if home in there}
+
+
+def _where(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {_HOMES[home]}" for home, count in counts.items())
 
 
 @click.command(name="plan")
@@ -190,7 +213,8 @@ def _predict(
     todo = first + [ways for some in others for ways in some if ways[0].name != "encode"]
     budgets = budgets_in_force(machines[0], *limits)
     fast, slow = (plan_phases(todo, one, budgets) for one in machines)
-    return _Prediction(model.name, gpu, budgets, tasks[-1].size, tasks[-1].steps, count, fast, slow)
+    names = [net.name for net in tasks[-1].controls.nets]
+    return _Prediction(model.name, gpu, budgets, tasks[-1].size, tasks[-1].steps, count, fast, slow, names)
 
 
 def _machines(name: str | None, vram: int | None, ram: int | None) -> tuple[Gpu, list[Machine]]:
@@ -246,14 +270,17 @@ def _describe(prediction: _Prediction, show: Callable[[str], None]) -> None:
     total = [sum(plan.total_ms for plan in plans) for plans in (prediction.plans, prediction.slow_plans)]
     show(f"{'together':<14}{_seconds(*total):>16}")
     fast, slow = prediction.denoise
-    homes = list(fast.homes.values())
-    counts = [f"{homes.count(home)} {text}" for home, text in _HOMES.items() if home in homes]
     slots = f"; {fast.slots} slots of {format_gb(fast.slot_bytes)}" if fast.slots else ""
-    show(f"denoise: {len(homes)} blocks: {', '.join(counts)}{slots}")
+    show(f"denoise: {len(fast.homes)} blocks: {_where(_counts(fast.homes.values()))}{slots}")
+    asked = f", asked in {sum(not names for names in fast.idle)} of {fast.passes} passes" if fast.idle else ""
+    for net in prediction.of_controls():
+        blocks, (quick, slower) = net["blocks"], net["compute_ms"]
+        count = f"{sum(blocks.values())} of these blocks, {format_gb(net['bytes'])}: {_where(blocks)}"
+        show(f"{net['name']}: {count}; computing them takes {quick:.0f}-{slower:.0f} ms of a step{asked}")
     show("beside them: " + ", ".join(f"{name} {format_gb(n_bytes)}" for name, n_bytes in fast.fixed.items()))
-    which = "a step on average" if fast.idle else "a step"
+    which, most = ("a step on average", "at most ") if fast.idle else ("a step", "")
     show(
-        f"{which}: {fast.pass_ms:.0f}-{slow.pass_ms:.0f} ms, {format_gb(fast.link_bytes)} over the link, "
+        f"{which}: {fast.pass_ms:.0f}-{slow.pass_ms:.0f} ms, {most}{format_gb(fast.link_bytes)} over the link, "
         f"{format_gb(fast.disk_bytes)} from the disk; the first takes {fast.startup_ms / 1000:.1f} s longer, to load"
     )
     for line in as_text(fast):
@@ -284,6 +311,7 @@ def _as_json(prediction: _Prediction) -> dict[str, Any]:
         "vram_bytes": prediction.budgets.vram_bytes,
         "ram_bytes": prediction.budgets.ram_bytes,
         "phases": phases,
+        "controls": prediction.of_controls(),
     }
 
 
