@@ -73,7 +73,7 @@ def _sources(
     recipe: Mapping[str, Any], picture: Path, image: Mapping[str, Any], given: Collection[str], notes: list[str]
 ) -> dict[str, Any]:
     """What it was made from is on the command line, is a word, or lies beside it or here, as it was."""
-    found = {}
+    found: dict[str, Any] = {}
     for name in SOURCES:
         said, flag = recipe.get(name), _FLAGS.get(name, f"--{name.replace('_', '-')}")
         if isinstance(said, str) and name not in given:
