@@ -320,15 +320,10 @@ def test_it_says_what_its_authors_do_otherwise(tiny: Path, nets: dict[str, Path]
 @SLOW
 def test_the_command_says_and_writes_it_down(tiny: Path, nets, tmp_path: Path, capsys) -> None:
     out, size = tmp_path / "out.png", ("--width", "64", "--height", "48", "--steps", "1", "--device", "cpu")
-    HINT.save(tmp_path / "hint.png")
-    asked = (
-        "--control",
-        f"{nets['2.1']}:0.8",
-        "--control-image",
-        str(tmp_path / "hint.png"),
-        "--control-from",
-        "canny",
-    )
+    hint = tmp_path / "hints" / "hint.png"  # beside the picture it would be found
+    hint.parent.mkdir()
+    HINT.save(hint)
+    asked = ("--control", f"{nets['2.1']}:0.8", "--control-image", str(hint), "--control-from", "canny")
     own = ("generate", "a cat", "--model", str(tiny), "-o", str(out), "--json", "--control-end", "0.6")
     assert run([*own, *size, *asked]) == 0
     printed, sha256 = capsys.readouterr(), hashlib.sha256(nets["2.1"].read_bytes()).hexdigest()

@@ -271,6 +271,7 @@ def opened(component: Component, plan: Plan, hardware: Hardware) -> Iterator[Wei
     finally:
         release(component.model)
         del weights._arena, weights._host
+        weights._kept.clear()
         if weights._scratch:
             weights._scratch.end()
         give_back(0)
