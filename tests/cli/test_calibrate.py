@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from zimage_lite.api import open_named
 from zimage_lite.calibration import files, imatrix
@@ -25,6 +28,7 @@ from zimage_lite.units import parse_bytes
 
 pytestmark = pytest.mark.slow  # draws with the demo, which is watched
 
+PART = "layers.0.feed_forward.w2.weight"
 QUICK = ("--steps", "2", "--products", "whole")
 
 
@@ -215,6 +219,50 @@ def test_what_does_not_fit_is_refused(statistics: Path, tmp_path: Path, capsys: 
     assert run(["calibrate", "demo", "-o", str(tmp_path / "x.npz")]) == 2
     assert "its end says what it is" in refused(capsys)
     assert not (tmp_path / "x.gguf").exists()
+
+
+def damaged(statistics: Path, out: Path, change: Callable[[dict[str, Tensor]], object]) -> str:
+    with safe_open(statistics, "pt") as file:
+        said = file.metadata()
+    tensors = load_file(statistics)
+    change(tensors)
+    save_file(tensors, out, said)
+    return str(out)
+
+
+@pytest.mark.parametrize(("part", "value"), [(".squares", torch.nan), (".squares", -1.0), (".counts", torch.inf)])
+def test_what_is_no_sum_of_squares_is_refused(
+    statistics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, value: float
+) -> None:
+    bad = damaged(statistics, tmp_path / "bad.safetensors", lambda of: of[f"{PART}{part}"].view(-1)[:1].fill_(value))
+    capsys.readouterr()
+    assert quantized(tmp_path / "x.gguf", "--calibration", bad) == 2
+    assert f"{PART}{part} holds NaN, infinite or negative values" in refused(capsys)
+
+
+def test_products_that_are_no_numbers_are_refused(
+    statistics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = damaged(statistics, tmp_path / "bad.safetensors", lambda of: of[f"{PART}.products"].fill_(torch.nan))
+    assert quantized(tmp_path / "x.gguf", "--calibration", bad, "--effort", "best") == 2
+    assert f"{PART}.products holds NaN or infinite values" in capsys.readouterr().err
+    assert not (tmp_path / "x.gguf").exists()
+
+
+def test_linears_without_statistics_are_told(
+    statistics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not in the file, or nothing ever came in."""
+
+    def change(of: dict[str, Tensor]) -> None:
+        for part in (".counts", ".squares", ".products"):
+            of[f"{PART}{part}"].zero_()
+
+    bad = damaged(statistics, tmp_path / "bad.safetensors", change)
+    capsys.readouterr()
+    assert quantized(tmp_path / "x.gguf", "--calibration", bad, "--effort", "best") == 0
+    told = capsys.readouterr().err
+    assert re.search(rf"know nothing of 1 of \d+ linears in blocks, {re.escape(PART)} first", told)
 
 
 @pytest.mark.parametrize("weighing", [None, {"others": 1.0}])

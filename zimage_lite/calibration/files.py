@@ -54,9 +54,11 @@ def read(path: Path) -> Calibration:
         return imatrix.read(file)
     said, inputs = _said(file), {}
     for name, own in _inputs(file).items():
-        counts = _read(own[_COUNTS]).sum()
-        inputs[name] = (_read(own[_SQUARES]).sum(0) / counts).float()
-    products = {name: (own[_PRODUCTS], float(_read(own[_COUNTS]).sum())) for name, own in _with_products(file)}
+        counts, squares = (_sound(own[part]).sum(0) for part in (_COUNTS, _SQUARES))
+        if counts > 0:  # else nothing came in
+            inputs[name] = (squares / counts).float()
+    counts_of = {name: float(_read(own[_COUNTS]).sum()) for name, own in _with_products(file)}
+    products = {name: (own[_PRODUCTS], counts_of[name]) for name, own in _with_products(file) if name in inputs}
     return Calibration(path, said["config"], inputs, products, len(said["prompts"]))
 
 
@@ -127,6 +129,17 @@ def _inputs(file: TensorFile) -> dict[str, dict[str, Entry]]:
 
 def _with_products(file: TensorFile) -> list[tuple[str, Mapping[str, Entry]]]:
     return [(name, own) for name, own in _inputs(file).items() if _PRODUCTS in own]
+
+
+def _sound(entry: Entry) -> Tensor:
+    """Sums of squares, or counts. Raises FileFormatError if they are none."""
+    values = _read(entry)
+    if not (values >= 0).all() or values.isinf().any():
+        raise FileFormatError(
+            f"{entry.path}: {entry.name[:200]} holds NaN, infinite or negative values",
+            expected="counts and sums of squares", fix="gather the statistics again, with calibrate --overwrite",
+        )  # fmt: skip
+    return values
 
 
 def _read(entry: Entry) -> Tensor:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.container import Entry
-from ..errors import WrongModelError
+from ..errors import FileFormatError, WrongModelError
 from ..quant.inputs import Inputs
+from ..quant.tensor import all_finite
 from .statistics import input_of
 
 _KEPT = 2  # inputs whose X^T X stay in memory: those that several threads work on
@@ -54,7 +55,11 @@ class Calibration:
         if name not in self.products:
             return None
         entry, rows = self.products[name]
-        return entry.read().view(torch.float32).view(entry.shape).div_(rows)
+        products = entry.read().view(torch.float32).view(entry.shape)
+        if not all_finite(products):
+            fix = "gather the statistics again, with calibrate --overwrite"
+            raise FileFormatError(f"{self.path}: {entry.name[:200]} holds NaN or infinite values", fix=fix)
+        return products.div_(rows)
 
     def require_fits(self, config: Mapping[str, Any], columns: Mapping[str, int]) -> None:
         """Raise WrongModelError unless the statistics are of such a model. columns: of its weights, by their

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -16,6 +17,7 @@ from ..checkpoint.hub import LocalFiles
 from ..checkpoint.output import clear_leftovers, require_absent
 from ..config import Lora
 from ..errors import UserError
+from ..model.transformer import is_time_weight
 from ..quant.formats import FORMATS
 from . import streaming
 from .allocation import allocated
@@ -105,9 +107,13 @@ def prepare(out: Path, sources: Sequence[Checkpoint], job: Job) -> None:
             fits = ", ".join(name for name in targets() if target(name).calibrated)
             raise UserError("--calibration: not a format that is chosen by it", got=job.target.name, expected=fits)
         _require_statistics_of(sources[0], job.options.calibration)
+        _note_unknown(sources[0], job.options.calibration, job.note)
     for leftover in (leftover for output in outputs for leftover in clear_leftovers(output)):
         job.note(f"an earlier run was killed before it had finished: {leftover.name} was cleared away")
     require_absent(out, job.overwrite)  # again, for an old folder may have come back
+
+
+_IN_BLOCK = re.compile(r"(?:layers|refiner)\.\d+\.")
 
 
 def _require_statistics_of(checkpoint: Checkpoint, calibration: Calibration) -> None:
@@ -116,6 +122,17 @@ def _require_statistics_of(checkpoint: Checkpoint, calibration: Calibration) -> 
         raise UserError("--calibration is for the transformer", got=f"a {KINDS[checkpoint.component]}")
     columns = {name: tensor.columns for name, tensor in checkpoint.tensors.items()}
     calibration.require_fits(asdict(checkpoint.config), columns)
+
+
+def _note_unknown(checkpoint: Checkpoint, calibration: Calibration, note: Note) -> None:
+    """Say how many linears of blocks will be made without statistics."""
+    linears = [
+        name for name, tensor in checkpoint.tensors.items()
+        if _IN_BLOCK.search(name) and name.endswith(".weight") and tensor.rows > 1 and not is_time_weight(name)
+    ]  # fmt: skip
+    unknown = [name for name in linears if not calibration.inputs_known(name)]
+    if unknown:
+        note(f"the statistics know nothing of {len(unknown)} of {len(linears)} linears in blocks, {unknown[0]} first")
 
 
 def _require_apart(out: Path, files: Collection[Path]) -> None:

@@ -54,9 +54,10 @@ def begun(pipeline: Pipeline, width: int | None, settings: dict[str, Any]) -> St
 def require_like(kept: Statistics, new: Statistics, where: str) -> None:
     """Raise UserError unless what was gathered can be added to."""
     if kept.settings != new.settings or _shapes(kept) != _shapes(new):
-        raise UserError(
-            f"{where}: was gathered otherwise", got=kept.settings, expected=new.settings, fix="add --overwrite"
-        )
+        got, expected = str(kept.settings), str(new.settings)
+        if got == expected:
+            got, expected = (f"X^T X in blocks of up to {_widest(own)} columns" for own in (kept, new))
+        raise UserError(f"{where}: was gathered otherwise", got=got, expected=expected, fix="add --overwrite")
 
 
 def gather(
@@ -133,6 +134,10 @@ def _linears(pipeline: Pipeline) -> dict[str, Linear]:
 def _has_products(name: str) -> bool:
     """Of what recipes shrink."""
     return name.split(".")[0] in BLOCKS
+
+
+def _widest(statistics: Statistics) -> int:
+    return max((own.products.shape[1] for own in statistics.inputs.values() if own.products is not None), default=0)
 
 
 def _shapes(statistics: Statistics) -> dict[str, object]:
