@@ -183,11 +183,12 @@ def _introduce(pipeline: Pipeline, session: Session) -> None:
 def _measured(session: Session, finished: bool) -> dict[str, Any]:
     work, done = session.trainer.work, session.done
     plan, measured = session.trainer.ways.plan, work.meter.phases.get("train", {})
+    page = session.goal.folder / "index.html"
     return {
         "lora": str(session.goal.out) if finished else None,
         "steps": done.step,
         "loss": done.losses[-1] if done.losses else None,
-        "page": str(session.goal.folder / "index.html"),
+        "page": str(page) if page.is_file() else None,  # before the first --every there is none
         "planned_vram_bytes": plan.peak_vram_bytes if plan.device == "gpu" else None,
         "planned_ram_bytes": plan.peak_ram_bytes,
         "plan": plan.facts(),
@@ -201,5 +202,5 @@ def _summary(result: dict[str, Any]) -> str:
     if result["planned_vram_bytes"]:
         peaks.insert(0, f"{format_gb(measured.get('peak_reserved_bytes', 0))} of GPU memory")
     where = result["lora"] or result["page"]
-    seconds = f"{measured.get('seconds', 0):.0f} s of training"
-    return f"{where}  ({seconds}; memory: {', '.join(peaks)})"
+    seconds = f"{measured.get('seconds', 0):.0f} s of training; memory: {', '.join(peaks)}"
+    return f"{where}  ({seconds})" if where else seconds

@@ -107,7 +107,6 @@ def prepare(out: Path, sources: Sequence[Checkpoint], job: Job) -> None:
             fits = ", ".join(name for name in targets() if target(name).calibrated)
             raise UserError("--calibration: not a format that is chosen by it", got=job.target.name, expected=fits)
         _require_statistics_of(sources[0], job.options.calibration)
-        _note_unknown(sources[0], job.options.calibration, job.note)
     for leftover in (leftover for output in outputs for leftover in clear_leftovers(output)):
         job.note(f"an earlier run was killed before it had finished: {leftover.name} was cleared away")
     require_absent(out, job.overwrite)  # again, for an old folder may have come back
@@ -125,7 +124,7 @@ def _require_statistics_of(checkpoint: Checkpoint, calibration: Calibration) -> 
 
 
 def _note_unknown(checkpoint: Checkpoint, calibration: Calibration, note: Note) -> None:
-    """Say how many linears of blocks will be made without statistics."""
+    """Say how many linears of blocks were made without statistics."""
     linears = [
         name for name, tensor in checkpoint.tensors.items()
         if _IN_BLOCK.search(name) and name.endswith(".weight") and tensor.rows > 1 and not is_time_weight(name)
@@ -161,7 +160,10 @@ def convert_part(
     _note_losses(checkpoint, to, job.note)
     extra = tokenizer_metadata(checkpoint, source, to)
     files = job.files if job.files.file_bytes else None  # else they are here all along
-    return streaming.convert(checkpoint, to, out, extra=extra, options=job.options, files=files, on_bytes=meter)
+    errors = streaming.convert(checkpoint, to, out, extra=extra, options=job.options, files=files, on_bytes=meter)
+    if job.options.calibration and checkpoint.component == "transformer":
+        _note_unknown(checkpoint, job.options.calibration, job.note)
+    return errors
 
 
 def _note_losses(checkpoint: Checkpoint, to: Target, note: Note) -> None:
