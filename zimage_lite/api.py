@@ -10,7 +10,7 @@ from pathlib import Path
 from .checkpoint.hub import is_hub_id, snapshot
 from .checkpoint.model_card import DEMO, model_folder
 from .checkpoint.model_files import ModelFiles, open_model
-from .config import REPAIR_RANK, Lora, RuntimeOptions
+from .config import Lora, RuntimeOptions
 from .convert.job import Written
 from .convert.quantize import quantize as _quantize
 from .convert.synthetic import is_synthetic, open_synthetic
@@ -84,7 +84,7 @@ def quantize(
     effort: str = "reference",
     calibration: StrPath | None = None,
     repair: StrPath | None = None,
-    repair_rank: int = REPAIR_RANK,
+    repair_rank: int | None = None,
     merge_loras: Sequence[Lora | str] = (),
     measure: bool = False,
     overwrite: bool = False,
@@ -92,8 +92,8 @@ def quantize(
     """Convert a model (also one of the Hub) or a single weights file to format `to`. Raises UserError.
 
     keep: patterns of tensors that stay 16-bit; tensors: "PATTERN=FORMAT"; calibration: statistics, or an imatrix, that
-    errors in the transformer are weighed by; repair: a file for a LoRA of repair_rank that takes back part of them;
-    merge_loras: adapters, as texts "PATH:STRENGTH", that become part of the transformer; measure: fill
+    errors in the transformer are weighed by; repair: a file for a LoRA of repair_rank, by default 32, that takes back
+    part of them; merge_loras: adapters, as texts "PATH:STRENGTH", that become part of the transformer; measure: fill
     `Written.errors`.
     """
     return _quantize(

@@ -143,3 +143,28 @@ def test_only_a_model_is_replaced_by_a_model(model: Path, tmp_path: Path, refuse
     assert str(letters) in refused("quantize", model, "--to", "q8_0", "-o", letters, "--overwrite")
     assert str(letters) in refused("quantize", single(model), "--to", "q8_0", "-o", letters, "--overwrite")
     assert files_below(tmp_path) == {"letters/letter.txt": b"dear all"}
+
+
+def test_a_report_replaces_no_input_and_no_output(model: Path, tmp_path: Path, refused) -> None:
+    copy, link, out = tmp_path / "copy", tmp_path / "link", tmp_path / "out.gguf"
+    shutil.copytree(model, copy)
+    link.symlink_to(copy)
+    (old := tmp_path / "old.json").write_text("{}")
+    before = files_below(tmp_path)
+    for source, report, said, *more in (
+        (copy, old, f"{old} exists already; choose another name with --report, or add --overwrite"),
+        (copy, single(copy), "its own source", "--overwrite"),
+        (single(copy), single(copy), "its own source", "--overwrite"),
+        (copy, link / "transformer" / "config.json", "lies in a folder that is read", "--overwrite"),
+        (link, copy / "report.json", "lies in a folder that is read"),
+        (copy, out, f"lies in the output {out}"),
+        (copy, tmp_path / "none" / "report.json", "choose another place with --report"),
+    ):
+        line = refused(
+            "quantize", source, "--to", "q8_0", "--component", "transformer", "-o", out, "--report", report, *more
+        )
+        assert said in line, line
+    assert files_below(tmp_path) == before
+    command = ("quantize", copy, "--to", "q8_0", "--component", "transformer", "-o", out, "--report", old)
+    assert run([*map(str, command), "--overwrite"]) == 0
+    assert set(json.loads(old.read_text())["components"]) == {"transformer"}

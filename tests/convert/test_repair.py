@@ -101,15 +101,18 @@ def test_nothing_is_left_of_either(
     assert not list(tmp_path.iterdir())
 
 
-def test_refusals(statistics: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_refusals(
+    statistics: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, known = tmp_path / "out", ("--calibration", str(statistics))
     inside, taken, good = out / "repair.safetensors", tmp_path / "taken.safetensors", tmp_path / "repair.safetensors"
     taken.write_bytes(b"")
     for given, said in (
         (("--repair", str(good)), "add --calibration STATS"),
         (("--repair", str(tmp_path / "repair.gguf"), *known), "a name that ends in .safetensors"),
-        (("--repair", str(taken), *known), "exists already"),
-        (("--repair", str(tmp_path / "no" / "x.safetensors"), *known), "no such folder"),
+        (("--repair", str(taken), *known), f"{taken} exists already; choose another name with --repair"),
+        (("--repair", str(tmp_path / "no" / "x.safetensors"), *known), "or choose another place with --repair"),
+        (("--repair-rank", "4", *known), "add --repair FILE"),
         (("--repair", str(good), *known, "--component", "transformer", "--keep", "layers.*"), "nothing to repair"),
     ):
         assert said in refused("quantize", "demo", "--to", "q4_0", "-o", str(out), *given), given
@@ -118,3 +121,28 @@ def test_refusals(statistics: Path, tmp_path: Path, refused: Callable[..., str])
     given = ("--repair", str(inside), *known, "--overwrite")
     assert "lies in the output" in refused("quantize", "demo", "--to", "q4_0", "-o", str(out), *given)
     assert not list(out.iterdir())
+    folder = tmp_path / "folder.safetensors"
+    folder.mkdir()
+    given = ("--repair", str(folder), *known, "--overwrite")
+    monkeypatch.setattr("zimage_lite.convert.streaming.convert", None)  # nothing is computed before
+    assert "name the file to write with --repair" in refused("quantize", "demo", "--to", "q4_0", "-o", out, *given)
+
+
+def test_statistics_are_not_written_over(statistics: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    """Not by the LoRA, the report or the output, whatever link they are named by."""
+    known, link = tmp_path / "known.safetensors", tmp_path / "link.safetensors"
+    known.write_bytes(statistics.read_bytes())
+    link.symlink_to(known)
+    given = ("quantize", "demo", *SOME, "--calibration", known, "--overwrite")
+    for name in (known, link):
+        out = ("--to", "int4", "-o", tmp_path / "out.safetensors")
+        for outputs, flag in (
+            ((*out, "--repair", name), "--repair"),
+            ((*out, "--report", name), "--report"),
+            (("--to", "int4", "-o", name), "-o"),
+            (("--to", "auto:5bpw", "-o", tmp_path / "out.gguf", "--repair", name), "--repair"),
+        ):
+            line = refused(*given, *outputs)
+            assert f"{name}: the output would replace its own source; choose another name with {flag}" in line
+    assert known.read_bytes() == statistics.read_bytes() and link.is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {known.name, link.name}

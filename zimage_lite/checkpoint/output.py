@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -19,12 +19,12 @@ ADDED_BYTES = len("..4294967295.partial")  # with the largest process id
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, flag: str = "-o") -> Iterator[Path]:
     """Yields a temporary file or folder name beside `path`; on success it is renamed to `path`, otherwise removed.
 
-    Failures of the file system become a UserError.
+    Failures of the file system become a UserError. flag: what named the path.
     """
-    path = followed(path)  # a link's target is what gets replaced, on its own disk
+    path = followed(path, flag)  # a link's target is what gets replaced, on its own disk
     partial = path.with_name(f".{_stem(path)}.{os.getpid()}.partial")
     try:
         yield partial
@@ -32,9 +32,10 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise UserError(
-                f"{path}: the disk is full", fix="free some space, or choose another place with -o"
+                f"{path}: the disk is full", fix=f"free some space, or choose another place with {flag}"
             ) from error
-        raise UserError(f"{path}: cannot be written ({error.strerror})", fix="choose another place with -o") from error
+        fix = f"choose another place with {flag}"
+        raise UserError(f"{path}: cannot be written ({error.strerror})", fix=fix) from error
     finally:
         _remove(partial)
 
@@ -60,7 +61,7 @@ def clear_leftovers(path: Path) -> list[Path]:
     return found
 
 
-def followed(path: Path) -> Path:
+def followed(path: Path, flag: str = "-o") -> Path:
     """Where an output really goes, links followed. Raises UserError if it leads nowhere."""
     try:
         found = path.resolve()
@@ -69,7 +70,7 @@ def followed(path: Path) -> Path:
     except (RuntimeError, OSError):  # before Python 3.13, a loop
         found = path
     if found.is_symlink():
-        raise UserError(f"{path}: a link that leads back to itself", fix="choose another name with -o")
+        raise UserError(f"{path}: a link that leads back to itself", fix=f"choose another name with {flag}")
     return found
 
 
@@ -91,15 +92,34 @@ def require_space(folder: Path, n_bytes: int) -> None:
         )
 
 
-def require_absent(path: Path, overwrite: bool) -> None:
+def require_absent(path: Path, overwrite: bool, flag: str = "-o") -> None:
     """Raise UserError if `path` exists and may not be replaced, or if its folder cannot take a new entry."""
     if path.exists() and not overwrite:
-        raise UserError(f"{path} exists already", fix="choose another name with -o, or add --overwrite")
-    folder = followed(path).parent
+        raise UserError(f"{path} exists already", fix=f"choose another name with {flag}, or add --overwrite")
+    folder = followed(path, flag).parent
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder", fix="make it first, or choose another place with -o")
+        raise UserError(f"{folder}: no such folder", fix=f"make it first, or choose another place with {flag}")
     if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder}: cannot be written to", fix="choose another place with -o")
+        raise UserError(f"{folder}: cannot be written to", fix=f"choose another place with {flag}")
+
+
+def require_apart(out: Path, inputs: Iterable[Path], flag: str = "-o") -> None:
+    """Raise UserError if writing `out` would replace one of the inputs or a folder around one, links followed."""
+    if any(lies_in(file, out) for file in inputs):
+        raise UserError(f"{out}: the output would replace its own source", fix=f"choose another name with {flag}")
+
+
+def require_outside(out: Path, inputs: Iterable[Path], flag: str = "-o") -> None:
+    """Raise UserError if `out` is one of the inputs, or in one that is a folder, by its name or where links lead."""
+    for place in inputs:
+        if lies_in(out, place):
+            said = "lies in a folder that is read" if place.is_dir() else "the output would replace its own source"
+            raise UserError(f"{out}: {said}", fix=f"choose another name with {flag}")
+
+
+def lies_in(path: Path, place: Path) -> bool:
+    """Whether `path`, or what it links to, is `place` or below it."""
+    return place.resolve() in {each.resolve() for each in (path, *path.absolute().parents, *path.resolve().parents)}
 
 
 def _rename(partial: Path, path: Path) -> None:

@@ -73,7 +73,7 @@ WORST = 5  # tensors that --verify names
     help="Write a LoRA beside, .safetensors, that takes back part of what quantizing makes wrong, for generate --lora. "
     "Needs --calibration.",
 )
-@click.option("--repair-rank", type=click.IntRange(1), default=REPAIR_RANK, show_default=True, help="Of that LoRA.")
+@click.option("--repair-rank", type=click.IntRange(1), help=f"Of that LoRA.  [default: {REPAIR_RANK}]")
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
@@ -100,7 +100,7 @@ WORST = 5  # tensors that --verify names
 @click.option(
     "--discard-source", is_flag=True, help="Keep one file of a model on the Hub at a time, and none in the end."
 )
-@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@click.option("--overwrite", is_flag=True, help="Replace existing outputs.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 def command(
     source: str,
@@ -130,7 +130,7 @@ def command(
             out,
             to,
             device="cpu" if device == "auto" else device,  # reading and writing bound it, not the arithmetic
-            measure=report_file is not None,
+            report=report_file,
             verify=verify,
             merge_loras=Lora.several(merge_loras),
             progress=progress,
@@ -189,5 +189,5 @@ def _say_table(reports: dict[str, Any]) -> None:
 def _write_whole(path: Path, content: dict[str, Any]) -> None:
     from ..checkpoint.output import replacing
 
-    with replacing(path) as partial:
+    with replacing(path, "--report") as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 from ..adapters.library import place_of
@@ -14,7 +15,8 @@ from ..calibration.known import Calibration
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.detect import KINDS, VISION, said_of_unused
 from ..checkpoint.hub import LocalFiles
-from ..checkpoint.output import clear_leftovers, require_absent
+from ..checkpoint.output import clear_leftovers, lies_in, require_absent, require_apart, require_outside
+from ..checkpoint.weight_files import ADAPTER_CONFIG
 from ..config import Lora
 from ..errors import UserError
 from ..model.transformer import is_time_weight
@@ -55,6 +57,8 @@ class Job:
     note: Note = lambda line: None
     files: LocalFiles = field(default_factory=lambda: LocalFiles(Path()))
     loras: Sequence[Lora] = ()  # merged into the transformer
+    statistics: Path | None = None  # the file of options.calibration
+    report: Path | None = None  # what the caller writes beside, in the end
 
     def settled(self, transformer: Checkpoint) -> Job:
         """With a target that says what each tensor gets. Raises UserError."""
@@ -64,8 +68,6 @@ class Job:
             raise UserError(f"--to {self.target.name} is for the transformer", got=f"a {KINDS[transformer.component]}")
         if self.files.file_bytes:
             raise UserError(f"--to {self.target.name} measures the weights first", fix="download the model before")
-        if self.options.calibration:
-            _require_statistics_of(transformer, self.options.calibration)
         told = partial(self.note, "measuring what each of the transformer's tensors loses in each type")
         return replace(self, target=allocated(self.target, transformer, self.options, self.progress, told))
 
@@ -94,13 +96,7 @@ def source_name(source: Path) -> str:
 def prepare(out: Path, sources: Sequence[Checkpoint], job: Job) -> None:
     """All that can be refused before anything is written, and what an earlier, killed run left behind."""
     require_absent(out, job.overwrite)
-    adapters = [file_of(place_of(lora.path)) for lora in job.loras]
-    read = {*adapters, *(file for source in sources for file in _files_read(source))}
-    outputs = [out] if job.options.repair is None else [out, job.options.repair.out]
-    for output in outputs:
-        _require_apart(output, read)
-    if out.resolve() in {place.resolve() for output in outputs[1:] for place in (output, *output.absolute().parents)}:
-        raise UserError(f"{outputs[1]}: lies in the output", fix="choose another name for --repair")
+    outputs = _require_outputs_apart(out, sources, job)
     require_overrides_fit(job.target, sources[0])
     if job.options.calibration:
         if not job.target.calibrated:
@@ -113,6 +109,26 @@ def prepare(out: Path, sources: Sequence[Checkpoint], job: Job) -> None:
 
 
 _IN_BLOCK = re.compile(r"(?:layers|refiner)\.\d+\.")
+
+
+def _require_outputs_apart(out: Path, sources: Sequence[Checkpoint], job: Job) -> list[Path]:
+    """Returns what will be written. Raises UserError if one would replace an input, or another."""
+    repair = job.options.repair.out if job.options.repair else None
+    given = {"-o": out, "--repair": repair, "--report": job.report}
+    outputs = {flag: path for flag, path in given.items() if path is not None}
+    places = [place_of(lora.path) for lora in job.loras]
+    adapters = [file_of(place) for place in places]
+    read = [*adapters, *(file for source in sources for file in _files_read(source))]
+    read += [job.statistics] if job.statistics else []
+    for flag, path in outputs.items():
+        require_apart(path, read, flag)
+    if job.report:  # any name will do for it, so also that of a config
+        configs = [file.with_name(ADAPTER_CONFIG) for file in adapters]
+        require_outside(job.report, [job.files.path, *places, *configs], "--report")
+    for (_, first), (flag, second) in combinations(outputs.items(), 2):
+        if lies_in(second, first):
+            raise UserError(f"{second}: lies in the output {first}", fix=f"choose another name with {flag}")
+    return list(outputs.values())
 
 
 def _require_statistics_of(checkpoint: Checkpoint, calibration: Calibration) -> None:
@@ -132,13 +148,6 @@ def _note_unknown(checkpoint: Checkpoint, calibration: Calibration, note: Note) 
     unknown = [name for name in linears if not calibration.inputs_known(name)]
     if unknown:
         note(f"the statistics know nothing of {len(unknown)} of {len(linears)} linears in blocks, {unknown[0]} first")
-
-
-def _require_apart(out: Path, files: Collection[Path]) -> None:
-    """Raise UserError if writing `out` would replace one of the files, which are read, or a folder around one."""
-    for file in files:
-        if out.resolve() in {place.resolve() for place in (file, *file.absolute().parents)}:
-            raise UserError(f"{out}: the output would replace its own source", fix="choose another name with -o")
 
 
 def _files_read(checkpoint: Checkpoint) -> list[Path]:

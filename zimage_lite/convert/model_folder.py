@@ -40,9 +40,9 @@ def quantize_model(source: Path, out: Path | None, job: Job) -> list[Written]:
     """Convert a model into the folder `out`, whole or not at all. Raises UserError."""
     out = out or Path(f"{source_name(source)}-{job.target.name}")
     checkpoints = {component: _open_part(source, component, job) for component in _parts(source)}
-    job = job.settled(checkpoints["transformer"])
     prepare(out, list(checkpoints.values()), job)
     _require_replaceable(out)
+    job = job.settled(checkpoints["transformer"])
     meter = expect(out, [(checkpoint, job.target_of(part)) for part, checkpoint in checkpoints.items()], job)
     tokenizer = tokenizer_to_add(source, checkpoints["text_encoder"], job.note)
     written = []

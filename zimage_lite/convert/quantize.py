@@ -16,7 +16,7 @@ from ..checkpoint.impostors import no_such
 from ..checkpoint.model_files import find_component
 from ..checkpoint.output import require_absent
 from ..checkpoint.weight_files import WEIGHT_SUFFIXES, is_weight_file
-from ..config import REPAIR_RANK, Lora
+from ..config import Lora
 from ..errors import UserError
 from ..quant.formats import EFFORTS
 from .complete import open_complete
@@ -40,9 +40,10 @@ def quantize(
     effort: str = "reference",
     calibration: Path | None = None,
     repair: Path | None = None,
-    repair_rank: int = REPAIR_RANK,
+    repair_rank: int | None = None,
     device: str = "cpu",
     measure: bool = False,
+    report: Path | None = None,
     verify: bool = False,
     revision: str | None = None,
     discard_source: bool = False,
@@ -59,9 +60,10 @@ def quantize(
 
     out: default is the source's name with the format added, in the current folder. keep: patterns of tensors that stay
     16-bit; tensors: PATTERN=FORMAT; of a model, both are about its transformer. calibration: statistics, or an
-    imatrix, that errors in the transformer are weighed by. repair: a file for a LoRA of repair_rank that takes back
-    part of them. merge_loras: adapters that become part of the transformer.
-    measure: decode everything again and compare; verify: read it back as well.
+    imatrix, that errors in the transformer are weighed by. repair: a file for a LoRA of repair_rank, by default
+    `REPAIR_RANK`, that takes back part of them. merge_loras: adapters that become part of the transformer.
+    measure: decode everything again and compare; verify: read it back as well. report: where the caller will write what
+    was measured; it may replace no more than other outputs may.
     """
     chosen = overridden(target(to), keep, tensors)
     encoder = text_encoder_to or chosen.text_encoder_to
@@ -72,14 +74,16 @@ def quantize(
         raise UserError(f"--device cuda: torch {torch.__version__} sees no such device", fix="use --device cpu")
     if out is not None:
         require_absent(out, overwrite)
+    if report is not None:
+        require_absent(report, overwrite, "--report")
     known = read_statistics(calibration) if calibration else None
     parts = tuple(COMPONENTS) if component == "all" else (component,)
     with (
         repairing(repair, repair_rank, known is not None, overwrite) as beside,
         _files(source, revision, discard_source, out, parts, downloaded) as files,
     ):
-        options = Options(device, effort, measure or verify, verify, known, beside)
-        job = Job(chosen, part, options, overwrite, progress, note, files, merge_loras)
+        options = Options(device, effort, measure or verify or report is not None, verify, known, beside)
+        job = Job(chosen, part, options, overwrite, progress, note, files, merge_loras, calibration, report)
         single = _single_file(files.path, component)
         if single is None:
             return _told(quantize_model(files.path, out, job), job)
@@ -141,7 +145,7 @@ def _quantize_file(path: Path, out: Path | None, source: Path, component: str | 
     if job.loras and checkpoint.component != "transformer":
         raise UserError("--merge-lora is for the transformer", got=f"a {KINDS[checkpoint.component]}")
     checkpoint = with_merged(checkpoint, job.loras, job.note, not job.files.file_bytes)
-    job, suffix = job.settled(checkpoint), job.target.suffix
+    suffix = job.target.suffix
     part = "" if component is None and path == source else f"-{checkpoint.component}"
     out = out or Path(f"{source_name(source)}{part}-{job.target.name}{suffix}")
     if out.is_dir():
@@ -151,6 +155,7 @@ def _quantize_file(path: Path, out: Path | None, source: Path, component: str | 
             f"{out}: other programs go by the name's end", got=out.suffix, expected=f"{suffix} for {job.target.name}"
         )
     prepare(out, [checkpoint], job)
+    job = job.settled(checkpoint)
     meter = expect(out, [(checkpoint, job.target)], job)
     errors = convert_part(checkpoint, job.target, out, source, job, meter)
     return Written(checkpoint.component, job.target.name, out, checkpoint.nbytes, out.stat().st_size, errors)

@@ -21,6 +21,7 @@ from ..checkpoint.output import replacing, require_absent
 from ..checkpoint.safetensors import encode_header
 from ..checkpoint.stored import StoredTensor
 from ..checkpoint.writer import TensorWriter, open_new
+from ..config import REPAIR_RANK
 from ..errors import UserError
 from ..quant.low_rank import low_rank
 from .output_file import OutTensor
@@ -46,18 +47,24 @@ class Repair:
 
 
 @contextmanager
-def repairing(out: Path | None, rank: int, calibrated: bool, overwrite: bool) -> Iterator[Repair | None]:
-    """What takes its name in the end, whole, or leaves nothing; None if it is not asked for. Raises UserError."""
+def repairing(out: Path | None, rank: int | None, calibrated: bool, overwrite: bool) -> Iterator[Repair | None]:
+    """What takes its name in the end, whole, or leaves nothing; None if it is not asked for. Raises UserError.
+
+    rank: None for `REPAIR_RANK`."""
     if out is None:
+        if rank is not None:
+            raise UserError("--repair-rank is that of the LoRA of --repair", fix="add --repair FILE")
         yield None
         return
     if not calibrated:
         raise UserError("--repair weighs errors by what weights are multiplied by", fix="add --calibration STATS")
     if out.suffix != ".safetensors":
         raise UserError("--repair", got=str(out), expected="a name that ends in .safetensors")
-    require_absent(out, overwrite)
-    with replacing(out) as partial:
-        yield Repair(out, partial, rank)
+    if out.is_dir():
+        raise UserError(f"{out} is a folder", fix="name the file to write with --repair")
+    require_absent(out, overwrite, "--repair")
+    with replacing(out, "--repair") as partial:
+        yield Repair(out, partial, REPAIR_RANK if rank is None else rank)
 
 
 class RepairWriter:
