@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from zimage_lite.api import open_named
 from zimage_lite.calibration import files, imatrix
 from zimage_lite.calibration.statistics import OTHERS, Moments, Statistics, input_of, row_weights
+from zimage_lite.checkpoint.model_card import DEMO, model_folder
 from zimage_lite.checkpoint.opening import open_tensor_file
 from zimage_lite.cli import run
 from zimage_lite.config import RuntimeOptions
@@ -263,6 +265,28 @@ def test_linears_without_statistics_are_told(
     assert quantized(tmp_path / "x.gguf", "--calibration", bad, "--effort", "best") == 0
     told = capsys.readouterr().err
     assert re.search(rf"know nothing of 1 of \d+ linears in blocks, {re.escape(PART)} first", told)
+
+
+def test_the_model_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor does anything new go into its folder, where one more weights file would make it another kind of folder."""
+    model, link, away = tmp_path / "model", tmp_path / "link", tmp_path / "away.safetensors"
+    shutil.copytree(model_folder(DEMO), model)
+    link.symlink_to(model)
+    (file,) = (model / "transformer").glob("*.safetensors")
+    away.symlink_to(file)
+    prompts = tmp_path / "prompts.dat"
+    prompts.write_text("a red circle\n", encoding="utf-8")
+    before = {path: path.read_bytes() for path in model.rglob("*") if path.is_file()}
+    within, itself = "lies in a folder that is read", "the output would replace its own source"
+    capsys.readouterr()
+    for source, out, said in (
+        (model, file, itself), (model, away, itself), (link, file, itself), (model, link / "x.safetensors", within),
+        (model, model / "vae" / "x.gguf", within), (model, prompts, itself),
+    ):  # fmt: skip
+        assert run(["calibrate", str(source), "-o", str(out), "--prompts", str(prompts), *QUICK, "--overwrite"]) == 2
+        assert f"{out}: {said}" in refused(capsys)
+    assert {path: path.read_bytes() for path in model.rglob("*") if path.is_file()} == before and away.is_symlink()
+    assert prompts.read_text(encoding="utf-8") == "a red circle\n"
 
 
 @pytest.mark.parametrize("weighing", [None, {"others": 1.0}])

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..checkpoint.model_card import DEMO
-from ..checkpoint.output import require_absent
+from ..checkpoint.model_card import DEMO, model_folder
+from ..checkpoint.output import require_absent, require_outside
 from ..config import BACKENDS, DEVICES, DTYPES, GenerateOptions, RuntimeOptions
 from ..errors import UserError
 from ..units import counted, format_gb, parse_bytes
@@ -18,6 +18,7 @@ from .requests import lines_of, requests_of
 
 if TYPE_CHECKING:
     from ..calibration.statistics import Statistics
+    from ..checkpoint.model_files import ModelFiles
     from ..pipeline.drawing import Pipeline
 
 _PATH = click.Path(path_type=Path)
@@ -50,7 +51,7 @@ class Width(click.ParamType):
     "out",
     type=_PATH,
     required=True,
-    help="File to write: .safetensors, or for llama.cpp's tools .gguf or .dat, an imatrix.",
+    help="File to write, not in the model's folder: .safetensors, or for llama.cpp's tools .gguf or .dat, an imatrix.",
 )
 @click.option(
     "--prompts",
@@ -101,6 +102,7 @@ def command(
     from .progress import phase_progress
 
     pipeline = Pipeline(open_named(model, {}), runtime, tell=lambda line: say(f"note: {line}"), advises=False)
+    _require_apart(out, pipeline.model, model_folder(model), prompt_file)
     first = pipeline.complete(requests[0])
     settings = {name: getattr(first, name) for name in ("width", "height", "steps", "guidance", "shift")}
     found = calibrating.begun(pipeline, products, {"model": pipeline.model.name, **settings})
@@ -115,6 +117,16 @@ def command(
     _say_summary(pipeline, found, out)
     if as_json:
         print_json({"statistics": str(out), "bytes": out.stat().st_size, **found.coverage(), **_measured(pipeline)})
+
+
+def _require_apart(out: Path, model: ModelFiles, place: Path, prompt_file: Path | None) -> None:
+    """Raise UserError if `out` is one of the files that are read, or in a model's folder, of which weights that are
+    no part of it would make another kind of folder."""
+    parts = [part for part in (model.transformer, model.text_encoder, model.vae, model.siglip) if part is not None]
+    read = {entry.path for part in parts for tensor in part.tensors.values() for entry in tensor.parts.values()}
+    require_outside(out, [*sorted(read), *(part.source for part in parts), *filter(None, [prompt_file])])
+    if place.exists():
+        require_outside(out, [place])
 
 
 def _requests(prompt_file: Path | None, base: dict[str, Any]) -> list[GenerateOptions]:
