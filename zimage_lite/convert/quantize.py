@@ -68,14 +68,10 @@ def quantize(
     chosen = overridden(target(to), keep, tensors)
     encoder = text_encoder_to or chosen.text_encoder_to
     part = target(encoder, "--text-encoder-to", also=(KEEP,)) if encoder != KEEP else None
-    if effort not in EFFORTS:
-        raise UserError("--effort", got=repr(effort), expected=", ".join(EFFORTS))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device cuda: torch {torch.__version__} sees no such device", fix="use --device cpu")
-    if out is not None:
-        require_absent(out, overwrite)
-    if report is not None:
-        require_absent(report, overwrite, "--report")
+    _require(effort, device)
+    for flag, file in (("-o", out), ("--report", report)):
+        if file is not None:
+            require_absent(file, overwrite, flag)
     known = read_statistics(calibration) if calibration else None
     parts = tuple(COMPONENTS) if component == "all" else (component,)
     with (
@@ -92,6 +88,14 @@ def quantize(
                 "--to and --text-encoder-to disagree", fix="with --component text_encoder, name one of them"
             )
         return _told([_quantize_file(single, out, files.path, None if component == "all" else component, job)], job)
+
+
+def _require(effort: str, device: str) -> None:
+    """Raise UserError for what there is not."""
+    if effort not in EFFORTS:
+        raise UserError("--effort", got=repr(effort), expected=", ".join(EFFORTS))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device cuda: torch {torch.__version__} sees no such device", fix="use --device cpu")
 
 
 def _told(written: list[Written], job: Job) -> list[Written]:
