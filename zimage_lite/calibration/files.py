@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from ..errors import FileFormatError, UserError
 from ..quant.formats import DTYPE_BYTES
 from . import imatrix
 from .known import Calibration
-from .statistics import STEP_RANGES, WEIGHING, Moments, Statistics
+from .statistics import AGAIN, STEP_RANGES, WEIGHING, Moments, Statistics
 
 KEY = "zimage_lite.calibration"  # metadata: config, settings, prompts and how rows were weighed, as JSON
 _COUNTS, _SQUARES, _PRODUCTS = ".counts", ".squares", ".products"
@@ -52,13 +51,13 @@ def read(path: Path) -> Calibration:
     file = open_tensor_file(path)
     if file.container == "gguf":
         return imatrix.read(file)
-    said, inputs = _said(file), {}
+    said, inputs, products = _said(file), dict[str, Tensor](), dict[str, tuple[Entry, float]]()
     for name, own in _inputs(file).items():
         counts, squares = (_sound(own[part]).sum(0) for part in (_COUNTS, _SQUARES))
         if counts > 0:  # else nothing came in
             inputs[name] = (squares / counts).float()
-    counts_of = {name: float(_read(own[_COUNTS]).sum()) for name, own in _with_products(file)}
-    products = {name: (own[_PRODUCTS], counts_of[name]) for name, own in _with_products(file) if name in inputs}
+            if _PRODUCTS in own:
+                products[name] = own[_PRODUCTS], float(counts)
     return Calibration(path, said["config"], inputs, products, len(said["prompts"]))
 
 
@@ -99,7 +98,7 @@ def _said(file: TensorFile) -> dict[str, Any]:
             f"{file.path}: statistics of another version, which weighed rows differently",
             got=str(said.get("weighing", "nothing said"))[:100],
             expected=WEIGHING,
-            fix="gather them again, with calibrate --overwrite",
+            fix=AGAIN,
         )
     return said
 
@@ -127,17 +126,13 @@ def _inputs(file: TensorFile) -> dict[str, dict[str, Entry]]:
     return found
 
 
-def _with_products(file: TensorFile) -> list[tuple[str, Mapping[str, Entry]]]:
-    return [(name, own) for name, own in _inputs(file).items() if _PRODUCTS in own]
-
-
 def _sound(entry: Entry) -> Tensor:
     """Sums of squares, or counts. Raises FileFormatError if they are none."""
     values = _read(entry)
     if not (values >= 0).all() or values.isinf().any():
         raise FileFormatError(
             f"{entry.path}: {entry.name[:200]} holds NaN, infinite or negative values",
-            expected="counts and sums of squares", fix="gather the statistics again, with calibrate --overwrite",
+            expected="counts and sums of squares", fix=AGAIN,
         )  # fmt: skip
     return values
 

@@ -17,7 +17,7 @@ from ..checkpoint.container import Entry
 from ..errors import FileFormatError, WrongModelError
 from ..quant.inputs import Inputs
 from ..quant.tensor import all_finite
-from .statistics import input_of
+from .statistics import AGAIN, input_of
 
 _KEPT = 2  # inputs whose X^T X stay in memory: those that several threads work on
 
@@ -57,8 +57,7 @@ class Calibration:
         entry, rows = self.products[name]
         products = entry.read().view(torch.float32).view(entry.shape)
         if not all_finite(products):
-            fix = "gather the statistics again, with calibrate --overwrite"
-            raise FileFormatError(f"{self.path}: {entry.name[:200]} holds NaN or infinite values", fix=fix)
+            raise FileFormatError(f"{self.path}: {entry.name[:200]} holds NaN or infinite values", fix=AGAIN)
         return products.div_(rows)
 
     def require_fits(self, config: Mapping[str, Any], columns: Mapping[str, int]) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 STEP_RANGES = 4
 PIECE_VALUES = 2**22  # of an input that are float32 at a time: 16 MB
 OTHERS = 0.1
+AGAIN = "gather them again, with calibrate --overwrite"  # what to do with statistics that cannot be used
 WEIGHING = {"others": OTHERS}  # what files say of it: sums that were weighed otherwise cannot be added to these
 
 _SHARED = {"attention.to_k": "attention.to_q", "attention.to_v": "attention.to_q", "feed_forward.w3": "feed_forward.w1"}

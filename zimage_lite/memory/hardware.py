@@ -27,7 +27,7 @@ RAM_MARGIN_BYTES = 500_000_000  # left to the rest of the system when no --ram i
 ALLOCATOR_SLACK_BYTES = 30_000_000  # what was freed but not returned, and libraries that come with the first use
 CUDA_SLACK_BYTES = 70_000_000  # more of that, of CUDA's: assumed
 _LOOPS = "zimage_lite.quant.rows_cpu"
-LOOPS_BYTES = 200_000_000  # with their compiler: 130 MB, 190 the first time, when it compiles (numba 0.62)
+LOOPS_BYTES = 200_000_000  # with their compiler: 130 MB, 190 the first time, when it compiles (numba 0.68)
 _CLOCK_KHZ, _MEMORY_GBPS = 1_500_000, 200.0  # where torch does not pass on what the driver says
 _LINK_TEST_BYTES, _LINK_TESTS = 2**25, 5
 

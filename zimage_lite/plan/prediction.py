@@ -54,7 +54,8 @@ _TRAFFIC = 30  # of a block's fused element-wise work, in tokens x width x 2 byt
 # on a laptop: half until it is measured. What is rotated already (comfy_int) has little to compute.
 _REENCODING_TIMES = 2
 _MAKING = "re-encoding"
-# Making what adapters add of their files takes the CPU as long as so many operations of a product for each byte of it.
+# Making what adapters add of their files takes the CPU as long as so many operations of a product for each byte of it:
+# 13 ms for the 9 MB of a block at rank 32 (2 threads of a Sapphire Rapids).
 _MADE = 300
 _LATENT_COPIES = 3  # the latent, the model's answer and their sum, in float32
 _BATCHES = (1, 2, 4, 8)  # images at once

@@ -103,10 +103,8 @@ def ways_to_train(model: Model, job: TrainJob, machine: Machine) -> list[Phase]:
 
 def _on_cpu(activations: int, unpacking: int, widest: int) -> dict[str, int]:
     """Bytes that its heap keeps meanwhile."""
-    found = holes(activations, unpacking)
-    return {name: n + holes_of_graph(activations, widest) for name, n in found.items()} | {
-        "kept by the heap": KEPT_BYTES
-    }
+    kept = activations + holes_of_graph(activations, widest)
+    return {**holes(kept, unpacking), "kept by the heap": KEPT_BYTES}
 
 
 def preserved_pictures(new: int, words: Sequence[str], prompts: Sequence[str]) -> int:
