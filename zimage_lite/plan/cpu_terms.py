@@ -34,7 +34,8 @@ def holes(activations: int, unpacking: int) -> dict[str, int]:
 
 def holes_of_graph(n_bytes: int, widest: int) -> int:
     """Bytes that a graph for gradients leaves beside those. Most likely because glibc looks for aligned memory as if it
-    were larger, so that a hole does not take the piece again that it is of. n_bytes: of the graph; widest: of its largest piece."""
+    were larger, so that a hole does not take the piece again that it is of. n_bytes: of the graph; widest: of its
+    largest piece."""
     return round(_GRAPH_HOLES * n_bytes) if widest < HIGHEST_BYTES else 0
 
 
