@@ -17,7 +17,7 @@ from zimage_lite.adapters.describe import describe, is_adapter_path, lines
 from zimage_lite.config import TransformerConfig
 from zimage_lite.errors import UserError
 
-CONFIGS = (TransformerConfig(), TINY)
+CONFIGS = {"Z-Image": TransformerConfig(), "the tiny": TINY}
 
 FOUND: dict[str, tuple[str, dict[str, int], dict[int, int], dict[float, int]]] = {
     "peft in diffusers": ("diffusers, SimpleTuner or OneTrainer", {"LoRA": 16}, {4: 16}, {1.0: 16}),
@@ -83,7 +83,7 @@ def test_for_people(tmp_path: Path) -> None:
     made = mixed()
     made.add("diffusion_model.layers.7.attention.to_q.lora_A.weight", 4, 64)
     said = "\n".join(lines(describe(made.write(tmp_path, "pencil"), CONFIGS)))
-    assert "pencil: LoRA, LoKr for Z-Image" in said
+    assert "pencil: LoRA, LoKr for the tiny" in said
     assert "4 of 5 modules: 3 by LoRA, 1 by LoKr" in said
     assert "left out       1 tensor: diffusion_model.layers.7.attention.to_q.lora_A.weight" in said
     assert "4 tensors" in "\n".join(lines(describe(twice().write(tmp_path, "twice"), CONFIGS)))
@@ -103,4 +103,11 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: A
 
 def test_one_that_fits_no_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="made for another model"):
-        describe(peft().write(tmp_path), CONFIGS[:1])
+        describe(peft().write(tmp_path), {"Z-Image": TransformerConfig()})
+
+
+def test_what_is_wrong_with_one_for_a_small_model(tmp_path: Path) -> None:
+    made = peft()
+    del made.tensors[next(name for name in made.tensors if "lora_B" in name)]
+    with pytest.raises(UserError, match="up missing: got down alone; the file is incomplete"):
+        describe(made.write(tmp_path), CONFIGS)

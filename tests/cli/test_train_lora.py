@@ -22,6 +22,9 @@ def test_it_says_what_it_did(pupil: Path, lessons: Path, tmp_path: Path, capsys:
     captured = capsys.readouterr()
     said = json.loads(captured.out)
     assert said["lora"] == str(out) and said["steps"] == 2 and 0 < said["loss"] < 10
+    for verb in (["inspect"], ["generate", "x", "--model", str(pupil), "--device", "cpu", "--lora"]):
+        assert run([*verb, str(tmp_path / "my.training" / "state.safetensors")]) == 2
+        assert "the state of a training, for train-lora --resume, not a LoRA" in capsys.readouterr().err
     assert said["measured"]["peak_rss_bytes"] > 0 < said["planned_ram_bytes"]
     assert "3 pictures, 2 steps; planned: " in captured.err and captured.err.count("planned") == 1
     assert train(pupil, lessons, out, *few) == 2  # not in the place of what is there

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from ..checkpoint.weight_files import ADAPTER_CONFIG
 from ..config import TransformerConfig
 from ..errors import UserError, WrongModelError
 from ..units import counted, format_gb
-from .reading import Adapter, file_of, kinds, open_adapter
+from .reading import TRAINING_KEY, Adapter, file_of, kinds, open_adapter
+from .recognition import OtherSizesError
 from .spelling import is_text_encoder, split
 from .updates import Dora, LowRank
 
@@ -32,10 +32,11 @@ _BASES = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name",
 
 @dataclass(frozen=True)
 class Description:
-    """kinds: name -> modules; ranks, scales: value -> modules (scale: alpha / rank); modules: of the transformer, that
+    """model: that it is for; kinds: name -> modules; ranks, scales: value -> modules (scale: alpha / rank); modules: of the transformer, that
     change; unknown: modules of the file without a place; unused: names of tensors that are left out."""
 
     name: str
+    model: str
     trainer: str
     base: str
     bytes: int
@@ -52,33 +53,40 @@ class Description:
 
 
 def is_adapter_path(path: Path) -> bool:
-    """A PEFT folder, or a file of nothing but an adapter's tensors, or a folder with one such file."""
+    """A PEFT folder, or a file of nothing but an adapter's tensors, or a folder with one such file. The state of a
+    training counts, so that it is told as one."""
     if (path / ADAPTER_CONFIG).exists():
         return True
     try:
-        names = open_tensor_file(file_of(path)).entries
+        opened = open_tensor_file(file_of(path))
     except UserError:
         return False  # told where it is read as a model
-    return bool(names) and sum(split(name) is not None for name in names) > len(names) / 2
+    names = opened.entries
+    return (
+        TRAINING_KEY in opened.metadata
+        or bool(names)
+        and sum(split(name) is not None for name in names) > len(names) / 2
+    )
 
 
-def describe(path: Path, configs: tuple[TransformerConfig, ...]) -> Description:
-    """configs: of the models that it may be for; the first that it fits. Raises UserError if it fits none."""
-    first, *others = configs
-    try:
-        return _described(open_adapter(path, first))
-    except WrongModelError:
-        for config in others:
-            with suppress(WrongModelError):
-                return _described(open_adapter(path, config))
-        raise
+def describe(path: Path, configs: Mapping[str, TransformerConfig]) -> Description:
+    """configs: name -> of the models that it may be for; the first that it fits. Raises UserError if it fits none: what
+    is wrong with it beside the first whose sizes it has."""
+    wrong = list[WrongModelError]()
+    for model, config in configs.items():
+        try:
+            return _described(open_adapter(path, config), model)
+        except WrongModelError as error:
+            wrong.append(error)
+    raise next((error for error in wrong if not isinstance(error, OtherSizesError)), wrong[0])
 
 
-def _described(adapter: Adapter) -> Description:
+def _described(adapter: Adapter, model: str) -> Description:
     low_rank = [one.update.inner if isinstance(one.update, Dora) else one.update for one in adapter.applied]
     pairs = [update for update in low_rank if isinstance(update, LowRank)]
     return Description(
         name=adapter.name,
+        model=model,
         trainer=_trainer(adapter),
         base=next((str(adapter.metadata[key])[:80] for key in _BASES if adapter.metadata.get(key)), ""),
         bytes=sum(raw.entry.nbytes for raw in adapter.raws.values()),
@@ -113,7 +121,7 @@ def lines(found: Description) -> list[str]:
     scales = ", ".join(f"{scale:g} on {count}" for scale, count in sorted(found.scales.items()))
     total, of_kinds = counted(found.modules + len(found.unknown), "module"), found.kinds.items()
     said = [
-        f"{found.name}: {', '.join(found.kinds)} for Z-Image, {format_gb(found.bytes)} in {' '.join(found.dtypes)}",
+        f"{found.name}: {', '.join(found.kinds)} for {found.model}, {format_gb(found.bytes)} in {' '.join(found.dtypes)}",
         f"    written by     {found.trainer}",
         f"    trained on     {found.base or 'not said'}",
         f"    changes        {found.modules} of {total}: {', '.join(f'{n} by {kind}' for kind, n in of_kinds)}",

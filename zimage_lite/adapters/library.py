@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.hub import adapter_file, is_hub_id
+from ..checkpoint.hub import named_file
 from ..checkpoint.stored import StoredTensor
 from ..checkpoint.weight_files import WEIGHT_SUFFIXES
 from ..config import Lora, OmniConfig, TransformerConfig
@@ -71,10 +71,8 @@ def place_of(path: str) -> Path:
         return Path(path)
     if ended := next((end for end in WEIGHT_SUFFIXES if Path(path + end).exists()), None):
         raise UserError(f"{path}: no such file", fix=f"did you mean {path}{ended}?")
-    owner, _, rest = path.partition("/")
-    name, _, file = rest.partition("/")
-    if is_hub_id(f"{owner}/{name}") and (not file or file.endswith(".safetensors")):
-        return adapter_file(f"{owner}/{name}", file or None)
+    if of_hub := named_file(path):
+        return of_hub
     there = path
     while (there := there.rpartition(":")[0]) and not Path(there).exists():
         pass

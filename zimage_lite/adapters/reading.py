@@ -26,6 +26,7 @@ from .updates import Raw, Update
 
 _PEFT_FILE = "adapter_model.safetensors"
 _METADATA = "lora_adapter_metadata"  # diffusers' own, JSON
+TRAINING_KEY = "zimage_lite.training"  # metadata of a file with all that a training goes on with
 # What of PEFT's config changes what tensors of the same names mean -> what is known here.
 _KNOWN: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA", "LOHA", "LOKR", "OFT"),
@@ -116,6 +117,9 @@ def open_adapter(path: Path, config: TransformerConfig) -> Adapter:
     config_stamp, opened = _config_stamp(file), open_tensor_file(file)
     if opened.container != "safetensors":
         raise UserError(f"{path}: a GGUF file, not an adapter", fix="get the safetensors version")
+    if TRAINING_KEY in opened.metadata:
+        fix = "name the file that came out, or step-*.safetensors beside this one"
+        raise FileFormatError(f"{path}: the state of a training, for train-lora --resume, not a LoRA", fix=fix)
     raws = {name: Raw(entry, opened.stamp) for name, entry in opened.entries.items()}
     modules, unused = _by_module(raws, path)
     scales = _scales(_config_of(file, path, opened.metadata), path)

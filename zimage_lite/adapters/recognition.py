@@ -42,6 +42,10 @@ def updates_of(params: Params, where: str, target: Target, scale_of: ScaleOf | N
     return found
 
 
+class OtherSizesError(WrongModelError):
+    """It is whole, and for a model of other widths."""
+
+
 @dataclass(frozen=True)
 class _Tensors:
     """Those of one module, held against the shapes that it asks for."""
@@ -87,7 +91,7 @@ class _Tensors:
         expected = [self.target.all_rows, self.target.columns]
         if list(size) != expected:
             other = " (Lumina-Image-2 is 2304 wide)" if 2304 in size else ""
-            raise self.wrong(f"made for another model{other}", got=list(size), expected=expected)
+            raise OtherSizesError(f"{self.where}: made for another model{other}", got=list(size), expected=expected)
 
     def vector(self, name: str) -> Raw | None:
         """One number for each output, if it is there."""

@@ -51,9 +51,19 @@ def snapshot(repo_id: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(repo_id, revision=revision, endpoint=endpoint(), allow_patterns=patterns))
 
 
-def adapter_file(repo_id: str, name: str | None = None) -> Path:
-    """An adapter's file in the Hub's cache, downloaded if it is not there: the one that is named, else the only one,
-    or its folder. PEFT's config, which says how strong it is, comes along. Raises UserError."""
+def named_file(path: str) -> Path | None:
+    """What OWNER/NAME or OWNER/NAME/FILE means, as `single_file`; None for what reads otherwise, is there as a path, or
+    lies in a folder that is. Raises UserError."""
+    owner, _, rest = path.partition("/")
+    name, _, file = rest.partition("/")
+    if os.path.exists(owner) or not is_hub_id(f"{owner}/{name}") or (file and not file.lower().endswith(_WEIGHTS)):
+        return None
+    return single_file(f"{owner}/{name}", file or None)
+
+
+def single_file(repo_id: str, name: str | None = None) -> Path:
+    """A LoRA's or ControlNet's file in the Hub's cache, downloaded if it is not there: the one that is named, else the
+    only one, or its folder. PEFT's config, which says how strong it is, comes along. Raises UserError."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -91,7 +101,7 @@ def _only_weights(names: Iterable[str], repo_id: str) -> str:
     if len(weights) != 1:
         got = ", ".join(weights[:5]) or "no .safetensors file"
         raise UserError(
-            f"{repo_id}: no single adapter", got=got, fix=f"name one, as {repo_id}/FILE" if weights else None
+            f"{repo_id}: no single file of weights", got=got, fix=f"name one, as {repo_id}/FILE" if weights else None
         )
     return weights[0]
 

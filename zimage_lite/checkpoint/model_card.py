@@ -10,6 +10,7 @@ from typing import Any
 from ..config import DEFAULT_SIZE, VaeConfig
 from ..errors import FileFormatError
 from .json_file import read_json
+from .weight_files import WEIGHT_SUFFIXES
 
 DEMO = "demo"  # as a MODEL; a folder of that name is reached as ./demo
 CARD = "card.json"
@@ -26,9 +27,11 @@ def control_place(control: str) -> Path:
 
 
 def control_name(control: str) -> str:
-    """What a ControlNet is called: as its file without the ending, or its folder; one made in memory as it is named."""
+    """What a ControlNet is called: as its file without the ending, also on the Hub, or its folder; one made in memory as
+    it is named."""
     place = control_place(control)
-    return place.stem if place.is_file() else place.name if place.is_dir() else control
+    is_file = place.is_file() or place.suffix.lower() in WEIGHT_SUFFIXES
+    return place.name if place.is_dir() else place.stem if is_file else control
 
 
 def default_size(folder: Path | None) -> tuple[int, int]:

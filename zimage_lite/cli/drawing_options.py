@@ -183,8 +183,8 @@ _CONTROLS = (
         "controls",
         multiple=True,
         metavar="FILE[:SCALE]",
-        help="ControlNet (Fun Union 1.0, 2.0, 2.1, or the demo's: demo) beside the transformer, and how strongly it is "
-        "followed. Once for each.  [default scale: its authors']",
+        help="ControlNet (Fun Union 1.0, 2.0, 2.1, also as OWNER/NAME/FILE of the Hub, or the demo's: demo) beside the "
+        "transformer, and how strongly it is followed. Once for each.  [default scale: its authors']",
     ),
     click.option(
         "--control-image",

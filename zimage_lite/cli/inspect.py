@@ -49,7 +49,7 @@ def _adapter(path: Path, as_json: bool) -> None:
     from ..checkpoint.model_card import DEMO
 
     demo = open_checkpoint(model_folder(DEMO) / "transformer").config
-    found = describe(path, (TransformerConfig(), demo))
+    found = describe(path, {"Z-Image": TransformerConfig(), "the demo": demo})
     for line in lines(found):
         table_printer(as_json)(line)
     if as_json:

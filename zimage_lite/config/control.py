@@ -14,8 +14,8 @@ MAX_SCALE = 10
 
 @dataclass(frozen=True)
 class ControlUse:
-    """A ControlNet by its file or its folder, "demo" or "synthetic:VERSION/FORMAT", and the scale of its hints; None:
-    what its authors draw with."""
+    """A ControlNet by its file, its folder, OWNER/NAME[/FILE] of the Hub, "demo" or "synthetic:VERSION/FORMAT", and the
+    scale of its hints; None: what its authors draw with."""
 
     path: str
     scale: float | None = None

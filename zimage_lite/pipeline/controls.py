@@ -14,6 +14,7 @@ from ..checkpoint.container import file_stamp
 from ..checkpoint.controlnets import Settings, names_of, require_goes_with, said_of, settings
 from ..checkpoint.detect import CONTROLNET
 from ..checkpoint.hashes import sha256_of
+from ..checkpoint.hub import named_file
 from ..checkpoint.model_card import control_name, control_place
 from ..config import ControlConfig, ControlUse, GenerateOptions, TransformerConfig
 from ..convert.catalog import stored_parts
@@ -105,10 +106,11 @@ UNCONTROLLED = ControlSet()
 
 
 def open_control(path: str) -> Checkpoint:
-    """A ControlNet's file or folder, "demo", or "synthetic:VERSION/FORMAT". Raises UserError."""
+    """A ControlNet's file or folder, OWNER/NAME[/FILE] of the Hub, "demo", or "synthetic:VERSION/FORMAT". Raises
+    UserError."""
     if is_synthetic(path) or path == PREFIX[:-1]:  # "synthetic:2.1" was taken for a scale
         return open_synthetic_control(path)
-    return open_complete(control_place(path), CONTROLNET)
+    return open_complete(named_file(path) or control_place(path), CONTROLNET)
 
 
 class ControlLibrary:

@@ -64,14 +64,14 @@ class Session:
         self.preserved = prior.prior_examples(
             goal.examples, options.trigger, goal.preserve, goal.preserve_prompts, folder
         )
+        self.trainer = Trainer(
+            pipeline, [*goal.examples, *self.preserved], options, goal.assistant, len(self.preserved)
+        )
         self.requests = [
             pipeline.complete(GenerateOptions(prompt, options.resolution, options.resolution, seed=options.seed))
             for prompt in goal.prompts
         ]
-        pipeline.require_fit(self.requests)
-        self.trainer = Trainer(
-            pipeline, [*goal.examples, *self.preserved], options, goal.assistant, len(self.preserved)
-        )
+        pipeline.require_fit(self.requests)  # second, for it takes less: so one refusal names what will do
         self.done = Done(self._settings())
 
     def run(self, progress: Progress, stop: Callable[[], bool] = lambda: False) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters.reading import TRAINING_KEY
 from ..checkpoint.output import replacing
 from ..errors import FileFormatError, UserError
 from .lora import TrainedLora
@@ -40,7 +41,9 @@ def save_state(path: Path, done: Done, lora: TrainedLora, optimizer: Optimizer) 
     tensors[_LOSSES] = torch.tensor(done.losses, dtype=torch.float64)
     said = {"settings": done.settings, "numbers": numbers}
     with replacing(path) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {"state": json.dumps(said)})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {TRAINING_KEY: json.dumps(said)}
+        )
 
 
 def load_state(path: Path, settings: Mapping[str, Any], lora: TrainedLora, optimizer: Optimizer) -> Done:
@@ -50,7 +53,7 @@ def load_state(path: Path, settings: Mapping[str, Any], lora: TrainedLora, optim
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            said = json.loads((file.metadata() or {})["state"])
+            said = json.loads((file.metadata() or {})[TRAINING_KEY])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise FileFormatError(f"{path}: not the state of a training", fix="begin anew with --overwrite") from error
     _require_same(said["settings"], settings)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
 
@@ -85,6 +85,7 @@ class Trainer:
         self._latents = self._encoded(progress)
         refined = self.work.planning.within(self.ways, partial(self._refined, embeddings))
         self._captions = dict(zip(texts, refined, strict=True))
+        self.job = replace(self.job, prepared=True)
         self._plan()  # beside what encoding has left in the process
 
     def _plan(self) -> None:
