@@ -32,8 +32,9 @@ _BASES = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name",
 
 @dataclass(frozen=True)
 class Description:
-    """model: that it is for; kinds: name -> modules; ranks, scales: value -> modules (scale: alpha / rank); modules: of the transformer, that
-    change; unknown: modules of the file without a place; unused: names of tensors that are left out."""
+    """model: that it is for; kinds: name -> modules; ranks, scales: value -> modules (scale: alpha / rank); modules: of
+    the transformer, that change; unknown: modules of the file without a place; unused: names of tensors that are left
+    out."""
 
     name: str
     model: str
@@ -61,24 +62,26 @@ def is_adapter_path(path: Path) -> bool:
         opened = open_tensor_file(file_of(path))
     except UserError:
         return False  # told where it is read as a model
-    names = opened.entries
-    return (
-        TRAINING_KEY in opened.metadata
-        or bool(names)
-        and sum(split(name) is not None for name in names) > len(names) / 2
-    )
+    adapting = sum(split(name) is not None for name in opened.entries)
+    return TRAINING_KEY in opened.metadata or adapting > len(opened.entries) / 2
 
 
 def describe(path: Path, configs: Mapping[str, TransformerConfig]) -> Description:
     """configs: name -> of the models that it may be for; the first that it fits. Raises UserError if it fits none: what
     is wrong with it beside the first whose sizes it has."""
-    wrong = list[WrongModelError]()
-    for model, config in configs.items():
-        try:
-            return _described(open_adapter(path, config), model)
-        except WrongModelError as error:
-            wrong.append(error)
+    found = [_tried(path, model, config) for model, config in configs.items()]
+    fitting = [one for one in found if isinstance(one, Description)]
+    if fitting:
+        return fitting[0]
+    wrong = [one for one in found if isinstance(one, WrongModelError)]
     raise next((error for error in wrong if not isinstance(error, OtherSizesError)), wrong[0])
+
+
+def _tried(path: Path, model: str, config: TransformerConfig) -> Description | WrongModelError:
+    try:
+        return _described(open_adapter(path, config), model)
+    except WrongModelError as error:
+        return error
 
 
 def _described(adapter: Adapter, model: str) -> Description:
@@ -119,12 +122,12 @@ def lines(found: Description) -> list[str]:
     """For people."""
     ranks = ", ".join(f"{rank} on {count}" for rank, count in sorted(found.ranks.items()))
     scales = ", ".join(f"{scale:g} on {count}" for scale, count in sorted(found.scales.items()))
-    total, of_kinds = counted(found.modules + len(found.unknown), "module"), found.kinds.items()
+    total, of_kinds = counted(found.modules + len(found.unknown), "module"), found.kinds
     said = [
-        f"{found.name}: {', '.join(found.kinds)} for {found.model}, {format_gb(found.bytes)} in {' '.join(found.dtypes)}",
+        f"{found.name}: {', '.join(of_kinds)} for {found.model}, {format_gb(found.bytes)} in {' '.join(found.dtypes)}",
         f"    written by     {found.trainer}",
         f"    trained on     {found.base or 'not said'}",
-        f"    changes        {found.modules} of {total}: {', '.join(f'{n} by {kind}' for kind, n in of_kinds)}",
+        f"    changes        {found.modules} of {total}: {', '.join(f'{n} by {kind}' for kind, n in of_kinds.items())}",
     ]
     said += [f"    ranks          {ranks}", f"    alpha / rank   {scales}"] if ranks else []
     if found.unused:

@@ -27,8 +27,8 @@ def control_place(control: str) -> Path:
 
 
 def control_name(control: str) -> str:
-    """What a ControlNet is called: as its file without the ending, also on the Hub, or its folder; one made in memory as
-    it is named."""
+    """What a ControlNet is called: as its file without the ending, also on the Hub, or its folder; one made in memory
+    as it is named."""
     place = control_place(control)
     is_file = place.is_file() or place.suffix.lower() in WEIGHT_SUFFIXES
     return place.name if place.is_dir() else place.stem if is_file else control
