@@ -68,6 +68,13 @@ def test_guidance_on_turbo(model: ModelFiles) -> None:
     assert told(model, replace(PLAIN, negative="blue")) == ["--negative has no effect without --guidance"]
 
 
+def test_what_goes_with_a_controlnet(model: ModelFiles) -> None:
+    late = replace(PLAIN, control_start=0.5, control_from="canny")
+    lines = [f"--control-{name} has no effect without --control" for name in ("from", "start")]
+    assert told(model, PLAIN, late) == lines
+    assert told(model, late, replace(PLAIN, controls="x.safetensors", control_image="x.png")) == []
+
+
 def test_an_omni_is_no_turbo(omni_folder: Path) -> None:
     """Whether it is distilled, nobody has said."""
     assert told(open_model(omni_folder), replace(PLAIN, guidance=5.0)) == []

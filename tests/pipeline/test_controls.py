@@ -299,6 +299,17 @@ def test_the_recipe_is_of_what_was_drawn_with(tiny: Path, tmp_path: Path) -> Non
     assert synthetic.told(replace(request, controls="synthetic:1.0/int8"))[0].keys() == {"name", "scale"}
 
 
+def test_one_at_scale_0_is_opened_and_costs_nothing(tiny: Path, nets: dict[str, Path]) -> None:
+    pipeline = load(tiny, device="cpu")
+    (off,) = pipeline._tasks([pipeline.complete(controlled(CAT, nets["2.1"], scale=0.0))])
+    assert not off.controls and not off.sights
+    uses = (f"{nets['2.1']}:0", f"{nets['1.0']}:0.5")
+    (task,) = pipeline._tasks([pipeline.complete(replace(CAT, controls=uses, control_image=HINT))])
+    assert task.controls.scales == [0.5] and len(task.sights) == 1
+    with pytest.raises(UserError, match=r"no\.safetensors"):
+        pipeline._tasks([pipeline.complete(replace(CAT, controls="no.safetensors:0", control_image=HINT))])
+
+
 def test_it_says_when_none_is_asked(tiny: Path, nets: dict[str, Path]) -> None:
     pipeline = load(tiny, device="cpu")
     late = pipeline.complete(controlled(replace(CAT, steps=2), nets["2.1"], control_start=0.6))

@@ -10,6 +10,8 @@ from ..checkpoint.model_files import ModelFiles
 from ..config import MAX_PROMPT_TOKENS, GenerateOptions, SchedulerConfig
 from .words import texts
 
+_PLAIN = GenerateOptions()
+_OF_CONTROLS = ("control_from", "control_start", "control_end", "control_math")
 _ENDING = 40  # characters of the prompt's last words that are used
 
 # What other programs read in a prompt. Here, as in diffusers, all of it is text to the encoder.
@@ -35,6 +37,10 @@ def advice(requests: Sequence[GenerateOptions], model: ModelFiles) -> Iterator[s
     yield from _markup(prompts)
     if any(request.negative and not request.guidance for request in requests):
         yield "--negative has no effect without --guidance"
+    if not any(request.controls for request in requests):
+        for name in _OF_CONTROLS:
+            if any(getattr(request, name) != getattr(_PLAIN, name) for request in requests):
+                yield f"--{name.replace('_', '-')} has no effect without --control"
     found = (unlike(lora, request) for request in requests for lora in request.loras)
     yield from dict.fromkeys(line for line in found if line)
     settings = dict.fromkeys((request.step_count, request.guidance or 0.0) for request in requests)

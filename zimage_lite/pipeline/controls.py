@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -92,6 +92,11 @@ class ControlSet:
         """Of each pass over the model for an image, whether they run in it."""
         steps = len(sigmas) - 1
         return tuple(self.runs(step, steps) for step in asked_at(sampler, sigmas) for _ in range(tiles))
+
+    def only(self, places: Sequence[int]) -> ControlSet:
+        """Those at these places."""
+        nets, uses = tuple(self.nets[place] for place in places), tuple(self.uses[place] for place in places)
+        return replace(self, nets=nets, uses=uses)
 
     def joined(self, transformer: Checkpoint) -> Checkpoint:
         """With the transformer's weights, by the names of a `ControlledTransformer`."""

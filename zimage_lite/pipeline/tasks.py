@@ -91,7 +91,9 @@ def _controlled(task: Task, controls: ControlSet, seen: dict[Hashable, SeenPictu
     sketch = task.sketch
     if controls.copies and sketch and any(sight.kept for sight in sights):
         sketch = replace(sketch, regenerates=True)
-    return replace(task, sketch=sketch, controls=controls, sights=sights)
+    in_force = [place for place, scale in enumerate(controls.scales) if scale]  # the others only have to be right
+    followed = tuple(sights[place] for place in in_force)
+    return replace(task, sketch=sketch, controls=controls.only(in_force), sights=followed)
 
 
 def _task(place: int, request: GenerateOptions, sketch: Sketch | None, references: tuple[Reference, ...]) -> Task:

@@ -39,11 +39,9 @@ def save_state(path: Path, done: Done, lora: TrainedLora, optimizer: Optimizer) 
     tensors, numbers = _optimizer_state(optimizer)
     tensors |= {_LORA + name: tensor for name, tensor in lora.state().items()}
     tensors[_LOSSES] = torch.tensor(done.losses, dtype=torch.float64)
-    said = {"settings": done.settings, "numbers": numbers}
+    metadata = {TRAINING_KEY: json.dumps({"settings": done.settings, "numbers": numbers})}
     with replacing(path) as partial:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {TRAINING_KEY: json.dumps(said)}
-        )
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
 
 
 def load_state(path: Path, settings: Mapping[str, Any], lora: TrainedLora, optimizer: Optimizer) -> Done:
