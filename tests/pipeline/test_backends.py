@@ -36,18 +36,15 @@ def chosen(
     head_dim: int = 128,
     state: str = "ok",
     op: str = "attention_int8",
-    units: bool = False,
     faster: bool = False,
     **options: str,
 ) -> Any:
-    """state: what the self-test says of this op. units: whether the CPU has some for 8 bits; faster: whether int8 is
-    faster there, without."""
+    """state: what the self-test says of this op. faster: whether a CPU multiplies int8 faster than float32."""
     tested = dict.fromkeys(CHECKS, Verdict("ok")) | {op: Verdict(state, "3.0 of 1.0")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("zimage_lite.pipeline.backends.triton_obstacle", lambda device: obstacle)
         patch.setattr("zimage_lite.doctor.selftest.verdicts.verdicts", lambda device, tell: tested)
-        patch.setattr("zimage_lite.pipeline.backends.cpu_int8_is_faster", lambda: faster or units)
-        patch.setattr("zimage_lite.pipeline.backends.cpu_has_int8_units", lambda: units)
+        patch.setattr("zimage_lite.pipeline.backends.cpu_int8_is_faster", lambda: faster)
         return choose(RuntimeOptions(**options), device, head_dim, [FORMATS[name] for name in formats])
 
 
@@ -61,14 +58,11 @@ def chosen(
         (CUDA, ("int8",), {"compute": "16bit"}, PLAIN["triton"]),
         (CUDA, ("int8",), {"backend": "reference"}, PLAIN["reference"]),
         (CPU, ("int8",), {}, PLAIN["reference"]),
-        (CPU, ("int8",), {"units": True}, INT8["reference"]),
-        (CPU, ("int8",), {"units": True, "compute": "16bit"}, PLAIN["reference"]),
-        (CPU, ("q8_0",), {}, PLAIN["reference"]),
         (CPU, ("int8",), {"faster": True}, INT8["reference"]),
-        (CPU, ("q8_0",), {"units": True}, INT8["reference"]),
-        (CPU, ("q8_0",), {"faster": True}, PLAIN["reference"]),
-        (CPU, ("q8_0", "int8"), {"faster": True}, INT8["reference"]),
-        (CPU, ("bf16", "fp8"), {"units": True}, PLAIN["reference"]),
+        (CPU, ("int8",), {"faster": True, "compute": "16bit"}, PLAIN["reference"]),
+        (CPU, ("q8_0",), {}, PLAIN["reference"]),
+        (CPU, ("q8_0",), {"faster": True}, INT8["reference"]),
+        (CPU, ("bf16", "fp8"), {"faster": True}, PLAIN["reference"]),
         (CPU, ("q8_0",), {"compute": "int8"}, INT8["reference"]),
         (CPU, ("int8",), {"compute": "int8"}, INT8["reference"]),
         (CPU, ("q8_0",), {"backend": "triton"}, INT8["triton"]),

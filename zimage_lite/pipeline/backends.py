@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import torch
-from zimage_kernels import Backend, cpu_has_int8_units, cpu_int8_is_faster, has_matrix_units, triton_obstacle
+from zimage_kernels import Backend, cpu_int8_is_faster, has_matrix_units, triton_obstacle
 
 from ..checkpoint.model_files import ModelFiles
 from ..config import RuntimeOptions
@@ -73,9 +73,9 @@ def choose(
     auto takes the kernels on a CUDA device that can run them and on which those that it needs have passed their
     self-test, and 8 bits where they run and a weight is quantized to integers; if only kernels for 8 bits failed, 16.
     On compute capability 7.5 those are the kernels without products: torch multiplies, in as many bits, and attends in
-    16. auto never leaves the references on the CPU, where kernels could only be interpreted; 8 bits it takes there for
-    int8 weights, if they are faster than float32, and for others if the CPU has units for 8 bits: without, a step of
-    q8_0 at 256x256 took 2.6 s re-encoded and 1.4 s unpacked (two cores of a Zen 3, 1536 wide).
+    16. auto never leaves the references on the CPU, where kernels could only be interpreted; 8 bits it takes there if
+    they are faster than float32. Weights of other integers are then re-encoded while they are read: once where they
+    stay, else in each step, which costs more than it saves only where most of them stream at 256x256 or less.
     """
     found, auto = set(formats), options.backend == "auto" and device.type == "cuda"
     obstacle = triton_obstacle(device)
@@ -128,12 +128,9 @@ def _missed(ops: set[str], failed: dict[str, str]) -> str | None:
 
 
 def _in_int8(options: RuntimeOptions, kernels: bool, device: torch.device, formats: set[Format]) -> bool:
-    as_it_is, others = any(format.name == "int8" for format in formats), any(map(is_reencoded, formats))
-    there = as_it_is or others
-    if options.compute == "auto" and device.type == "cpu" and not kernels:
-        return (as_it_is and cpu_int8_is_faster()) or (others and cpu_has_int8_units())
+    there = any(format.name == "int8" or is_reencoded(format) for format in formats)
     if options.compute == "auto":
-        return kernels and there
+        return there and (kernels or (device.type == "cpu" and cpu_int8_is_faster()))
     if options.compute == "16bit":
         return False
     if not kernels and device.type != "cpu":

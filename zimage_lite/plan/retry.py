@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -43,8 +44,14 @@ class Planning:
     def planned(self, todo: Sequence[Callable[[Machine], Sequence[Phase]]]) -> list[Ways]:
         """todo: for each phase, what ways there are on a machine. All fit the budgets. Raises BudgetError."""
         machine, budgets = self.now()
-        ways = [ways_on(machine) for ways_on in todo]
-        return [Ways(way, plan) for way, plan in zip(ways, plan_phases(ways, machine, budgets), strict=True)]
+        try:
+            return _planned(todo, machine, budgets)
+        except BudgetError as error:
+            if machine.cpu_int8 and self.options.compute == "auto":  # re-encoding compiles loops, which take memory
+                with suppress(BudgetError):
+                    _planned(todo, replace(machine, cpu_int8=False), budgets)
+                    error.args = (f"{error}, or --compute 16bit, which takes less and is slower",)
+            raise
 
     def within(self, ways: Ways, run: Callable[[int, Plan], Iterator[_Item]]) -> Generator[_Item, None, None]:
         """What run(done, plan) yields from its item `done` on. If memory runs out, because another program
@@ -83,6 +90,11 @@ class Planning:
         why = f"memory ran out, although {_peaks(old)} were planned: another program took it, or it takes more"
         self.tell(f"{old.phase}: {why}; going on with {_peaks(plan)}")
         return plan
+
+
+def _planned(todo: Sequence[Callable[[Machine], Sequence[Phase]]], machine: Machine, budgets: Budgets) -> list[Ways]:
+    ways = [ways_on(machine) for ways_on in todo]
+    return [Ways(way, plan) for way, plan in zip(ways, plan_phases(ways, machine, budgets), strict=True)]
 
 
 def _ran_out(how: str, plan: Plan) -> BudgetError:
