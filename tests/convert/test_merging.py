@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 
 from zimage_lite.checkpoint.checkpoint import open_checkpoint
 from zimage_lite.checkpoint.names import NATIVE_TRANSFORMER
+from zimage_lite.cli import run
 from zimage_lite.config import Lora
 from zimage_lite.convert.merging import with_merged
+from zimage_lite.convert.output_file import MERGED_KEY
 from zimage_lite.convert.quantize import quantize
 
 
@@ -82,11 +84,22 @@ def test_the_file_is_that_of_the_merged_weights(
     checkpoint = with_merged(open_checkpoint(source, "transformer"), [Lora(str(adapter), 0.5)], lambda line: None)
     for name, tensor in checkpoint.tensors.items():
         changed[name] = tensor.read_float().view(changed[name].shape)
-    save_file(changed, tmp_path / "model.safetensors")
+    save_file(changed, tmp_path / "model.safetensors", {MERGED_KEY: checkpoint.metadata[MERGED_KEY]})
     outs = [tmp_path / f"{name}-out" for name in ("before", "way")]
     quantize(tmp_path / "model.safetensors", outs[0], to)
     quantize(source, outs[1], to, merge_loras=[Lora(str(adapter), 0.5)])
     assert outs[0].read_bytes() == outs[1].read_bytes()
+
+
+def test_a_file_says_what_is_in_it(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And what was before, in both containers."""
+    adapter = str(trainers.musubi().write(tmp_path, "pencil"))
+    quantize(source, tmp_path / "one.safetensors", "int8", merge_loras=[Lora(adapter, 0.5)])
+    quantize(tmp_path / "one.safetensors", tmp_path / "two.gguf", "q8_0", merge_loras=[Lora(adapter, -0.25)])
+    assert run(["inspect", str(tmp_path / "two.gguf")]) == 0
+    assert "    merged into it: pencil at 0.5, pencil at -0.25\n" in capsys.readouterr().out
+    assert run(["inspect", str(source)]) == 0
+    assert "merged" not in capsys.readouterr().out
 
 
 def test_a_bias_without_a_place(source: Path, tmp_path: Path, refused) -> None:

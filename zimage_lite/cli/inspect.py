@@ -72,6 +72,9 @@ def _describe(part: Any, say: Callable[[str], None]) -> None:
         say(f"    carries what the model has no use for: {said_of_unused(part.unused)}")
     if part.recipe:
         say(f"    made by the recipe {_shortened(part.recipe)}")
+    if part.merged:
+        said = (f"{one.get('name')} at {one.get('strength')}" for one in part.merged)
+        say(f"    merged into it: {', '.join(said)}")
 
 
 def _as_json(part: Any) -> dict[str, Any]:

@@ -38,7 +38,10 @@ def predict_training(
     facts += [f"{job.batch} a step"] * (job.batch > 1) + [f"{preserved} pictures preserved"] * (preserved > 0)
     show(f"A prediction, nothing was run: {', '.join(facts)}, {gpu_name}")
     show(f"a step: {_seconds(*steps)}, bound by {fast.bound_by}; 1000 steps: {_minutes(*steps)}")
-    show(f"memory: {fast.peak_vram_bytes / 2**30:.2f} GiB of the GPU's, {format_gb(fast.peak_ram_bytes)} of RAM")
+    show(
+        f"memory: {fast.peak_vram_bytes / 2**30:.2f} GiB of the GPU's, of {budgets.vram_bytes / 2**30:.2f} that it may "
+        f"take, {format_gb(fast.peak_ram_bytes)} of RAM"
+    )
     show(f"{len(fast.homes)} blocks: {_where(fast)}")
     show("beside them: " + ", ".join(f"{name} {format_gb(n_bytes)}" for name, n_bytes in fast.fixed.items()))
     return {

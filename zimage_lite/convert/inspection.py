@@ -17,6 +17,7 @@ from ..config import OmniConfig
 from ..errors import UserError
 from .complete import open_complete
 from .fidelity import GROUP_ORDER, group_of
+from .merging import merged_before
 from .output_file import RECIPE_KEY
 
 
@@ -24,8 +25,9 @@ from .output_file import RECIPE_KEY
 class Part:
     """One component, or the reason why it is refused.
 
-    formats: name -> (tensors, bytes); groups: of tensors -> (formats, bytes); recipe: what made the file; unused: names
-    of tensors that are no part of the model; about: for people, what its authors say of using it.
+    formats: name -> (tensors, bytes); groups: of tensors -> (formats, bytes); recipe: what made the file; merged:
+    adapters in its weights; unused: names of tensors that are no part of the model; about: for people, what its authors
+    say of using it.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Part:
     refusal: str | None = None
     unused: tuple[str, ...] = ()
     about: str | None = None
+    merged: tuple[Mapping[str, Any], ...] = ()
 
 
 def inspect(path: Path) -> list[Part]:
@@ -93,6 +96,7 @@ def _part(name: str, path: Path, component: str | None) -> Part:
         _groups(checkpoint),
         checkpoint.metadata.get(RECIPE_KEY),
         asdict(checkpoint.config),
+        merged=tuple(merged_before(checkpoint)),
         unused=checkpoint.unused,
         about=said_of(checkpoint.config, names_of(checkpoint)) if checkpoint.component == CONTROLNET else None,
     )

@@ -1,13 +1,15 @@
 """Adapters merged into the weights that are converted, for those who want one file.
 
 They are merged as rows are read, before anything is quantized: afterwards a weight of few bits would swallow a small
-change (of one of 3 %, q4_0 keeps 5 %; int8 keeps 1 % of one of 0.3 %).
+change (of one of 3 %, q4_0 keeps 5 %; int8 keeps 1 % of one of 0.3 %). The file's metadata says which are in it.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from ..config import Lora
 from ..errors import UserError
 from ..units import round_up
 from .job import Note
+from .output_file import MERGED_KEY
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,26 @@ def with_merged(checkpoint: Checkpoint, loras: Sequence[Lora], note: Note, compl
     Raises UserError for adapters that cannot be merged."""
     if not loras or checkpoint.component != "transformer":
         return checkpoint
-    found = AdapterLibrary(checkpoint.config, note, checkpoint.tensors if complete else None).of(loras)
+    library = AdapterLibrary(checkpoint.config, note, checkpoint.tensors if complete else None)
+    found = library.of(loras)
     modules = found.modules(torch.float32)
     dora = [one for joined in modules.values() for one, _ in joined.applied if isinstance(one.update, Dora)]
     if dora and not complete:
         fix = "download the model first"
         raise UserError("--merge-lora: a DoRA needs the whole model at hand", fix=fix)
     changed = dict(_merged_tensors(checkpoint, modules))
-    return replace(checkpoint, tensors={**checkpoint.tensors, **changed})
+    names = json.dumps([*merged_before(checkpoint), *library.told(loras)])
+    metadata = {**checkpoint.metadata, MERGED_KEY: names}
+    return replace(checkpoint, tensors={**checkpoint.tensors, **changed}, metadata=metadata)
+
+
+def merged_before(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """The name, strength and hash of each adapter that a file of ours says is in its weights."""
+    try:
+        found = json.loads(checkpoint.metadata.get(MERGED_KEY, "[]"))
+    except (ValueError, TypeError):
+        return []
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
 
 def _merged_tensors(checkpoint: Checkpoint, modules: dict[str, JoinedModule]) -> Iterator[tuple[str, MergedTensor]]:

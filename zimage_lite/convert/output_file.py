@@ -25,6 +25,7 @@ from ..quant.tensor import rows_columns
 from .recipe import Target
 
 RECIPE_KEY = "zimage_lite.recipe"  # metadata: the target's name and the user's overrides
+MERGED_KEY = "zimage_lite.merged"  # metadata: adapters in the weights, JSON; see `merging`
 MARKER_ALIGNMENT = 64
 
 
@@ -210,6 +211,8 @@ def metadata(source: Checkpoint, target: Target) -> dict[str, Any]:
     own = {CONFIG_KEY: json.dumps(asdict(source.config)), RECIPE_KEY: recipe}
     if source.component == CONTROLNET and (names := names_of(source)):
         own[NAMES_KEY] = names
+    if merged := source.metadata.get(MERGED_KEY):
+        own[MERGED_KEY] = merged
     if target.container != "gguf":
         return {"format": "pt", **own}
     file = {"general.quantization_version": 2, "general.file_type": target.file_type}
