@@ -105,7 +105,7 @@ def test_images_drawn_together_are_those_drawn_alone(tiny: Path, exact: None, ne
         controlled(replace(CAT, seed=3, width=48), nets[version]),
     ]
     alone, together = [drawn(tiny, request)[0] for request in requests], drawn(tiny, *requests)
-    assert all(map(torch.equal, alone, together))
+    assert all(difference(*pair) <= 1 for pair in zip(together, alone, strict=True))  # prompts are encoded together
     assert difference(together[0], together[4]) > 1  # the scale counts
 
 

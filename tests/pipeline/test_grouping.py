@@ -76,7 +76,8 @@ def test_images_drawn_together_are_those_drawn_alone(
         assert index not in found
         found[index] = image
         steps.append(done[0])
-    assert all(torch.equal(found[index], image) for index, image in enumerate(alone))
+    # Prompts are encoded together, which on some processors rounds otherwise (MKL on those with AVX2 alone).
+    assert all(difference(found[index], image) <= 1 for index, image in enumerate(alone))
     assert encoded == [5]
     # Five groups, of 4, 2, 1, 2 and 1 images, each handed over round by round.
     sizes = Counter((r.size, r.steps, r.shift, bool(r.guidance)) for r in WANTED).values()
