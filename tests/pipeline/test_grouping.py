@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from budgeted import difference, free, tight
 from marking import always
 from torch import Tensor
