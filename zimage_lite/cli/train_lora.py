@@ -202,5 +202,6 @@ def _summary(result: dict[str, Any]) -> str:
     if result["planned_vram_bytes"]:
         peaks.insert(0, f"{format_gb(measured.get('peak_reserved_bytes', 0))} of GPU memory")
     where = result["lora"] or result["page"]
-    seconds = f"{measured.get('seconds', 0):.0f} s of training; memory: {', '.join(peaks)}"
+    took = measured.get("seconds", 0)
+    seconds = f"{took:.{int(took < 10)}f} s of training; memory: {', '.join(peaks)}"
     return f"{where}  ({seconds})" if where else seconds
