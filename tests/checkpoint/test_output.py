@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from zimage_lite.checkpoint import output
 from zimage_lite.checkpoint.output import clear_leftovers, replacing
 from zimage_lite.cli import run
+from zimage_lite.errors import UserError
 
 SIZE = ("--width", "64", "--height", "64", "--steps", "1")
 LONGEST = [  # 255 bytes each
@@ -79,3 +81,63 @@ def test_the_current_folder_was_deleted(
     assert message in refused("generate", "x", "--model", tiny, *SIZE)
     assert message in refused("quantize", tiny, "--to", "q8_0")
     assert run(["generate", "x", "--model", str(tiny), *SIZE, "-o", str(tmp_path / "x.png")]) == 0
+
+
+def on_windows(monkeypatch: pytest.MonkeyPatch, path: Path, renamed: bool, tries: int = 1000) -> None:
+    """`path` is open elsewhere, at so many tries: it is not replaced, not deleted, and renamed only if it is mapped
+    alone. Errors as Windows has them (ERROR_SHARING_VIOLATION)."""
+    left, inode = [tries], path.stat().st_ino
+
+    def refusing(call: Callable[..., None], targets: bool) -> Callable[..., None]:
+        def called(source: Path, target: Path | None = None, **more: bool) -> None:
+            touched = (source, target) if targets else (source,)
+            if left[0] and any(one and one.exists() and one.stat().st_ino == inode for one in touched):
+                left[0] -= 1
+                error = PermissionError(13, "being used by another process")
+                error.winerror = 32  # type: ignore[attr-defined]
+                raise error
+            call(source, **more) if target is None else call(source, target)
+
+        return called
+
+    monkeypatch.setattr(output.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(output.os, "replace", refusing(os.replace, True))
+    monkeypatch.setattr(Path, "unlink", refusing(Path.unlink, False))
+    if not renamed:
+        monkeypatch.setattr(output.os, "rename", refusing(os.rename, True))
+
+
+def test_a_file_that_a_scanner_has_open_for_a_moment_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.bin"
+    path.write_bytes(b"old")
+    on_windows(monkeypatch, path, renamed=False, tries=3)
+    with replacing(path) as partial:
+        partial.write_bytes(b"new")
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"new"]
+
+
+def test_a_file_that_another_program_has_mapped_steps_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And goes when it can: with the next run of another process."""
+    path = tmp_path / "x.bin"
+    path.write_bytes(b"old")
+    with monkeypatch.context() as mapped:
+        on_windows(mapped, path, renamed=True)
+        with replacing(path) as partial:
+            partial.write_bytes(b"new")
+        assert path.read_bytes() == b"new"
+        (aside,) = set(tmp_path.iterdir()) - {path}
+        aside = aside.rename(aside.with_name(aside.name.replace(f".{os.getpid()}.", ".999999999.")))
+        assert clear_leftovers(path) == [] and aside.read_bytes() == b"old"
+    assert clear_leftovers(path) == [aside] and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_stays_open_is_named_and_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.bin"
+    path.write_bytes(b"old")
+    on_windows(monkeypatch, path, renamed=False)
+    told = pytest.raises(UserError, match=r"x\.bin: cannot be written .* close what has it open, or choose")
+    with told, replacing(path) as partial:
+        partial.write_bytes(b"new")
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]

@@ -6,8 +6,9 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from ..units import format_gb
 
 MAX_NAME_BYTES = 255  # of every file system in use
 ADDED_BYTES = len("..4294967295.partial")  # with the largest process id
+# Windows replaces and deletes nothing that is open elsewhere (ERROR_ACCESS_DENIED, ERROR_SHARING_VIOLATION), and what
+# was just written a virus scanner or an indexer opens for a moment: pip tries for a second.
+_HELD, _WAITS_S = (5, 32), (0.05, 0.1, 0.2, 0.4, 0.8)
 
 
 @contextmanager
@@ -34,10 +38,11 @@ def replacing(path: Path, flag: str = "-o") -> Iterator[Path]:
             raise UserError(
                 f"{path}: the disk is full", fix=f"free some space, or choose another place with {flag}"
             ) from error
-        fix = f"choose another place with {flag}"
+        held = "close what has it open, or " if getattr(error, "winerror", None) in _HELD else ""
+        fix = f"{held}choose another place with {flag}"
         raise UserError(f"{path}: cannot be written ({error.strerror})", fix=fix) from error
     finally:
-        _remove(partial)
+        discarded(partial)
 
 
 def clear_leftovers(path: Path) -> list[Path]:
@@ -53,11 +58,11 @@ def clear_leftovers(path: Path) -> list[Path]:
             pid = leftover.name.split(".")[-2]
             if not pid.isdecimal() or psutil.pid_exists(int(pid)):
                 continue  # not ours, or a run that goes on
-            found.append(leftover)
             if kind == "old" and not path.exists():
                 os.rename(leftover, path)
-            else:
-                _remove(leftover)
+            elif not discarded(leftover):
+                continue  # somebody has it open still
+            found.append(leftover)
     return found
 
 
@@ -122,23 +127,42 @@ def lies_in(path: Path, place: Path) -> bool:
     return place.resolve() in {each.resolve() for each in (path, *path.absolute().parents, *path.resolve().parents)}
 
 
-def _rename(partial: Path, path: Path) -> None:
-    """Replace `path`. A folder is replaced by a folder only: the old one steps aside first and is deleted last."""
-    if not path.is_dir() or not partial.is_dir():
-        os.replace(partial, path)
-        return
-    old = path.with_name(f".{_stem(path)}.{os.getpid()}.old")
-    os.rename(path, old)
-    try:
-        os.rename(partial, path)
-    except OSError:
-        os.rename(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)  # the new one is in place, so what cannot be deleted is no failure
-
-
-def _remove(path: Path) -> None:
+def discarded(path: Path) -> bool:
+    """Delete a file or a folder if that can be, and return whether it is gone: Windows keeps what is open anywhere."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+    return not path.exists()
+
+
+def _rename(partial: Path, path: Path) -> None:
+    """Replace `path`. A folder, which is replaced by a folder only, steps aside first and is deleted last, and so does
+    a file that cannot be replaced: on Windows one that is mapped, which may be renamed all the same."""
+    folders = path.is_dir() and partial.is_dir()
+    try:
+        if not folders:
+            return _patiently(os.replace, partial, path)
+    except PermissionError:
+        if not path.is_file():
+            raise
+    old = path.with_name(f".{_stem(path)}.{os.getpid()}.old")
+    _patiently(os.rename, path, old)
+    try:
+        _patiently(os.rename, partial, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    discarded(old)  # the new one is in place, so what cannot be deleted is no failure
+
+
+def _patiently(rename: Callable[[Path, Path], None], source: Path, target: Path) -> None:
+    for wait_s in _WAITS_S:
+        try:
+            return rename(source, target)
+        except PermissionError as error:
+            if getattr(error, "winerror", None) not in _HELD:
+                raise
+        time.sleep(wait_s)
+    return rename(source, target)
