@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from zimage_lite.checkpoint import output
-from zimage_lite.checkpoint.output import clear_leftovers, replacing
+from zimage_lite.checkpoint.output import clear_leftovers, lies_in, replacing, require_apart
 from zimage_lite.cli import run
 from zimage_lite.errors import UserError
 
@@ -141,3 +141,13 @@ def test_a_file_that_stays_open_is_named_and_left_as_it_was(tmp_path: Path, monk
     with told, replacing(path) as partial:
         partial.write_bytes(b"new")
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
+
+
+def test_an_input_is_known_by_whatever_name(tmp_path: Path) -> None:
+    """Here a second name of the same file, for a disk on which upper and lower case are the same."""
+    (tmp_path / "model.gguf").touch()
+    (tmp_path / "Model.gguf").hardlink_to(tmp_path / "model.gguf")
+    with pytest.raises(UserError, match="the output would replace its own source"):
+        require_apart(tmp_path / "Model.gguf", [tmp_path / "model.gguf"])
+    require_apart(tmp_path / "other.gguf", [tmp_path / "model.gguf"])
+    assert lies_in(tmp_path / "none" / "x", tmp_path / "none") and not lies_in(tmp_path / "nonesuch", tmp_path / "none")

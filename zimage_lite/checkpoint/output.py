@@ -5,21 +5,25 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from ..errors import UserError
 from ..units import format_gb
 
 MAX_NAME_BYTES = 255  # of every file system in use
 ADDED_BYTES = len("..4294967295.partial")  # with the largest process id
-# Windows replaces and deletes nothing that is open elsewhere (ERROR_ACCESS_DENIED, ERROR_SHARING_VIOLATION), and what
-# was just written a virus scanner or an indexer opens for a moment: pip tries for a second.
-_HELD, _WAITS_S = (5, 32), (0.05, 0.1, 0.2, 0.4, 0.8)
+# Windows replaces and deletes nothing that is open elsewhere (ERROR_ACCESS_DENIED, ERROR_SHARING_VIOLATION,
+# ERROR_LOCK_VIOLATION, ERROR_USER_MAPPED_FILE), and what was just written a virus scanner or an indexer opens for a
+# moment: pip tries for a second.
+_HELD, _WAITS_S = (5, 32, 33, 1224), (0.05, 0.1, 0.2, 0.4, 0.8)
+_NOT_ON_WINDOWS = re.compile(r"[<>:\"|?*\0-\x1f]|^(con|prn|aux|nul|com[1-9]|lpt[1-9]) *(\..*)?$", re.IGNORECASE)
 
 
 @contextmanager
@@ -38,7 +42,7 @@ def replacing(path: Path, flag: str = "-o") -> Iterator[Path]:
             raise UserError(
                 f"{path}: the disk is full", fix=f"free some space, or choose another place with {flag}"
             ) from error
-        held = "close what has it open, or " if getattr(error, "winerror", None) in _HELD else ""
+        held = "close what has it open, or " if is_held(error) else ""
         fix = f"{held}choose another place with {flag}"
         raise UserError(f"{path}: cannot be written ({error.strerror})", fix=fix) from error
     finally:
@@ -99,6 +103,8 @@ def require_space(folder: Path, n_bytes: int) -> None:
 
 def require_absent(path: Path, overwrite: bool, flag: str = "-o") -> None:
     """Raise UserError if `path` exists and may not be replaced, or if its folder cannot take a new entry."""
+    if sys.platform == "win32" and (name := unknown_to_windows(path)):
+        raise UserError(f"{path}: Windows has no such names", got=name, fix=f"choose another name with {flag}")
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already", fix=f"choose another name with {flag}, or add --overwrite")
     folder = followed(path, flag).parent
@@ -106,6 +112,13 @@ def require_absent(path: Path, overwrite: bool, flag: str = "-o") -> None:
         raise UserError(f"{folder}: no such folder", fix=f"make it first, or choose another place with {flag}")
     if not os.access(folder, os.W_OK):
         raise UserError(f"{folder}: cannot be written to", fix=f"choose another place with {flag}")
+
+
+def unknown_to_windows(path: PurePath) -> str | None:
+    """The first name in a path that stands for something else there: another file's stream behind a colon, a device
+    (Microsoft, "Naming Files, Paths, and Namespaces")."""
+    names = path.parts[1:] if path.anchor else path.parts
+    return next((name for name in names if _NOT_ON_WINDOWS.search(name)), None)
 
 
 def require_apart(out: Path, inputs: Iterable[Path], flag: str = "-o") -> None:
@@ -124,7 +137,23 @@ def require_outside(out: Path, inputs: Iterable[Path], flag: str = "-o") -> None
 
 def lies_in(path: Path, place: Path) -> bool:
     """Whether `path`, or what it links to, is `place` or below it."""
-    return place.resolve() in {each.resolve() for each in (path, *path.absolute().parents, *path.resolve().parents)}
+    around = path, *path.absolute().parents, *path.resolve().parents
+    return identity(place) in set(map(identity, around))
+
+
+def identity(path: str | Path) -> object:
+    """The same for all names of a file: disks of macOS and Windows do not tell q8_0 from Q8_0, and on macOS `resolve`
+    leaves either as it is written. Of what is not there, its name with links followed."""
+    with suppress(OSError, ValueError):
+        found = os.stat(path)
+        if found.st_ino:  # else of a file system that does not count
+            return found.st_dev, found.st_ino
+    return Path(os.path.realpath(path))
+
+
+def is_held(error: BaseException | None) -> bool:
+    """Whether Windows refuses something because a file is open."""
+    return getattr(error, "winerror", None) in _HELD
 
 
 def discarded(path: Path) -> bool:
@@ -143,26 +172,27 @@ def _rename(partial: Path, path: Path) -> None:
     folders = path.is_dir() and partial.is_dir()
     try:
         if not folders:
-            return _patiently(os.replace, partial, path)
-    except PermissionError:
-        if not path.is_file():
+            return patiently(os.replace, partial, path)
+    except OSError as error:
+        if not is_held(error) or not path.is_file():
             raise
     old = path.with_name(f".{_stem(path)}.{os.getpid()}.old")
-    _patiently(os.rename, path, old)
+    patiently(os.rename, path, old)
     try:
-        _patiently(os.rename, partial, path)
+        patiently(os.rename, partial, path)
     except OSError:
         os.rename(old, path)
         raise
     discarded(old)  # the new one is in place, so what cannot be deleted is no failure
 
 
-def _patiently(rename: Callable[[Path, Path], None], source: Path, target: Path) -> None:
+def patiently(change: Callable[..., None], *paths: Path) -> None:
+    """change(*paths), tried again for a while where Windows says that somebody has one of them open."""
     for wait_s in _WAITS_S:
         try:
-            return rename(source, target)
-        except PermissionError as error:
-            if getattr(error, "winerror", None) not in _HELD:
+            return change(*paths)
+        except OSError as error:
+            if not is_held(error):
                 raise
         time.sleep(wait_s)
-    return rename(source, target)
+    return change(*paths)

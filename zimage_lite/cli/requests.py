@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import click
 
 from ..adapters.tags import with_tags
+from ..checkpoint.output import identity
 from ..config import NO_MASK, RANDOM_SEED, GenerateOptions
 from ..errors import UserError
 
@@ -92,7 +92,7 @@ def lines_of(path: Path) -> list[str]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text in UTF-8") from error
+        raise UserError(f"{path}: not a text in UTF-8", fix="save it as UTF-8") from error
 
 
 def _request(values: dict[str, Any], base: Mapping[str, Any], where: str) -> GenerateOptions:
@@ -135,11 +135,11 @@ def _files(request: GenerateOptions, name: str) -> list[str | Path]:
 
 def require_apart(outputs: Iterable[Path], requests: Iterable[GenerateOptions]) -> None:
     """Raise UserError where what is written would replace what it is made from."""
-    there = {os.path.realpath(path): path for path in outputs}
+    there = {identity(path): path for path in outputs}
     for request in requests:
         for name in (*_PICTURES, "latents"):
             for source in _files(request, name):
-                if out := there.get(os.path.realpath(source)):
+                if out := there.get(identity(source)):
                     flag = "--reference" if name == "references" else f"--{name.replace('_', '-')}"
                     raise UserError(f"{out} would be replaced, which {flag} names", fix="choose another name with -o")
 
