@@ -205,6 +205,9 @@ def test_hard_links_where_symbolic_ones_are_forbidden(
         files.fetch(path)
         assert not path.is_symlink()
         assert path.stat().st_size == files.file_bytes[path]
+        monkeypatch.setattr(hub.os, "link", forbidden)  # as on exFAT
+        with pytest.raises(UserError, match=r"no link can be made .*; add --discard-source, or set HF_HOME to"):
+            files.fetch(shard_paths(files)[1])
 
 
 def test_snapshot_is_what_a_model_needs(server: HubServer, capfd: pytest.CaptureFixture[str]) -> None:
