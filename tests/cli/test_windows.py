@@ -103,6 +103,20 @@ def test_such_a_name_is_refused_before_anything_is_drawn(tmp_path: Path, monkeyp
         require_absent(tmp_path / "a: b.png", overwrite=False)
 
 
+def test_a_folder_that_takes_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`os.access` says of every folder there that it does."""
+
+    def refused(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    require_absent(tmp_path / "x.png", overwrite=False)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(Path, "touch", refused)
+    with pytest.raises(UserError, match="cannot be written to; choose another place with -o"):
+        require_absent(tmp_path / "x.png", overwrite=False)
+
+
 def test_a_preview_that_a_viewer_has_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -110,8 +110,19 @@ def require_absent(path: Path, overwrite: bool, flag: str = "-o") -> None:
     folder = followed(path, flag).parent
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder", fix=f"make it first, or choose another place with {flag}")
-    if not os.access(folder, os.W_OK):
+    if not _takes_files(folder):
         raise UserError(f"{folder}: cannot be written to", fix=f"choose another place with {flag}")
+
+
+def _takes_files(folder: Path) -> bool:
+    if sys.platform != "win32":
+        return os.access(folder, os.W_OK)
+    probe = folder / f".{os.getpid()}.probe"  # `access` holds every folder to be writable there
+    try:
+        probe.touch()
+    except OSError:
+        return False
+    return discarded(probe)
 
 
 def unknown_to_windows(path: PurePath) -> str | None:
