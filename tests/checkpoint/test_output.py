@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,6 +107,20 @@ def on_windows(monkeypatch: pytest.MonkeyPatch, path: Path, renamed: bool, tries
     monkeypatch.setattr(Path, "unlink", refusing(Path.unlink, False))
     if not renamed:
         monkeypatch.setattr(output.os, "rename", refusing(os.rename, True))
+
+
+@pytest.mark.skipif(sys.platform not in ("linux", "win32"), reason="nothing there tells what is open")
+@pytest.mark.parametrize("how", ["open", "mapped", "below"])
+def test_what_is_open_here_is_not_deleted(how: str, tmp_path: Path) -> None:
+    """Nor replaced nor renamed by our code, in any test, as if all ran on Windows."""
+    path = tmp_path / "folder" / "x.bin"
+    path.parent.mkdir()
+    path.write_bytes(b"old")
+    with path.open("r+b") as file:
+        held: Any = mmap.mmap(file.fileno(), 0) if how == "mapped" else path.open("rb")
+    with held:
+        assert not output.discarded(path.parent if how == "below" else path)
+    assert output.discarded(path.parent)
 
 
 def test_a_file_that_a_scanner_has_open_for_a_moment_is_replaced(
