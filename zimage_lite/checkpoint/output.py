@@ -122,7 +122,9 @@ def _takes_files(folder: Path) -> bool:
         probe.touch()
     except OSError:
         return False
-    return discarded(probe)
+    with suppress(OSError):
+        patiently(os.unlink, probe)
+    return True
 
 
 def unknown_to_windows(path: PurePath) -> str | None:
