@@ -159,6 +159,30 @@ def test_a_file_that_stays_open_is_named_and_left_as_it_was(tmp_path: Path, monk
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
 
 
+@pytest.mark.parametrize(("name", "kept"), [("x.gguf", "x-new1.gguf"), ("model", "model-new1")])
+def test_what_took_hours_is_kept_beside_what_stays_open(
+    name: str, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"old") if path.suffix else path.mkdir()
+    (tmp_path / kept.replace("1", "")).touch()
+    on_windows(monkeypatch, path, renamed=False)
+    told = pytest.raises(UserError, match=rf"cannot be replaced .*, so the new one is {kept}; close what has it open")
+    with told, replacing(path, precious=True) as partial:
+        partial.write_bytes(b"new") if path.suffix else partial.mkdir()
+    assert {file.name for file in tmp_path.iterdir()} == {name, kept, kept.replace("1", "")}
+    assert not path.suffix or ((tmp_path / kept).read_bytes() == b"new" and path.read_bytes() == b"old")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_what_is_not_finished_is_not(error: BaseException, tmp_path: Path) -> None:
+    error.winerror = 32  # type: ignore[attr-defined]
+    with pytest.raises((UserError, KeyboardInterrupt)), replacing(tmp_path / "x", precious=True) as partial:
+        partial.write_bytes(b"half")
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_input_is_known_by_whatever_name(tmp_path: Path) -> None:
     """Here a second name of the same file, for a disk on which upper and lower case are the same."""
     (tmp_path / "model.gguf").touch()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
+from itertools import count
 from pathlib import Path, PurePath
 
 from ..errors import UserError
@@ -27,17 +28,21 @@ _NOT_ON_WINDOWS = re.compile(r"[<>:\"|?*\0-\x1f]|^(con|prn|aux|nul|com[1-9]|lpt[
 
 
 @contextmanager
-def replacing(path: Path, flag: str = "-o") -> Iterator[Path]:
+def replacing(path: Path, flag: str = "-o", precious: bool = False) -> Iterator[Path]:
     """Yields a temporary file or folder name beside `path`; on success it is renamed to `path`, otherwise removed.
 
-    Failures of the file system become a UserError. flag: what named the path.
+    Failures of the file system become a UserError. flag: what named the path. precious: what is finished, and cannot
+    take the place of what is open elsewhere, is kept under another name.
     """
     path = followed(path, flag)  # a link's target is what gets replaced, on its own disk
-    partial = path.with_name(f".{_stem(path)}.{os.getpid()}.partial")
+    partial, finished = path.with_name(f".{_stem(path)}.{os.getpid()}.partial"), False
     try:
         yield partial
+        finished = True
         _rename(partial, path)
     except OSError as error:
+        if finished and precious and is_held(error):
+            raise _kept(partial, path, error) from error
         if error.errno == errno.ENOSPC:
             raise UserError(
                 f"{path}: the disk is full", fix=f"free some space, or choose another place with {flag}"
@@ -197,6 +202,15 @@ def _rename(partial: Path, path: Path) -> None:
         os.rename(old, path)
         raise
     discarded(old)  # the new one is in place, so what cannot be deleted is no failure
+
+
+def _kept(partial: Path, path: Path, error: OSError) -> UserError:
+    """Gives what is finished a name of its own."""
+    names = (path.with_name(f"{path.stem}-new{number or ''}{path.suffix}") for number in count())
+    kept = next(name for name in names if not name.exists())
+    patiently(os.rename, partial, kept)
+    fix = "close what has it open, and rename the new one"
+    return UserError(f"{path}: cannot be replaced ({error.strerror}), so the new one is {kept.name}", fix=fix)
 
 
 def patiently(change: Callable[..., None], *paths: Path) -> None:

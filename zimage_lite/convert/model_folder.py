@@ -47,7 +47,7 @@ def quantize_model(source: Path, out: Path | None, job: Job) -> list[Written]:
     meter = expect(out, [(checkpoint, job.target_of(part)) for part, checkpoint in checkpoints.items()], job)
     tokenizer = tokenizer_to_add(source, checkpoints["text_encoder"], job.note)
     written = []
-    with replacing(out) as partial:
+    with replacing(out, precious=True) as partial:
         partial.mkdir()
         for component, checkpoint in checkpoints.items():
             folder = partial / component
