@@ -17,6 +17,7 @@ from zimage_lite import cli
 from zimage_lite.checkpoint import output
 from zimage_lite.checkpoint.output import require_absent, unknown_to_windows
 from zimage_lite.cli import files_meant, previews, run
+from zimage_lite.cli.requests import requests_of
 from zimage_lite.cli.streams import _Outlet
 from zimage_lite.errors import UserError
 
@@ -101,6 +102,23 @@ def test_such_a_name_is_refused_before_anything_is_drawn(tmp_path: Path, monkeyp
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(UserError, match=r"Windows has no such names: got a: b\.png; choose another name with -o"):
         require_absent(tmp_path / "a: b.png", overwrite=False)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (
+            r'{"prompt": "x", "image": "C:\pictures\a.png"}',
+            "line 1: not JSON: .*; in JSON a backslash",
+        ),
+        (r'{"prompt": "x", "image": "C:\fox.png"}', r"line 1: image: got 'C:\\x0cox.png', .*; in JSON a backslash is"),
+        (r'{"prompt": "x", "loras": ["C:\new.safetensors:0.5"]}', "line 1: loras: .* in JSON a backslash is written"),
+    ],
+)
+def test_paths_with_backslashes_in_json(line: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "lines.jsonl").write_text(line, encoding="utf-8")
+    with pytest.raises(UserError, match=told):
+        requests_of((), tmp_path / "lines.jsonl", {}, 1)
 
 
 def test_a_folder_that_takes_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
