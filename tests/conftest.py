@@ -22,6 +22,7 @@ import torch
 if not torch.cuda.is_available():  # before Triton is imported: its kernels then run in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import held_files
 import quick_interpreter
 from make_checkpoint import make_checkpoint
 from omni_models import omni_pipeline
@@ -29,6 +30,7 @@ from oracles import randomize
 
 from zimage_lite.cli import run
 
+held_files.install()  # half of those who use this are on Windows, and none of those who test it
 if os.environ.get("TRITON_INTERPRET") == "1":
     quick_interpreter.install()
 

@@ -46,7 +46,7 @@ def _interrupts_waiting() -> Iterator[None]:
     """Ctrl-C and its kin are heard at the end: Triton's C++ calls Python while it is imported, and aborts the process
     if that raises."""
     waiting: list[Callable[[], Any]] = []
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
     handlers = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
     if current_thread() is not main_thread():  # signals are handled in the main thread, which imports nothing now
         handlers = {}

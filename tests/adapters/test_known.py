@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from zimage_lite.adapters.known import unlike
@@ -31,3 +33,5 @@ EIGHT = "alibaba-pai/Z-Image-Fun-Lora-Distill/Z-Image-Fun-Lora-Distill-8-Steps-2
 def test_settings(path: str, strength: float, steps: int, guidance: float, said: str) -> None:
     found = unlike(Lora(path, strength), GenerateOptions(steps=steps, guidance=guidance))
     assert (said in found) if said and found else found is None and not said
+    if found:
+        assert re.split(r"[/\\]", path)[-1] == found.partition(" is made for ")[0]

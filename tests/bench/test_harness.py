@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -120,3 +122,18 @@ def test_what_is_measured_without_a_tier() -> None:
 )
 def test_refusals(arguments: list[str], line: str, refused: Callable[..., str]) -> None:
     assert refused("bench", *arguments).startswith(line)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell's script")
+@pytest.mark.parametrize(("code", "outcome", "reason"), [(0, DONE, None), (1, FAILED, "\ufffd is no text")])
+def test_what_libraries_print_may_be_no_text(
+    code: int, outcome: str, reason: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a driver that speaks the system's code page."""
+    said = json.dumps({"outcome": DONE})
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\nprintf '\\377\\n{said}\\n'\nprintf '\\377 is no text\\n' >&2\nexit {code}\n")
+    script.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(script))
+    found = bench.in_process({})
+    assert found["outcome"] == outcome and found.get("reason") == reason

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from zimage_lite.checkpoint import hub
 from zimage_lite.checkpoint.hub import hub_files, is_hub_id, snapshot
-from zimage_lite.checkpoint.hub_client import reporting_bar
+from zimage_lite.checkpoint.hub_client import quiet, reporting_bar
 from zimage_lite.errors import UserError
 
 
@@ -205,6 +205,25 @@ def test_hard_links_where_symbolic_ones_are_forbidden(
         files.fetch(path)
         assert not path.is_symlink()
         assert path.stat().st_size == files.file_bytes[path]
+        monkeypatch.setattr(hub.os, "link", forbidden)  # as on exFAT
+        with pytest.raises(UserError, match=r"no link can be made .*; add --discard-source, or set HF_HOME to"):
+            files.fetch(shard_paths(files)[1])
+
+
+def test_a_lack_of_links_is_not_lectured_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """As on Windows, where few have the privilege."""
+
+    def forbidden(*args: object, **kwargs: object) -> None:
+        raise OSError(1314, "A required privilege is not held by the client")
+
+    monkeypatch.setattr(file_download.os, "symlink", forbidden)
+    with quiet():
+        assert not file_download.are_symlinks_supported(tmp_path / "quiet")
+    assert not recwarn.list
+    assert not file_download.are_symlinks_supported(tmp_path / "loud")
+    assert recwarn.list
 
 
 def test_snapshot_is_what_a_model_needs(server: HubServer, capfd: pytest.CaptureFixture[str]) -> None:

@@ -10,13 +10,14 @@ import struct
 import zipfile
 from collections.abc import Callable
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from zimage_lite.checkpoint.checkpoint import open_checkpoint
+from zimage_lite.checkpoint.impostors import no_such
 from zimage_lite.checkpoint.opening import open_tensor_file
 from zimage_lite.cli import run
 
@@ -124,3 +125,8 @@ def test_inspect_says_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "a.gguf").write_bytes(FILES["a page"][1])
     assert run(["inspect", str(tmp_path / "a.gguf"), "--json"]) == 2
     assert "a web page" in json.loads(capsys.readouterr().out)["parts"][0]["refusal"]
+
+
+def test_an_address_as_windows_has_its_path() -> None:
+    for address in ("https://huggingface.co/A/B", "huggingface.co/A/B"):
+        assert "name the model as A/B" in str(no_such(PureWindowsPath(address)))

@@ -156,6 +156,12 @@ def test_a_text_of_a1111(tmp_path: Path) -> None:
     assert like(path, loras=("mine",)).prompts == ("a cat",)
 
 
+def test_no_picture(tmp_path: Path, refused: Refused) -> None:
+    missing = tmp_path / "none.png"
+    assert refused("generate", "--like", missing) == f"error: {missing}: no such file"
+    assert "this is a folder" in refused("generate", "--like", tmp_path)
+
+
 def test_a_picture_that_says_nothing(tmp_path: Path, refused: Refused) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     assert "a.png: it does not say how it was drawn" in refused("generate", "--like", tmp_path / "a.png")

@@ -121,6 +121,7 @@ def test_no_output_over_its_own_source(model: Path, tmp_path: Path, refused) -> 
 def test_an_existing_output_is_kept_unless_told_otherwise(model: Path, outputs, tmp_path: Path, refused) -> None:
     folder, file = tmp_path / "folder", tmp_path / "file.gguf"
     shutil.copytree(outputs["q4_0"], folder)
+    (folder / ".DS_Store").touch()  # Finder's, of no worth
     file.write_text("old")
     commands = (
         (folder, outputs["q8_0"], ("quantize", model, "--to", "q8_0", "-o", folder)),

@@ -37,12 +37,14 @@ def test_no_picture_is_replaced_by_what_is_made_of_it(
     monkeypatch.chdir(tmp_path)
     before = saved(tmp_path / "fox.png").read_bytes()
     (tmp_path / "link.png").symlink_to("fox.png")
+    (tmp_path / "Fox.png").hardlink_to("fox.png")  # another name, as where upper and lower case are the same
     for flags in (
         ["--image", "fox.png"],
         ["--image", saved(tmp_path / "a.png"), "--mask", "fox.png"],
         ["--control", "demo", "--control-image", tmp_path / "fox.png"],
         ["--reference", "fox.png"],
         ["--image", "link.png"],
+        ["--image", "Fox.png"],
     ):
         told = refused("generate", "x", *flags, "-o", "fox.png")
         assert f"fox.png would be replaced, which {flags[-2]} names" in told

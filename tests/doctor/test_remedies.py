@@ -77,6 +77,8 @@ def test_a_gpu_that_is_hidden() -> None:
     hidden = replace(LAPTOP, torch=torch, verdicts={}, visible_devices="")
     assert only_problem(hidden).endswith("does not see it: unset CUDA_VISIBLE_DEVICES")
     assert "restart" in only_problem(replace(hidden, visible_devices=None))
+    told = only_problem(replace(hidden, system="win32"))
+    assert told.endswith("set CUDA_VISIBLE_DEVICES= (in PowerShell Remove-Item Env:CUDA_VISIBLE_DEVICES)")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Iterator, Mapping
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +99,24 @@ def test_all_is_said_in_chinese(nodes: Mapping[str, Any]) -> None:
     assert set(texts) == set(nodes)
     for name, node in nodes.items():
         assert set(texts[name]["inputs"]) == {own.id for own in node.define_schema().said["inputs"]}
+
+
+@pytest.mark.parametrize(
+    ("python", "command"),
+    [
+        (
+            r"C:\ComfyUI\python_embeded\python.exe",
+            r"run: C:\ComfyUI\python_embeded\python.exe -m pip install zimage-lite",
+        ),
+        (r"C:\My AI\python.exe", r'run: "C:\My AI\python.exe" -m pip install zimage-lite'),
+    ],
+)
+def test_the_line_that_installs_us(python: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PowerShell takes what begins with a quote for a text, and runs nothing."""
+    spec = spec_from_file_location("installed", NODES / "nodes" / "installed.py")
+    installed = module_from_spec(spec)
+    spec.loader.exec_module(installed)
+    monkeypatch.setattr(installed, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "executable", python)
+    with pytest.raises(ImportError, match=re.escape(command)):
+        installed.require_zimage_lite()

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from foreign_codecs import CODECS, ROTATED, as_bytes, close, weights
 from oracles import relative_error
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchao_values import TORCHAO, W
 
 from zimage_lite.quant import pieces
+from zimage_lite.quant.formats import FORMATS
+from zimage_lite.quant.tensor import TORCH_DTYPES, QTensor
 
 READ_ONLY = ("mxfp8", "nvfp4", "convrot_w4a4", "torchao-int8", "torchao-fp8")
 WRITTEN = tuple(name for name in CODECS if name not in READ_ONLY)
@@ -78,3 +82,43 @@ def test_layout_and_file_have_the_sameas_bytes(name: str) -> None:
     assert layout.keys() == stored.keys()
     count: Callable[[tuple[int, ...]], int] = math.prod
     assert all(count(layout[suffix][1]) == count(stored[suffix]) for suffix in layout)
+
+
+class WithoutFloat8(TorchDispatchMode):
+    """As a device that can carry 8-bit floats and do nothing with them. The table of all of them is made elsewhere."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [one for one in args if isinstance(one, Tensor) and one.is_floating_point() and one.itemsize == 1]
+        if not func.is_view and any(one.shape != (256,) for one in given):
+            raise TypeError(f"{func} of 8-bit floats")
+        return func(*args, **kwargs or {})
+
+
+def floats_of_any_kind(name: str) -> tuple[dict[str, Tensor], Any]:
+    """Parts with all bytes that there are, and their options."""
+    options, parts = CODECS[name].options(256), {}
+    for suffix, (dtype, shape) in CODECS[name].layout(128, 256, options).items():
+        kind = TORCH_DTYPES[dtype]
+        parts[suffix] = torch.rand(shape) if kind == torch.float32 else torch.randint(256, shape).byte().view(kind)
+    return parts, options
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8_e5m2", "mxfp8", "nvfp4", "int4", "torchao-fp8", "qfloat8"])
+def test_a_device_without_8_bit_floats(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apple's GPUs: they come there, and give the same weights to the bit."""
+    if name in WRITTEN:
+        options = CODECS[name].options(256)
+        parts = CODECS[name].quantize(weights(128, 256), options)
+    else:
+        parts, options = floats_of_any_kind(name)
+    expected = CODECS[name].dequantize(parts, 256, options)
+    monkeypatch.setattr(pieces, "WITHOUT_FLOAT8", ("cpu",))
+    weight = QTensor(FORMATS[name], (128, 256), parts, options)
+    with WithoutFloat8():
+        found = CODECS[name].dequantize(parts, 256, options)
+        assert weight.is_finite() == bool(expected.isfinite().all())
+        there = weight.to("meta").parts
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+    assert {suffix: part.dtype for suffix, part in there.items()} == {
+        suffix: part.dtype for suffix, part in parts.items()
+    }

@@ -133,3 +133,10 @@ def test_waiting_for_a_job() -> None:
     ready.set()
     assert board.wait(one, 30)
     thread.join()
+
+
+def test_no_two_jobs_are_of_the_same_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the clock says, which on Windows stands still for 15 ms: the history is paged by it."""
+    monkeypatch.setattr("zimage_lite.serve.jobs.time.time", lambda: 1.7e9)
+    moments = [Job("demo", []).created for _ in range(100)]
+    assert moments == sorted(set(moments))

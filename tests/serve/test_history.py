@@ -77,6 +77,23 @@ def test_deleting(tmp_path: Path) -> None:
     assert history.job(one.id) is None and len(history.jobs(10)) == 1
 
 
+def test_what_a_client_reads_is_deleted_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows, where an open file cannot be deleted."""
+
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "being used by another process")
+
+    history, jobs, files = History(tmp_path), [job(), job()], tmp_path / "pictures"
+    for one in jobs:
+        history.put(one, {})
+        history.add(one, 0, (1, 1), b"picture")
+    with monkeypatch.context() as held:
+        held.setattr(Path, "unlink", refused)
+        assert history.delete(jobs[0].id)
+    assert history.job(jobs[0].id) is None and len(list(files.iterdir())) == 2
+    assert history.delete(jobs[1].id) and not list(files.iterdir())
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no such permissions there")
 def test_others_on_the_machine_do_not_see_it(tmp_path: Path) -> None:
     History(tmp_path / "own" / "folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Callable
 from threading import Event
@@ -50,3 +51,17 @@ def test_a_port_that_is_taken() -> None:
         port = listening.getsockname()[1]
         with pytest.raises(UserError, match=rf"127\.0\.0\.1, port {port}: cannot listen .*choose another with --port"):
             _socket("127.0.0.1", port)
+
+
+def test_a_client_that_left_is_no_news(
+    serve_options: Callable[..., ServeOptions], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """asyncio on Windows logs a traceback for each (AUTOMATIC1111's issue 7524)."""
+    monkeypatch.setattr(running.uvicorn.Server, "run", lambda *_: None)
+    running.run(serve_options(port=0), lambda line: None)
+    log, callback = logging.getLogger("asyncio"), "Exception in callback _ProactorBasePipeTransport"
+    log.error("%s._call_connection_lost(None)", callback, exc_info=ConnectionResetError(10054, "closed by the remote"))
+    assert not caplog.records
+    log.error("%s._call_connection_lost(None)", callback, exc_info=OSError("another fault"))
+    log.error("%s._loop_reading()", callback, exc_info=ConnectionResetError(10054, "closed by the remote"))
+    assert len(caplog.records) == 2

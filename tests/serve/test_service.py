@@ -234,3 +234,9 @@ def test_other_adapters_are_not_opened(service: Service, tmp_path: Path) -> None
     for name in ("../secret", str(tmp_path / "secret.safetensors"), "owner/name", "", None, 5):
         with pytest.raises(UnknownError, match=r"LoRA: got .*, expected one of ink"):
             service.catalog.lora(name)
+
+
+def test_what_is_said_of_files_names_no_place(serve_options: Options) -> None:
+    """However the place was spelled when the server was started; on Windows with slashes of either kind."""
+    catalog = Service(serve_options(models={"own": "./some//place/model", "demo": "demo"})).catalog
+    assert catalog.shown("some/place/model/vae: no weights in ./some//place/model") == "own/vae: no weights in own"

@@ -39,6 +39,7 @@ def test_known_shapes() -> None:
 def test_captions_lie_beside_pictures(tmp_path: Path) -> None:
     for name, caption in (("b.png", "a  red\nfox\n"), ("a.jpg", "\ufeffGlimm, a fox")):
         picture(tmp_path / name).with_suffix(".txt").write_text(caption, encoding="utf-8")
+    (tmp_path / "._a.jpg").write_bytes(b"as macOS leaves beside a.jpg on other disks")
     found = examples_in(tmp_path, "glimm")
     assert [(one.path.name, one.caption) for one in found] == [("a.jpg", "Glimm, a fox"), ("b.png", "glimm, a red fox")]
 

@@ -105,6 +105,23 @@ def test_stopped_it_goes_on_from_that_step(pupil: Path, lessons: Path, whole: Pa
     assert goal.out.read_bytes() == whole.read_bytes()
 
 
+def test_a_lora_that_another_program_has_open_stops_nothing(
+    pupil: Path, lessons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Windows it cannot be deleted then, and somebody may well try one."""
+    goal, unlink = goal_of(lessons, tmp_path / "my.safetensors", every=1), Path.unlink
+
+    def held(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "step-000001.safetensors":
+            raise PermissionError(13, "being used by another process")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", held)
+    assert session_of(pupil, goal).run(silent)
+    left = sorted(int(file.stem[-6:]) for file in goal.folder.glob("step-*.safetensors"))
+    assert left == [1, 4, 5, 6, 7]
+
+
 def interrupting(step: int) -> Callable[[str, int, int], None]:
     def progress(phase: str, done: int, total: int) -> None:
         if phase == "train" and done == step:

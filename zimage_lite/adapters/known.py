@@ -37,7 +37,8 @@ KNOWN = (
 def unlike(lora: Lora, request: GenerateOptions) -> str | None:
     """What a known adapter wants otherwise than it is asked for; None if it is unknown, or all is well. request:
     complete."""
-    name = re.sub(r"[ _]", "-", PurePosixPath(lora.path.replace("\\", "/")).stem.lower())
+    file = PurePosixPath(lora.path.replace("\\", "/"))
+    name = re.sub(r"[ _]", "-", file.stem.lower())
     known = next((known for known in KNOWN if re.search(known.pattern, name)), None)
     if known is None or lora.strength <= 0:  # a negative one takes something back
         return None
@@ -50,4 +51,4 @@ def unlike(lora: Lora, request: GenerateOptions) -> str | None:
     if fits:
         return None
     got = f"--steps {request.step_count}, --guidance {request.guidance or 0:g}, strength {lora.strength:g}"
-    return f"{PurePosixPath(lora.path).name} is made for {known.wants()}; got {got}"
+    return f"{file.name} is made for {known.wants()}; got {got}"

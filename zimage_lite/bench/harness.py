@@ -8,6 +8,7 @@ every run, so that whoever doubts the figures can make them again; cells that we
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -171,7 +172,13 @@ def in_process(
     command = [sys.executable, "-m", "zimage_lite.bench.case", json.dumps(case)]
     runs: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
-    with TemporaryFile("w+") as errors, subprocess.Popen(command, stdout=PIPE, stderr=errors, text=True) as process:
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}  # else Windows has its own; libraries may write anything
+    with (
+        TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
+        subprocess.Popen(
+            command, stdout=PIPE, stderr=errors, env=environment, encoding="utf-8", errors="replace"
+        ) as process,
+    ):
         timer, end = Timer(limit, process.kill), monotonic() + limit
         timer.start()
         try:

@@ -64,17 +64,20 @@ def _driver() -> dict[str, str]:
     """What only nvidia-smi tells."""
     names = ("driver_version", "power.limit", "clocks.max.sm")
     query = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", "--id=0"]
-    with suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
-        return dict(zip(names, done.stdout.strip().split(", "), strict=False))
-    return {}
+    said = _said(query)
+    return dict(zip(names, said.split(", "), strict=False)) if said else {}
 
 
 def commit() -> str | None:
     """Of the source tree that this package lies in, if it does."""
+    return _said(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"])
+
+
+def _said(query: list[str]) -> str | None:
+    """By a program that may not be there, in whatever encoding."""
     with suppress(OSError, subprocess.SubprocessError):
-        query = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-        return subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        done = subprocess.run(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, timeout=20)
+        return done.stdout.decode(errors="replace").strip()
     return None
 
 

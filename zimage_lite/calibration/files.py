@@ -39,7 +39,7 @@ def write(path: Path, statistics: Statistics) -> None:
     said["weighing"] = WEIGHING
     header, offsets = safetensors.encode_header(arrays, {KEY: json.dumps(said, ensure_ascii=False)})
     total = len(header) + sum(DTYPE_BYTES[dtype] * math.prod(shape) for _, dtype, shape in arrays)
-    with open_writer(path, header, total) as writer:
+    with open_writer(path, header, total, precious=True) as writer:
         for offset, tensor in zip(offsets, tensors.values(), strict=True):
             writer.write(offset, tensor)
 

@@ -24,7 +24,7 @@ from ..errors import FileFormatError, UserError
 from .detect import COMPONENTS, VISION
 from .hub_client import OnBytes, endpoint, failures, quiet, reporting_bar, telling
 from .model_card import CARD
-from .output import require_space
+from .output import patiently, require_space
 from .weight_files import ADAPTER_CONFIG
 
 FIRST_BYTES = 100_000  # hold almost any header; one request more where they do not
@@ -202,7 +202,7 @@ class HubFiles(LocalFiles):
             return
         while self._ahead.is_alive():
             self._ahead.join(0.5)  # without a limit, Windows could not interrupt it
-        path.unlink()  # huggingface_hub would take the stub for the file
+        patiently(os.unlink, path)  # huggingface_hub would take the stub for the file
         self._bring(path)
         self._fetched.add(path)
         following = next((later for later in self._order if later not in self._fetched), None)
@@ -212,7 +212,7 @@ class HubFiles(LocalFiles):
 
     def release(self, path: Path) -> None:
         if self.discard and path in self._fetched:
-            path.unlink()
+            patiently(os.unlink, path)
             path.write_bytes(self._stubs[path])
             self._fetched.remove(path)
 
@@ -238,7 +238,14 @@ class HubFiles(LocalFiles):
         try:
             path.symlink_to(file.resolve())
         except OSError:  # Windows asks for a privilege
+            self._link(path, file)
+
+    def _link(self, path: Path, file: Path) -> None:
+        try:
             os.link(file.resolve(), path)
+        except OSError as error:  # exFAT knows neither kind
+            what = f"{self.repo_id}: no link can be made on the disk of the Hub's cache ({error.strerror})"
+            raise UserError(what, fix="add --discard-source, or set HF_HOME to a folder on another disk") from error
 
     def _download(self, path: Path) -> Path:
         from huggingface_hub import hf_hub_download

@@ -49,17 +49,21 @@ def reporting_bar(report: OnBytes) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """huggingface_hub logs errors alone, and draws on a terminal alone."""
+    """huggingface_hub logs errors alone, and draws on a terminal alone. It does not explain links to users of Windows,
+    whom we may use hard ones for."""
+    from huggingface_hub import constants
     from huggingface_hub.utils import disable_progress_bars, logging
 
-    level = logging.get_verbosity()
+    level, silent = logging.get_verbosity(), constants.HF_HUB_DISABLE_SYMLINKS_WARNING
     logging.set_verbosity(logging.ERROR)
+    constants.HF_HUB_DISABLE_SYMLINKS_WARNING = True
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        constants.HF_HUB_DISABLE_SYMLINKS_WARNING = silent
 
 
 @contextmanager

@@ -4,7 +4,7 @@ to do about it. Loads no torch."""
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from ..errors import FileFormatError, UserError
 
@@ -53,9 +53,9 @@ def refuse_impostor(path: Path, start: bytes) -> None:
         raise FileFormatError(f"{path}: {found[0]}", fix=found[1])
 
 
-def no_such(path: Path | str, what: str = "no such file or folder", expected: str | None = None) -> UserError:
+def no_such(path: PurePath | str, what: str = "no such file or folder", expected: str | None = None) -> UserError:
     """The error for a path that does not exist: also for one that is an address, which Path makes https:/..."""
-    text = str(path)
+    text = path.as_posix() if isinstance(path, PurePath) else path  # on Windows it is https:\...
     found = _ADDRESS.match(f"https://{text}" if _HUB.fullmatch(text.partition("/")[0]) else text)
     if not found:
         return UserError(f"{path}: {what}", expected=expected)

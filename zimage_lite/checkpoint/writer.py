@@ -55,9 +55,10 @@ class TensorWriter:
 
 
 @contextmanager
-def open_writer(path: Path, header: bytes, total_bytes: int) -> Iterator[TensorWriter]:
-    """Yields a writer; on success the finished file replaces `path`, on any failure nothing is left."""
-    with replacing(path) as partial, open_new(partial, header, total_bytes) as writer:
+def open_writer(path: Path, header: bytes, total_bytes: int, precious: bool = False) -> Iterator[TensorWriter]:
+    """Yields a writer; on success the finished file replaces `path`, on any failure nothing is left. precious: see
+    `replacing`."""
+    with replacing(path, precious=precious) as partial, open_new(partial, header, total_bytes) as writer:
         yield writer
 
 

@@ -11,9 +11,10 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from glob import glob
 from importlib import import_module
 from threading import current_thread, main_thread
 from typing import Any
@@ -24,7 +25,7 @@ from .. import __version__
 from ..errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, UserError
 from .streams import lost_output, outlive_readers
 
-_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
 _INTERRUPTED = "interrupted; nothing was left half-written"
 _VERBS = {
     "generate": "Draw images from prompts.",
@@ -71,6 +72,9 @@ def main(args: list[str] | None = None) -> None:
     # The demo model took 0.84 s instead of 0.02 s per step beside one, on two cores; alone, spinning gained nothing
     # that a person would notice.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # And Intel's Fortran, which torch brings on Windows since 2.7 (ComfyUI's issue 7771), would end the process on
+    # Ctrl-C before Python hears of it.
+    os.environ.setdefault("FOR_DISABLE_CONSOLE_CTRL_HANDLER", "1")
     outlive_readers()
     for number in _ENDING:  # unfinished outputs are removed then as on Ctrl-C
         if signal.getsignal(number) is signal.SIG_DFL:  # what nohup and & ignore stays ignored
@@ -86,7 +90,8 @@ def main(args: list[str] | None = None) -> None:
 def run(args: list[str] | None = None) -> int:
     """Run a command line and return its exit code. Only faults of our own leave as exceptions."""
     try:
-        code = cli.main(args, prog_name="zimage-lite", standalone_mode=False)
+        # On Windows click would look for files of the name that a prompt makes, and put what variables hold into it.
+        code = cli.main(args, prog_name="zimage-lite", standalone_mode=False, windows_expand_args=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help())
         return EXIT_OK
@@ -98,7 +103,10 @@ def run(args: list[str] | None = None) -> int:
         return error.exit_code
     except OSError as error:
         if error.filename is None:
-            raise
+            if getattr(error, "winerror", None) is None or "torch" in sys.modules:
+                raise
+            say(f"error: torch cannot be loaded ({error.strerror}); run zimage-lite doctor, which says what is missing")
+            return EXIT_USER
         say(f"error: {error.filename}: {error.strerror}")  # a name too long, a folder that may not be read
         return EXIT_USER
     except (KeyboardInterrupt, click.Abort):
@@ -127,6 +135,13 @@ def _leave(*_: object) -> None:
     with suppress(OSError):
         os.write(2, f"{_INTERRUPTED}\n".encode())
     os._exit(EXIT_INTERRUPTED)
+
+
+def files_meant(patterns: Sequence[str]) -> list[str]:
+    """Those that match, where a shell leaves that to programs, as those of Windows do. What matches nothing stays."""
+    if sys.platform != "win32":
+        return list(patterns)
+    return [name for pattern in patterns for name in sorted(glob(pattern)) or [pattern]]
 
 
 def say(text: str) -> None:

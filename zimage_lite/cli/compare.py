@@ -16,7 +16,7 @@ from ..config import GenerateOptions, RuntimeOptions
 from ..errors import UserError
 from ..pictures.saving import save
 from ..units import parse_bytes
-from . import leaving_at_once, print_json, say
+from . import files_meant, leaving_at_once, print_json, say
 from .drawing_options import DRAWING_FIELDS
 from .generate import command as generate
 from .requests import requests_of, require_apart
@@ -69,7 +69,7 @@ def command(
         from ..compare.models import compare, opened, sheet
     from .progress import phase_progress
 
-    pipelines = opened(reference, quantized, options, say)
+    pipelines = opened(reference, files_meant(quantized), options, say)
     if any(pipeline.model.synthetic for pipeline in pipelines.values()):
         say("note: random weights draw noise: time and memory are real, how alike the pictures are says nothing")
     with _work_folder(out) as folder:
@@ -111,7 +111,8 @@ def _require_place(out: Path) -> None:
 def _work_folder(out: Path) -> Iterator[Path]:
     """Where pictures lie until all are compared: on the disk of the output, which is no memory."""
     if out.suffix.lower() == ".png":
-        with TemporaryDirectory(dir=followed(out).parent, prefix=".compare-") as folder:
+        place = followed(out).parent
+        with TemporaryDirectory(dir=place, prefix=".compare-", ignore_cleanup_errors=True) as folder:
             yield Path(folder)
         return
     with replacing(out) as folder:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoint.output import replacing
+from ..checkpoint.output import is_held, replacing
 from ..errors import UserError
 from . import say
 
@@ -49,8 +49,18 @@ def _shower(where: str) -> Callable[[Image], None]:
     if path.suffix.lower() != ".png":
         raise UserError("--preview", got=where, expected="a name that ends in .png, or terminal")
 
+    held = False
+
     def save(picture: Image) -> None:
-        with replacing(path) as partial:
-            picture.save(partial, format="PNG")
+        nonlocal held
+        if held:
+            return
+        try:
+            with replacing(path, "--preview") as partial:
+                picture.save(partial, format="PNG")
+        except UserError as error:
+            if not (held := path.exists() and is_held(error.__cause__)):
+                raise
+            say(f"note: no more previews: {error}")  # on Windows, where a viewer may have it open
 
     return save

@@ -47,10 +47,10 @@ WORST = 5  # tensors that --verify names
     help="Write only this part, as a file.",
 )
 @click.option(
-    "--keep", multiple=True, metavar="PATTERN", help="Leave these transformer tensors in 16 bits, e.g. 'layers.29.*'."
+    "--keep", multiple=True, metavar="PATTERN", help='Leave these transformer tensors in 16 bits, e.g. "layers.29.*".'
 )
 @click.option(
-    "--tensor", "tensors", multiple=True, metavar="PATTERN=FORMAT", help="Another format for these, e.g. '*.w2.*=q6_k'."
+    "--tensor", "tensors", multiple=True, metavar="PATTERN=FORMAT", help='Another format for these, e.g. "*.w2.*=q6_k".'
 )
 @click.option(
     "--effort",

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import click
 
-from . import leaving_at_once, say
+from . import files_meant, leaving_at_once, say
 
 _PATH = click.Path(path_type=Path)
 
 
 @click.command(name="report")
-@click.argument("paths", metavar="RESULT.json...", nargs=-1, required=True, type=_PATH)
+@click.argument("names", metavar="RESULT.json...", nargs=-1, required=True)
 @click.option("-o", "out", default=Path("report.html"), type=_PATH, show_default=True, help="One self-contained page.")
 @click.option("--markdown", type=_PATH, metavar="FILE.md", help="The same in Markdown, without the pictures.")
-def command(paths: tuple[Path, ...], out: Path, markdown: Path | None) -> None:
+def command(names: tuple[str, ...], out: Path, markdown: Path | None) -> None:
     """Turn results of bench, of compare and of the scripts in benchmarks/ into a page that needs no network.
 
     Tables of what was measured and what was predicted, plots, and how far predictions were off where both are known.
@@ -27,7 +27,7 @@ def command(paths: tuple[Path, ...], out: Path, markdown: Path | None) -> None:
     wanted = {out: as_html, **({markdown: as_markdown} if markdown else {})}
     for path in wanted:
         require_absent(path, overwrite=True)
-    found = sections(load(paths))
+    found = sections(load([Path(name) for name in files_meant(names)]))
     for path, render in wanted.items():
         with replacing(path) as partial:
             partial.write_text(render(TITLE, found), encoding="utf-8")

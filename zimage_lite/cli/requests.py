@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import click
 
 from ..adapters.tags import with_tags
+from ..checkpoint.output import identity
 from ..config import NO_MASK, RANDOM_SEED, GenerateOptions
 from ..errors import UserError
 
@@ -32,7 +32,9 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 _KINDS = {
     str: "a text", int: "a whole number", _NUMBER: "a number", list: "a list", _TEXTS: "a text or a list of them"
 }  # fmt: skip
+_SLASHES = "in JSON a backslash is written twice; a slash does as well"
 _PICTURES = ("image", "mask", "control_image", "references")
+_PATHS = (*_PICTURES, "latents", "loras", "controls")
 _LISTS = {"sigmas": 0, "guidance_range": 2, "outpaint": 4}  # of so many numbers, any number if 0
 
 
@@ -79,7 +81,7 @@ def _read_prompts(path: Path, base: Mapping[str, Any]) -> list[GenerateOptions]:
         try:
             values = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON", expected=_LINE) from error
+            raise UserError(f"{where}: not JSON", expected=_LINE, fix=_SLASHES if "\\" in line else None) from error
         if not isinstance(values, dict) or "prompt" not in values:
             raise UserError(where, got=line[:60], expected=_LINE)
         requests.append(_request(values, base, where))
@@ -92,7 +94,7 @@ def lines_of(path: Path) -> list[str]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text in UTF-8") from error
+        raise UserError(f"{path}: not a text in UTF-8", fix="save it as UTF-8") from error
 
 
 def _request(values: dict[str, Any], base: Mapping[str, Any], where: str) -> GenerateOptions:
@@ -104,6 +106,8 @@ def _request(values: dict[str, Any], base: Mapping[str, Any], where: str) -> Gen
             raise UserError(f"{where}: {name}", got=repr(value)[:60], expected=f"one of {', '.join(_FIELDS)}")
         if not _fits(value, _FIELDS[name]):
             raise UserError(f"{where}: {name}", got=repr(value)[:60], expected=_KINDS[_FIELDS[name]])
+        if name in _PATHS and _is_eaten(value):
+            raise UserError(f"{where}: {name}", got=repr(value)[:60], expected="a path", fix=_SLASHES)
     for name in _LISTS.keys() & values.keys():
         values[name] = _numbers(values[name], _LISTS[name], f"{where}: {name}")
     instead = {"cfg", "guidance"} if {"cfg", "guidance"} & values.keys() else set()  # two names of one setting
@@ -135,13 +139,20 @@ def _files(request: GenerateOptions, name: str) -> list[str | Path]:
 
 def require_apart(outputs: Iterable[Path], requests: Iterable[GenerateOptions]) -> None:
     """Raise UserError where what is written would replace what it is made from."""
-    there = {os.path.realpath(path): path for path in outputs}
+    there = {identity(path): path for path in outputs}
     for request in requests:
         for name in (*_PICTURES, "latents"):
             for source in _files(request, name):
-                if out := there.get(os.path.realpath(source)):
+                if out := there.get(identity(source)):
                     flag = "--reference" if name == "references" else f"--{name.replace('_', '-')}"
                     raise UserError(f"{out} would be replaced, which {flag} names", fix="choose another name with -o")
+
+
+def _is_eaten(value: Any) -> bool:
+    r"""Whether a path has what JSON makes of C:\fox and C:\new, a form feed and a new line."""
+    if isinstance(value, str):
+        return any(char < " " for char in value)
+    return isinstance(value, list) and any(map(_is_eaten, value))
 
 
 def _fits(value: Any, kind: type | tuple[type, ...]) -> bool:

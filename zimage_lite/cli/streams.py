@@ -25,10 +25,15 @@ class _Outlet(io.FileIO):
         try:
             written = super().write(data)
         except OSError as error:
-            if error.errno not in _GONE:
+            if not _is_gone(error):
                 self.lost = error
             written = None
         return memoryview(data).nbytes if written is None else written  # None as well where it would have to wait
+
+
+def _is_gone(error: OSError) -> bool:
+    """Of a pipe whose reader left, Windows says EINVAL (CPython's issues 19612 and 30418)."""
+    return error.errno in _GONE or (sys.platform == "win32" and error.errno == errno.EINVAL)
 
 
 def outlive_readers() -> None:

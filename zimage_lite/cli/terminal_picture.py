@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import sys
 from base64 import b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -166,13 +167,15 @@ def terminal() -> TerminalPicture | None:
 
 def _cell_height(file: IO[str]) -> int:
     """What the system knows of the terminal, where it does."""
-    try:
-        import fcntl
-        import struct
-        import termios
+    if sys.platform == "win32":
+        return _CELL_HEIGHT
+    import fcntl
+    import struct
+    import termios
 
+    try:
         raw = fcntl.ioctl(file.fileno(), termios.TIOCGWINSZ, bytes(8))  # lines, columns, width, height
         lines, _, _, height = struct.unpack("HHHH", raw)
-    except (ImportError, OSError, ValueError):
+    except (OSError, ValueError):
         return _CELL_HEIGHT
     return height // lines if lines and height >= lines else _CELL_HEIGHT

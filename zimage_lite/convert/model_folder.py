@@ -30,6 +30,7 @@ from .tokenizers import tokenizer_to_add
 
 _PROCESSOR = "siglip_processor"  # how pictures are laid out for the vision tower
 _ENTRIES = {*COMPONENTS, VISION, _PROCESSOR, "tokenizer", "scheduler", "model_index.json", CARD}  # of an output folder
+_LITTER = {".DS_Store", "desktop.ini", "Thumbs.db"}  # Finder and Explorer leave it wherever they have looked
 _DIFFUSERS_NAMES = {
     "transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model",
     VISION: "model",
@@ -46,7 +47,7 @@ def quantize_model(source: Path, out: Path | None, job: Job) -> list[Written]:
     meter = expect(out, [(checkpoint, job.target_of(part)) for part, checkpoint in checkpoints.items()], job)
     tokenizer = tokenizer_to_add(source, checkpoints["text_encoder"], job.note)
     written = []
-    with replacing(out) as partial:
+    with replacing(out, precious=True) as partial:
         partial.mkdir()
         for component, checkpoint in checkpoints.items():
             folder = partial / component
@@ -84,7 +85,7 @@ def _require_replaceable(out: Path) -> None:
     """Raise UserError if `out` holds anything that this program does not write."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file, and a model folder comes out as a folder", fix="choose another name with -o")
-    foreign = [entry.name for entry in out.iterdir() if entry.name not in _ENTRIES] if out.exists() else []
+    foreign = [entry.name for entry in out.iterdir() if entry.name not in _ENTRIES | _LITTER] if out.exists() else []
     if foreign:
         raise UserError(
             f"{out} holds more than a model, so it is not replaced", got=foreign[0], fix="choose another name with -o"

@@ -135,7 +135,7 @@ def convert(
     changed = {chunk.tensor.name: chunk.tensor for chunk in chunks_of if not chunk.passes and _repairable(chunk.tensor)}
     repair = options.repair if source.component == "transformer" else None
     with (
-        open_writer(out, file.header, file.total_bytes) as writer,
+        open_writer(out, file.header, file.total_bytes, precious=True) as writer,
         open_repair(repair, changed.values(), options.calibration) as repairs,
     ):
         for offset, content in file.markers.items():

@@ -112,7 +112,8 @@ def _remedy_unseen(found: Installation, torch: Torch, driver: Driver) -> str:
     if torch.cuda is None or _major(torch.cuda) > driver.cuda[0]:
         return _install_torch(found)
     if found.visible_devices is not None:
-        return "set CUDA_VISIBLE_DEVICES=" if found.system == "win32" else "unset CUDA_VISIBLE_DEVICES"
+        in_cmd, in_powershell = "set CUDA_VISIBLE_DEVICES=", "Remove-Item Env:CUDA_VISIBLE_DEVICES"
+        return f"{in_cmd} (in PowerShell {in_powershell})" if found.system == "win32" else "unset CUDA_VISIBLE_DEVICES"
     return f"restart the machine, and if that does not help install the driver again, {_DRIVERS}"
 
 

@@ -68,7 +68,7 @@ class Meter:
 def peak_rss_bytes() -> int:
     """Peak resident memory of this process since it started, as the operating system counts it: nothing is missed."""
     if sys.platform == "linux":  # not getrusage, whose peak begins with that of the program that started this one
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     if sys.platform == "win32":

@@ -56,7 +56,7 @@ def read(source: str | Path | bytes | Image.Image | np.ndarray | Tensor, name: s
     """A file by its path or its bytes, a picture of Pillow's, or an array or a tensor [h, w, 3] of uint8, or of floats
     from 0 to 1. name: what messages call it. Raises UserError for what is no picture, is broken, or is too large."""
     if isinstance(source, str | Path):
-        with _file_of(source, name or str(source)) as file:
+        with file_of(source, name or str(source)) as file:
             return _from_stream(file, name or str(source))
     name = name or "the picture"
     if isinstance(source, bytes):
@@ -74,12 +74,13 @@ def read(source: str | Path | bytes | Image.Image | np.ndarray | Tensor, name: s
 
 def require_picture(path: str | Path) -> None:
     """Raise UserError for a file that is no picture, or is too large, by its first bytes: nothing is decoded."""
-    with _file_of(path, str(path)) as file:
+    with file_of(path, str(path)) as file:
         _require_size(_opened(file, str(path)).size, str(path))
 
 
 @contextmanager
-def _file_of(path: str | Path, name: str) -> Iterator[IO[bytes]]:
+def file_of(path: str | Path, name: str) -> Iterator[IO[bytes]]:
+    """Opened. Raises UserError for what is no file, or cannot be read. name: for messages."""
     if isinstance(path, str) and not path.strip():
         raise UserError("a picture without a name", expected="a file")
     path = Path(path)

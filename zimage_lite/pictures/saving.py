@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from io import BytesIO
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -95,10 +96,12 @@ def _said(source: Path | bytes) -> tuple[str, str]:
     """Our JSON, or what an old file says as such, and A1111's text."""
     from PIL import Image
 
-    from .reading import decoding
+    from .reading import decoding, file_of
 
-    name, file = (str(source), source) if isinstance(source, Path) else ("the picture", BytesIO(source))
-    with decoding(name), Image.open(file) as picture:
+    name = str(source) if isinstance(source, Path) else "the picture"
+    opening: AbstractContextManager[IO[bytes]]
+    opening = file_of(source, name) if isinstance(source, Path) else nullcontext(BytesIO(source))
+    with opening as file, decoding(name), Image.open(file) as picture:
         texts = {key: value for key, value in picture.info.items() if isinstance(value, str)}
         history, comment = exif.read(picture.getexif()) if picture.format != "PNG" else ("", "")
     if OURS not in texts and is_old(texts):

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..units import round_up
 from .formats import Codec, Format, Layout, Options, Parts, Shapes
 from .inputs import Inputs
-from .pieces import by_pieces, largest, unpack_nibbles, widen
+from .pieces import by_pieces, from_float8, largest, unpack_nibbles, widen
 from .tensor import TORCH_DTYPES
 
 TILE_ROWS, TILE_BLOCKS = 128, 4
@@ -54,7 +54,7 @@ class Fp8Codec(Codec):
     def dequantize(self, parts: Parts, columns: int, options: Options) -> Tensor:
         codes = parts[""].view(TORCH_DTYPES[self.dtype])
         scale = parts["_scale"].float().reshape(-1, 1).expand(codes.shape[0], 1)
-        return widen(codes.shape[0], columns, lambda piece: codes[piece].float().mul_(scale[piece]))
+        return widen(codes.shape[0], columns, lambda piece: from_float8(codes[piece]).mul_(scale[piece]))
 
 
 class Mxfp8Codec(Codec):
@@ -77,7 +77,7 @@ class Mxfp8Codec(Codec):
         scales = (exponents.int() << 23).view(torch.float32)  # the exponent 0 means 0, as in comfy-kitchen
 
         def unpack(piece: slice) -> Tensor:
-            wide = codes[piece].float().view(-1, blocks, 32).mul_(scales[piece].unsqueeze(2))
+            wide = from_float8(codes[piece]).view(-1, blocks, 32).mul_(scales[piece].unsqueeze(2))
             return wide.view(-1, blocks * 32)[:, :columns]
 
         return widen(codes.shape[0], columns, unpack)
@@ -104,7 +104,7 @@ class Nvfp4Codec(Codec):
         packed = parts[""]
         blocks = packed.shape[1] // 8
         block_scales = _from_tiles(parts["_scale"].view(torch.uint8), packed.shape[0], blocks)
-        scales = block_scales.contiguous().view(torch.float8_e4m3fn).float().mul_(parts["_scale_2"].reshape(()))
+        scales = from_float8(block_scales.contiguous().view(torch.float8_e4m3fn)).mul_(parts["_scale_2"].reshape(()))
         values = torch.tensor(_E2M1 + tuple(-value for value in _E2M1), device=packed.device)
 
         def unpack(piece: slice) -> Tensor:

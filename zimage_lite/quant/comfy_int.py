@@ -25,7 +25,7 @@ from .formats import Codec, Format, Layout, Options, Parts, Shapes
 from .inputs import Inputs
 from .int8 import rotation_group
 from .levels import Levels, searched
-from .pieces import by_pieces, count_below, pack_nibbles, unpack_nibbles, widen
+from .pieces import by_pieces, count_below, from_float8, pack_nibbles, unpack_nibbles, widen
 
 SCALE_GROUP = 16
 
@@ -98,7 +98,7 @@ class Int4Codec(Codec):
         packed, relative, group = parts[""].view(torch.uint8), parts["_s_rel"], options["scale_group"]
         relative = relative.view(torch.float8_e4m3fn) if relative.itemsize == 1 else relative
         levels = _levels(packed[piece], columns, parts.get("_codebook")).view(-1, columns // group, group)
-        return levels.mul_(relative[piece].float().unsqueeze(2)).round_().clamp_(-127, 127).view(-1, columns)
+        return levels.mul_(from_float8(relative[piece]).unsqueeze(2)).round_().clamp_(-127, 127).view(-1, columns)
 
 
 def _levels(packed: Tensor, columns: int, codebook: Tensor | None) -> Tensor:

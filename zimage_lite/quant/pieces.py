@@ -11,6 +11,7 @@ from .formats import Parts
 
 # 4 MB of float32: a dozen element-wise passes stay in the cache, and temporaries stay small.
 PIECE_WEIGHTS = 2**20
+WITHOUT_FLOAT8 = ("mps",)
 
 
 def row_pieces(rows: int, columns: int, weights: int = PIECE_WEIGHTS) -> Iterator[slice]:
@@ -41,6 +42,14 @@ def widen(rows: int, columns: int, work: Callable[[slice], Tensor]) -> Tensor:
 def largest(x: Tensor) -> Tensor:
     """max|x| of a whole tensor, without another tensor of its size."""
     return torch.stack([x[piece].abs().amax() for piece in row_pieces(x.shape[0], x.shape[1])]).amax()
+
+
+def from_float8(codes: Tensor) -> Tensor:
+    """8-bit floats -> float32. torch has none on Apple's GPUs (its issue 148420): there each byte is looked up."""
+    if codes.device.type not in WITHOUT_FLOAT8 or codes.itemsize > 1 or not codes.is_floating_point():
+        return codes.float()
+    values = torch.arange(256, dtype=torch.uint8).view(codes.dtype).float().to(codes.device)
+    return values.index_select(0, codes.view(torch.uint8).flatten().int()).view(codes.shape)
 
 
 def pack_nibbles(codes: Tensor, *, high_first: bool) -> Tensor:

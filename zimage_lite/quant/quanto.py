@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .formats import Codec, Format, Layout, Options, Parts
 from .inputs import Inputs
-from .pieces import by_pieces, row_pieces, widen
+from .pieces import by_pieces, from_float8, row_pieces, widen
 from .tensor import TORCH_DTYPES
 
 # Quantized layers have two more scalars, for activations that nobody quantized.
@@ -73,7 +73,7 @@ class ByteCodec(Codec):
 
     def dequantize(self, parts: Parts, columns: int, options: Options) -> Tensor:
         data, scale = parts[""], parts["._scale"].float().reshape(-1, 1).expand(parts[""].shape[0], 1)
-        return widen(data.shape[0], columns, lambda piece: data[piece].float().mul_(scale[piece]))
+        return widen(data.shape[0], columns, lambda piece: from_float8(data[piece]).mul_(scale[piece]))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from .formats import Codec, Format, Layout, Options, Parts
-from .pieces import widen
+from .pieces import from_float8, widen
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class TorchaoCodec(Codec):
         assert data is not None and scale is not None
 
         def unpack(piece: slice) -> Tensor:
-            wide = data[piece].float()
+            wide = from_float8(data[piece])
             if zero is not None:
                 wide -= zero[piece]
             return wide.mul_(scale[piece].float()).view(-1, columns)

@@ -74,9 +74,10 @@ class Catalog:
         places = {place: name for name, place in (*self._models.items(), *self.controls.items())}
         if self._lora_dir:
             places[str(self._lora_dir)] = "the server's folder"
-        for place in sorted(places, key=len, reverse=True):
+        spelled = {text: name for place, name in places.items() for text in (place, str(Path(place)))}
+        for place in sorted(spelled, key=len, reverse=True):
             if len(Path(place).parts) > 1:
-                text = text.replace(place, places[place])
+                text = text.replace(place, spelled[place])
         return text
 
     def tagged(self, request: GenerateOptions) -> GenerateOptions:

@@ -7,14 +7,13 @@ told of is there, and a job that was not over is known to be lost.
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
+from ..checkpoint.output import discarded
 from ..errors import UserError
 from ..pictures.saving import save_file
 from .jobs import LOST, OPEN, Job, Picture
@@ -44,6 +43,7 @@ class History:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._lock = folder / "pictures", RLock()
+        self._deleted: set[Path] = set()  # but there still, as a client reads them, which Windows waits for
         try:
             for place in (folder, self.folder):
                 place.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -122,14 +122,18 @@ class History:
             names = self._db.execute("SELECT name FROM pictures WHERE job = ?", (job_id,)).fetchall()
             self._db.execute("DELETE FROM pictures WHERE job = ?", (job_id,))
             gone = self._db.execute("DELETE FROM jobs WHERE id = ?", (job_id,)).rowcount
-        for (name,) in names:
-            (self.folder / name).unlink(missing_ok=True)
+            self._deleted |= {self.folder / name for (name,) in names}
+            self._delete_files()
         self.kept.release(job_id)
         return bool(gone)
 
     def close(self) -> None:
         with self._lock:
+            self._delete_files()
             self._db.close()
+
+    def _delete_files(self) -> None:
+        self._deleted = {path for path in self._deleted if not discarded(path)}
 
     def _told(self, job_id: str, facts: str, settings: str) -> dict[str, Any]:
         query = "SELECT name, width, height, seed FROM pictures WHERE job = ? ORDER BY rowid"
@@ -139,5 +143,4 @@ class History:
     def _clear_partial(self) -> None:
         """What a server that was killed left half-written."""
         for path in self.folder.glob(".*.partial"):
-            with suppress(OSError):
-                os.unlink(path)
+            discarded(path)

@@ -6,13 +6,29 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from threading import Event
+from threading import Event, Lock
 from typing import Any
 
 from ..config import GenerateOptions
 
 QUEUED, RUNNING, DONE, FAILED, CANCELLED, LOST = "queued", "running", "done", "failed", "cancelled", "lost"
 OPEN, OVER = (QUEUED, RUNNING), (DONE, FAILED, CANCELLED, LOST)
+
+
+class _Moments:
+    """Each is later than the one before, as pages of the history are told by it: Windows' clock goes on every 15.6 ms
+    (`time.get_clock_info`), and two jobs may come between."""
+
+    def __init__(self) -> None:
+        self._last, self._lock = 0.0, Lock()
+
+    def __call__(self) -> float:
+        with self._lock:
+            self._last = max(time.time(), self._last + 1e-6)
+            return self._last
+
+
+_next_moment = _Moments()
 
 
 @dataclass(frozen=True)
@@ -50,7 +66,7 @@ class Job:
     leaves: bool = False
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     state: str = QUEUED
-    created: float = field(default_factory=time.time)
+    created: float = field(default_factory=_next_moment)
     started: float | None = None
     finished: float | None = None
     phase: str | None = None

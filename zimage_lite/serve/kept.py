@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.output import discarded
 from ..config import GenerateOptions
 from ..pictures.recipe import sources_told
 from ..pictures.saving import save_file
@@ -40,7 +41,7 @@ class KeptPictures:
         named = {sha256 for (sha256,) in self._db.execute("SELECT sha256 FROM kept")}
         for path in folder.iterdir():
             if path.name not in named:
-                path.unlink()
+                discarded(path)
 
     def of(self, job: str, requests: Sequence[GenerateOptions]) -> list[GenerateOptions]:
         """The requests, of the same pictures, by files in the place of what they hold; these stay until `release`.
@@ -69,7 +70,7 @@ class KeptPictures:
             self._db.execute("DELETE FROM kept WHERE job = ?", (job,))
             for (sha256,) in mine:
                 if not self._db.execute("SELECT 1 FROM kept WHERE sha256 = ?", (sha256,)).fetchone():
-                    (self.folder / sha256).unlink(missing_ok=True)
+                    discarded(self.folder / sha256)  # else when the next server starts
 
     def path(self, sha256: object) -> Path | None:
         """Of one that is kept."""
@@ -82,7 +83,7 @@ class KeptPictures:
         (total,) = self._db.execute("SELECT SUM(bytes) FROM (SELECT DISTINCT sha256, bytes FROM kept)").fetchone()
         for sha256, n_bytes in self._db.execute(_OLDEST).fetchall() if total > MOST_BYTES else ():
             self._db.execute("DELETE FROM kept WHERE sha256 = ?", (sha256,))
-            (self.folder / sha256).unlink(missing_ok=True)
+            discarded(self.folder / sha256)
             total -= n_bytes
             if total <= MOST_BYTES:
                 break

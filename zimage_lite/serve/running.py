@@ -28,6 +28,7 @@ def run(
 ) -> None:
     """say: takes lines for people; browse: also opens the page; drawers: see Service. Raises UserError."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("asyncio").addFilter(_is_news)
     listening = _socket(options.host, options.port)
     with listening:
         service = Service(options, drawers)
@@ -47,6 +48,12 @@ def run(
             timeout_graceful_shutdown=3, ws="none",
         )  # fmt: skip
         uvicorn.Server(config).run([listening])
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not the traceback of asyncio on Windows for each client that was gone before its connection was shut down."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not (isinstance(error, ConnectionResetError) and "_call_connection_lost" in record.getMessage())
 
 
 def _has_screen() -> bool:

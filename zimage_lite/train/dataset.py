@@ -52,7 +52,7 @@ def examples_in(folder: Path, trigger: str = "") -> list[Example]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder", expected="a folder of pictures with captions")
     listed = _listed(folder)
-    paths = listed or sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+    paths = listed or sorted(path for path in folder.iterdir() if _is_picture(path))
     if not paths:
         raise UserError(f"{folder}: no pictures in it", expected=f"files that end in {', '.join(PICTURES[:4])} ...")
     captions = {path: _with(trigger, listed.get(path) or _beside(path)) for path in paths}
@@ -64,6 +64,10 @@ def examples_in(folder: Path, trigger: str = "") -> list[Example]:
             fix=f"write what it shows to {missing[0].with_suffix('.txt').name}, or name a --trigger for all",
         )
     return [Example(path, caption) for path, caption in captions.items()]
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURES and not path.name.startswith("._")  # which macOS leaves about
 
 
 def fingerprint(examples: Iterable[Example]) -> str:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.output import clear_leftovers, replacing, require_absent
+from ..checkpoint.output import clear_leftovers, discarded, replacing, require_absent
 from ..config import GenerateOptions, Lora, TrainOptions
 from ..errors import UserError
 from ..pictures.saving import save
@@ -128,7 +128,7 @@ class Session:
         lora = goal.folder / f"step-{self.done.step:06}.safetensors"
         self._save(lora)
         for old in sorted(goal.folder.glob("step-??????.safetensors"))[:-KEPT]:
-            old.unlink()
+            discarded(old)  # unless a program tries it, which on Windows keeps it until the next time
         if self.requests:
             trainer.put_away()
             self._draw(lora)

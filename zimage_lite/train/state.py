@@ -15,7 +15,7 @@ from ..adapters.reading import TRAINING_KEY
 from ..checkpoint.output import replacing
 from ..errors import FileFormatError, UserError
 from .lora import TrainedLora
-from .optimizer import Optimizer
+from .optimizer import AdamW, Optimizer
 
 _LORA, _OPTIMIZER, _LOSSES = "lora.", "optimizer.", "losses"
 
@@ -99,5 +99,6 @@ def _load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], numbers
         place = state.setdefault(int(index), {})
         for name in outer:
             place = place.setdefault(name, {})
-        place[own] = value
+        # Ours copies it. bitsandbytes keeps it, which is a part of the mapped file, and Windows replaces none that is.
+        place[own] = value.clone() if isinstance(value, Tensor) and not isinstance(optimizer, AdamW) else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -17,5 +17,6 @@ def require_zimage_lite() -> None:
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise ImportError(f"zimage-lite needs torch {oldest} or newer, and ComfyUI's is {torch}; update ComfyUI first")
     if find_spec("zimage_lite") is None:
-        line = f'"{sys.executable}" -m pip install zimage-lite "torch=={torch}"'
+        python = f'"{sys.executable}"' if " " in sys.executable else sys.executable  # PowerShell runs no quoted text
+        line = f'{python} -m pip install zimage-lite "torch=={torch}"'
         raise ImportError(f"zimage-lite is not installed here; run: {line}")
