@@ -71,7 +71,7 @@ def test_controls_are_asked_at_its_scales(tmp_path: Path) -> None:
     own, other = str(tmp_path / "a.safetensors"), str(tmp_path / "c.gguf")
     found = like(path, controls=(own, f"{other}:1.5"))
     assert found.settings["controls"] == (ControlUse(own, 0.5), ControlUse(other, 1.5))
-    assert notes(found) == [f"{path} was drawn with the ControlNet b; this is {other}"]
+    assert notes(found) == [f"{path} was drawn with the ControlNet b; this is c"]
     assert like(path, controls=(own,)).settings["controls"] == (ControlUse(own),)  # none says which of them it is
 
 
