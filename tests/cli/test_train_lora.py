@@ -35,6 +35,17 @@ def test_it_says_what_it_did(pupil: Path, lessons: Path, tmp_path: Path, capsys:
     assert json.loads(capsys.readouterr().out)["steps"] == 3
 
 
+def test_an_optimizer_that_is_not_installed(
+    pupil: Path, lessons: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zimage_lite.train.optimizer.find_spec", lambda name: None)
+    assert train(pupil, lessons, tmp_path / "my.safetensors", "--optimizer", "adamw8bit") == 2
+    line = (
+        "error: --optimizer adamw8bit needs bitsandbytes: got none; pip install bitsandbytes, or use --optimizer adamw"
+    )
+    assert line in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, Protocol, cast
 
 import torch
@@ -13,6 +14,7 @@ from ..config import TrainOptions
 from ..errors import UserError
 
 WEIGHT_DECAY = 1e-4
+_MISSING = "--optimizer adamw8bit needs bitsandbytes"
 _BETA1, _BETA2, _EPS = 0.9, 0.999, 1e-8  # torch's own
 
 
@@ -73,6 +75,12 @@ class AdamW:
                 own.copy_(cast(Tensor, kept[name]))
 
 
+def require_optimizer(name: str) -> None:
+    """Raise UserError for one that is not installed. Loads nothing."""
+    if name == "adamw8bit" and find_spec("bitsandbytes") is None:
+        raise UserError(_MISSING, got="none", fix="pip install bitsandbytes, or use --optimizer adamw")
+
+
 def optimizer_for(options: TrainOptions, parameters: Sequence[nn.Parameter]) -> Optimizer:
     """Raises UserError."""
     if options.optimizer == "adamw":
@@ -80,7 +88,5 @@ def optimizer_for(options: TrainOptions, parameters: Sequence[nn.Parameter]) -> 
     try:
         from bitsandbytes.optim import AdamW8bit
     except (ImportError, RuntimeError) as error:
-        raise UserError(
-            "--optimizer adamw8bit needs bitsandbytes, which cannot be loaded here", fix="use --optimizer adamw"
-        ) from error
+        raise UserError(_MISSING, got=f"one that cannot be loaded ({error})", fix="use --optimizer adamw") from error
     return cast(Optimizer, AdamW8bit(parameters, options.rate, weight_decay=WEIGHT_DECAY))

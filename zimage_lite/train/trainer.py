@@ -32,7 +32,7 @@ from ..plan.training import PRESERVED_SHARE, STEPS_AT_ONCE, TrainJob, ways_to_tr
 from .dataset import Example
 from .draws import Draws
 from .lora import TrainedLora
-from .optimizer import Optimizer, optimizer_for
+from .optimizer import Optimizer, optimizer_for, require_optimizer
 from .passes import Batch, gradients
 
 LONGEST_GRADIENT = 1.0
@@ -57,6 +57,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         pipeline, options = self.pipeline, self.options
+        require_optimizer(options.optimizer)
         self.work = Workspace(hardware_for(pipeline.hardware), pipeline.options, pipeline.tell)
         pipeline.sizes.require_trainable()
         transformer, adapters = pipeline.model.transformer, pipeline.adapters.of(self.assistant)
