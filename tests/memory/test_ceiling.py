@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.cuda._utils import _get_device_index
 
 from zimage_lite.config import RuntimeOptions
 from zimage_lite.errors import BudgetError
@@ -20,7 +22,7 @@ from zimage_lite.memory.machine import (
     machine,
     vram_margin_bytes,
 )
-from zimage_lite.memory.plan import Block, Phase, Plan
+from zimage_lite.memory.plan import CONTEXT, Block, Phase, Plan
 from zimage_lite.plan.retry import LESS_AFTER_OOM, Planning, Ways
 
 GB = 10**9
@@ -37,12 +39,19 @@ class Allocator:
 
     def installed(self, monkeypatch: pytest.MonkeyPatch) -> Allocator:
         facts = SimpleNamespace(total_memory=TOTAL)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
-        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: self.fractions[-1])
-        monkeypatch.setattr(
-            torch.cuda, "set_per_process_memory_fraction", lambda part, device: self.fractions.append(part)
-        )
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", self.fraction)
+        monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", self.set_fraction)
         return self
+
+    def fraction(self, device: torch.device) -> float:
+        _get_device_index(device)  # as torch's does: raises ValueError for one without a number
+        return self.fractions[-1]
+
+    def set_fraction(self, fraction: float, device: torch.device) -> None:
+        _get_device_index(device)
+        self.fractions.append(fraction)
 
     @property
     def limit_bytes(self) -> float:
@@ -53,10 +62,12 @@ class Allocator:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
 
+THERE = machine(find_gpu("RTX 3060 Laptop"), 16 * GB)
+
+
 @pytest.fixture
 def allocator(monkeypatch: pytest.MonkeyPatch) -> Allocator:
-    there = machine(find_gpu("RTX 3060 Laptop"), 16 * GB)
-    monkeypatch.setattr("zimage_lite.plan.retry.machine_here", lambda hardware, int8: there)
+    monkeypatch.setattr("zimage_lite.plan.retry.machine_here", lambda hardware, int8: THERE)
     return Allocator().installed(monkeypatch)
 
 
@@ -87,6 +98,23 @@ def test_an_overshoot_is_planned_again(allocator: Allocator) -> None:
     assert limits == pytest.approx([room(first)] * 2 + [room(ways.plan)] * 2)
     assert allocator.fractions[-1] == 1.0
     assert len(told) == 1 and told[0].startswith("denoise: memory ran out, although ")
+
+
+def test_what_others_of_the_process_hold(allocator: Allocator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI's models, say: their place is not planned with, and the limit, which is of all tensors together, is above
+    them. What is ours when memory runs out, a LoRA in training, is in the plan already."""
+    holding = [GB, 2 * GB]
+    monkeypatch.setattr(
+        "zimage_lite.plan.retry.machine_here",
+        lambda hardware, int8: replace(THERE, context_bytes=CUDA_CONTEXT_BYTES + holding.pop(0)),
+    )
+    planning, ways = planned(4 * GB, [])
+    arena = ways.plan.slots * ways.plan.slot_bytes + sum(ways.plan.sizes[name] for name in ways.plan.resident)
+    assert ways.plan.peak_vram_bytes <= 4 * GB and arena <= 3 * GB - CUDA_CONTEXT_BYTES
+    with held_to(ways.plan, CUDA.device):
+        allocator.take(GB + arena)
+    again = planning.planned_again(ways)
+    assert again.fixed[CONTEXT] == CUDA_CONTEXT_BYTES + GB and not holding
 
 
 def test_twice_is_a_refusal(allocator: Allocator) -> None:

@@ -81,7 +81,7 @@ def test_where_torch_passes_on_less(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("system", ["linux", "win32"])
 def test_what_is_free_is_asked_last(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the context and the code that products load are there. What they take, and what torch holds, is this
-    process's; Windows keeps more for its desktop."""
+    process's, and nobody can plan with it; Windows keeps more for its desktop."""
     described(monkeypatch, "NVIDIA GeForce RTX 3090", 24.0, (8, 6))
     asked, total = list[str](), 24 * GIB
 
@@ -92,21 +92,23 @@ def test_what_is_free_is_asked_last(system: str, monkeypatch: pytest.MonkeyPatch
     noting("memory_reserved", 10**9)
     noting("mem_get_info", (20 * GIB, total))
     monkeypatch.setattr(hardware, "_link_gbps", lambda device: asked.append("link") or 12.5)
-    monkeypatch.setattr(hardware, "_load_libraries", lambda *_: asked.append("products"))
+    monkeypatch.setattr(hardware, "_load_libraries", lambda *_: asked.append("products") or 2 * 10**7)
     monkeypatch.setattr(sys, "platform", system)
     here = hardware.machine_here(hardware.Hardware(torch.device("cuda"), torch.bfloat16))
     assert asked[:2] == ["link", "products"] and asked[-1] == "mem_get_info"
     assert here.vram_free_bytes == 20 * GIB + 10**9 + CUDA_CONTEXT_BYTES
+    assert here.context_bytes == CUDA_CONTEXT_BYTES + 10**9 - 2 * 10**7
     assert here.margin_bytes == (int(0.08 * total) if system == "win32" else 300_000_000)
 
 
 def test_products_are_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where torch has no int8 product."""
-    calls = []
+    """Also where torch has no int8 product. What stays of the allocator's memory is told."""
+    calls, reserved = [], iter([10**6, 3 * 10**7])
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: next(reserved))
     monkeypatch.setattr(torch, "_int_mm", lambda *_: calls.append(1) or (_ for _ in ()).throw(RuntimeError("none")))
     hardware._load_libraries.cache_clear()
     for _ in range(2):
-        hardware._load_libraries(torch.device("cpu"), torch.float32)
+        assert hardware._load_libraries(torch.device("cpu"), torch.float32) == 29 * 10**6
     assert calls == [1]
     hardware._load_libraries.cache_clear()
 

@@ -13,6 +13,11 @@ PAGE_BYTES = 4096
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every CUDA context of the process
 
 
+def numbered(device: torch.device) -> torch.device:
+    """The same with its number, without which some of torch.cuda's functions raise ValueError."""
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+
+
 class CudaLink:
     """Copies run on a stream of their own. A moment is a CUDA event.
 
@@ -21,9 +26,7 @@ class CudaLink:
     """
 
     def __init__(self, device: torch.device) -> None:
-        # With its number: threads begin with device 0 as their current one, whatever this thread has chosen.
-        index = torch.cuda.current_device() if device.index is None else device.index
-        self.device = torch.device("cuda", index)
+        self.device = numbered(device)  # threads begin with device 0 as their current one, whatever this one has chosen
         self.copying = torch.cuda.Stream(self.device)
         self.copying.wait_stream(torch.cuda.current_stream(self.device))
         self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []

@@ -63,16 +63,17 @@ def machine_here(hardware: Hardware, int8: bool = False) -> Machine:
         return replace(_processor_here(int8), cpu_dtype=hardware.dtype_name, cpu_int8=int8, loops_bytes=loops)
     gpu, device, windows = gpu_here(hardware.device), hardware.device, sys.platform == "win32"
     link_gbps = _link_gbps(device)
-    _load_libraries(device, hardware.dtype)
+    workspace = _load_libraries(device, hardware.dtype)
     torch.cuda.empty_cache()  # what is only kept for later is not held
-    own = CUDA_CONTEXT_BYTES + torch.cuda.memory_reserved(device)
+    reserved = torch.cuda.memory_reserved(device)
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     there = _processor_here()  # now that CUDA is there: its context takes RAM, too
     return replace(
         there,
         process_bytes=there.process_bytes + CUDA_SLACK_BYTES,
         name=gpu.name,
-        vram_free_bytes=own + free_bytes,
+        vram_free_bytes=CUDA_CONTEXT_BYTES + reserved + free_bytes,
+        context_bytes=CUDA_CONTEXT_BYTES + max(reserved - workspace, 0),  # with other models of this process
         margin_bytes=vram_margin_bytes(total_bytes, windows),
         gpu=processor(gpu),
         gpu_dtype=hardware.dtype_name,
@@ -122,13 +123,18 @@ def _link_gbps(device: torch.device) -> float:
 
 
 @cache
-def _load_libraries(device: torch.device, dtype: torch.dtype) -> None:
+def _load_libraries(device: torch.device, dtype: torch.dtype) -> int:
     """The first product and the first convolution load code that stays on the GPU, 100 to 200 MB of it: before it is
-    asked what is free."""
+    asked what is free. -> bytes of torch's allocator that stay taken, for cuBLAS."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(device)
     x = torch.ones(32, 32, dtype=dtype, device=device)
     F.conv2d((x @ x)[None, None], x[None, None, :3, :3])
     with suppress(RuntimeError):  # where torch has none
         torch._int_mm(x.char(), x.char())
+    del x
+    torch.cuda.empty_cache()
+    return max(torch.cuda.memory_reserved(device) - before, 0)
 
 
 @cache

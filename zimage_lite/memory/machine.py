@@ -79,7 +79,8 @@ class Machine:
     """gpu: None where there is none; vram_free_bytes: before this process took any. *_dtype: to compute in, "bf16",
     "fp16" or "fp32". cpu_int8: the CPU multiplies weights of integers in 8 bits, re-encoded if need be. loops_bytes:
     what the compiled loops for that will take; 0 if they are loaded. pinned_limit_bytes: Windows lets about half of the
-    RAM be pinned."""
+    RAM be pinned. context_bytes, process_bytes: of the GPU's memory and the RAM, what this process holds before a plan
+    begins."""
 
     name: str
     ram_free_bytes: int

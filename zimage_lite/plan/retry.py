@@ -13,7 +13,7 @@ from ..memory.ceiling import held_to
 from ..memory.failures import forget, is_out_of_memory
 from ..memory.hardware import Hardware, machine_here
 from ..memory.machine import Machine
-from ..memory.plan import Budgets, Phase, Plan
+from ..memory.plan import CONTEXT, Budgets, Phase, Plan
 from ..memory.planner import budgets_in_force, plan_phases
 from ..units import format_gb
 
@@ -80,6 +80,7 @@ class Planning:
     def planned_again(self, ways: Ways) -> Plan:
         (machine, limits), old = self.now(), ways.plan
         if old.device == "gpu":
+            machine = replace(machine, context_bytes=old.fixed[CONTEXT])  # what we hold by now is in the phase
             limits = replace(limits, vram_bytes=min(limits.vram_bytes, int(LESS_AFTER_OOM * old.peak_vram_bytes)))
         else:
             limits = replace(limits, ram_bytes=min(limits.ram_bytes, int(LESS_AFTER_OOM * old.peak_ram_bytes)))
