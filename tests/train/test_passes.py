@@ -6,21 +6,26 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from threading import Semaphore
+from typing import Any
 
 import pytest
 import torch
 from foreign import write_model
 from learning import CPU, Peft, batch_for, learning_lora, transformer
+from make_checkpoint import SIZES as MODELS
 from marking import always
 from oracles import relative_error
 
-from zimage_lite.checkpoint.model_files import open_model
+from zimage_lite.checkpoint.model_files import ModelFiles, open_model
 from zimage_lite.cli import run
+from zimage_lite.convert.synthetic import open_synthetic
 from zimage_lite.memory.hardware import Hardware
 from zimage_lite.memory.machine import Machine
 from zimage_lite.memory.placement import GRANULE_BYTES
-from zimage_lite.memory.plan import Plan
+from zimage_lite.memory.plan import FILE, Plan
 from zimage_lite.memory.planner import budgets_in_force, plan_phases
+from zimage_lite.memory.workers import HostLink, Threads
 from zimage_lite.model.transformer import Modulation, Transformer
 from zimage_lite.pipeline.denoise import BLOCKS
 from zimage_lite.pipeline.weights import Component, opened
@@ -120,8 +125,7 @@ def joined(found: Mapping[str, torch.Tensor], names: Iterable[str]) -> torch.Ten
     return torch.cat([found[name].flatten() for name in names])
 
 
-def component_of(folder: Path, ram_bytes: int | None = None) -> tuple[Component, Plan]:
-    files = open_model(folder)
+def component_of(files: ModelFiles, ram_bytes: int | None = None) -> tuple[Component, Plan]:
     there = Machine("test", 10**11, process_bytes=0)
     ways = ways_to_denoise(model_of(files), Job(128, 128, steps=1), there)
     (plan,) = plan_phases([ways], there, budgets_in_force(there, ram_bytes=ram_bytes))
@@ -142,8 +146,8 @@ def test_streamed_gradients_are_the_plain_ones_to_the_bit(model: Path, name: str
         loss = batch.loss(ours(batch.noisy(F32), list(batch.captions), vectors.modulation))
         loss.backward()
 
-    component, plan = component_of(folder)
-    _, plan = component_of(folder, sum(plan.fixed.values()) + 2 * GRANULE_BYTES)
+    component, plan = component_of(open_model(folder))
+    _, plan = component_of(open_model(folder), sum(plan.fixed.values()) + 2 * GRANULE_BYTES)
     assert not plan.resident and plan.slots <= 2
     streamed = learning_lora(component.model)
     refiners = frozenset(name for name in plan.homes if name.startswith("noise_refiner"))
@@ -156,6 +160,28 @@ def test_streamed_gradients_are_the_plain_ones_to_the_bit(model: Path, name: str
     found, truth = named(streamed.pairs), named(plain.pairs)
     assert all(torch.equal(found[key], truth[key]) for key in truth)
     assert all(linear.side is None for linear in trained_linears(component.model).values())
+
+
+def test_a_graph_outlives_the_copies_of_other_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a link the next block is copied while this one's gradient is computed, and autograd counts the changes of
+    what a graph keeps: here norms, which lie in float32 where the block was copied to."""
+    transformer, encoder, vae = MODELS["tiny"]
+    configs = transformer, replace(encoder, vocab_size=640), vae
+    component, plan = component_of(open_synthetic("synthetic:q4_k_m", configs=configs))
+    homes, biggest = dict.fromkeys(plan.homes, FILE), max(plan.sizes.values())
+    plan = replace(plan, homes=homes, slots=2, slot_bytes=biggest, staging=2, staging_bytes=biggest)
+    allowed, asked, copy, ask = Semaphore(1), list[Any](), HostLink.copy, Threads.copy
+    monkeypatch.setattr(HostLink, "copy", lambda *given: allowed.acquire(timeout=5) and copy(*given))
+    monkeypatch.setattr(Threads, "copy", lambda *given: asked.append(ask(*given)) or asked[-1])
+    blocks = [component.blocks[name] for name in homes]
+    with opened(component, plan, Hardware(CPU, F32)) as weights, weights.passes(1) as stream:
+        for number, block in enumerate(stream(blocks), start=1):
+            norm: Any = block.attention_norm1
+            y = norm(torch.randn(2, norm.weight.numel(), requires_grad=True)).sum()
+            allowed.release()
+            for part in asked[number] if number < len(blocks) else ():
+                part.result()
+            y.backward()
 
 
 def expanded(batch: Batch) -> Modulation:

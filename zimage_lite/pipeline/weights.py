@@ -191,12 +191,14 @@ class Weights:
         return tidied
 
     def _places(self, route: Route, slot_bytes: int) -> Places[Tensor]:
-        """Cut from the two buffers: resident blocks, then slots; staging buffers, then what waits in RAM."""
+        """Cut from the two buffers: resident blocks, then slots; staging buffers, then what waits in RAM. Where blocks
+        are computed with, autograd counts changes of each place apart (as it does of `data`): it would not let a
+        gradient through a block if another was copied to the same buffer since."""
         sizes, homes = self.plan.sizes, route.homes  # of the prelude none stays or waits
         arena, host = _cutter(self._arena), _cutter(self._host, -self._host.data_ptr() % PAGE_BYTES)
         return Places(
-            home={name: arena(_rounded(sizes[name])) for name, home in homes.items() if home == DEVICE},
-            slots=[arena(slot_bytes) for _ in range(route.slots)],
+            home={name: arena(_rounded(sizes[name])).data for name, home in homes.items() if home == DEVICE},
+            slots=[arena(slot_bytes).data for _ in range(route.slots)],
             staging=[host(_paged(self.plan.staging_bytes)) for _ in range(route.staging)],
             held={name: host(_paged(sizes[name])) for name, home in homes.items() if home in (PINNED, PAGEABLE)},
         )
