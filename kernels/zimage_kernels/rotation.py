@@ -33,8 +33,14 @@ def hadamard_rotate(x: Tensor, group: int) -> Tensor:
 
     x: [..., K] float, K a multiple of group. Returns x's shape and dtype; its own inverse.
     """
-    h = hadamard_matrix(group).to(x.device, x.dtype)
-    return (x.unflatten(-1, (-1, group)) @ h).flatten(-2)
+    return (x.unflatten(-1, (-1, group)) @ _matrix_for(group, x.device, x.dtype)).flatten(-2)
+
+
+@cache
+def _matrix_for(group: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """There already: a copy from the CPU would wait for all that a GPU was asked before."""
+    with torch.inference_mode(False):
+        return hadamard_matrix(group).to(device, dtype, copy=True)
 
 
 @jit

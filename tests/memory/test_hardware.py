@@ -15,7 +15,7 @@ import torch
 from zimage_lite.memory import hardware
 from zimage_lite.memory.gpus import Gpu
 from zimage_lite.memory.hardware import ALLOCATOR_SLACK_BYTES, RAM_MARGIN_BYTES, Hardware
-from zimage_lite.memory.machine import CUDA_CONTEXT_BYTES
+from zimage_lite.memory.machine import ALLOCATOR_ROUNDING_BYTES, CUDA_CONTEXT_BYTES
 from zimage_lite.memory.planner import budgets_in_force
 
 GIB = 2**30
@@ -78,10 +78,11 @@ def test_where_torch_passes_on_less(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu.memory_gbps == 200 and gpu.tops8[0] == pytest.approx(76 * 1.5 * 2.048)
 
 
-@pytest.mark.parametrize("system", ["linux", "win32"])
-def test_what_is_free_is_asked_last(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("system", "held"), [("linux", 10**9), ("win32", 10**8)])
+def test_what_is_free_is_asked_last(system: str, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the context and the code that products load are there. What they take, and what torch holds, is this
-    process's, and nobody can plan with it; Windows keeps more for its desktop."""
+    process's. With other models of it nobody can plan; what is small is among what is assumed for the context. Windows
+    keeps more for its desktop."""
     described(monkeypatch, "NVIDIA GeForce RTX 3090", 24.0, (8, 6))
     asked, total = list[str](), 24 * GIB
 
@@ -89,26 +90,25 @@ def test_what_is_free_is_asked_last(system: str, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(torch.cuda, name, lambda *_: asked.append(name) or answer)
 
     noting("empty_cache", None)
-    noting("memory_reserved", 10**9)
+    noting("memory_reserved", held)
     noting("mem_get_info", (20 * GIB, total))
     monkeypatch.setattr(hardware, "_link_gbps", lambda device: asked.append("link") or 12.5)
-    monkeypatch.setattr(hardware, "_load_libraries", lambda *_: asked.append("products") or 2 * 10**7)
+    monkeypatch.setattr(hardware, "_load_libraries", lambda *_: asked.append("products"))
     monkeypatch.setattr(sys, "platform", system)
     here = hardware.machine_here(hardware.Hardware(torch.device("cuda"), torch.bfloat16))
     assert asked[:2] == ["link", "products"] and asked[-1] == "mem_get_info"
-    assert here.vram_free_bytes == 20 * GIB + 10**9 + CUDA_CONTEXT_BYTES
-    assert here.context_bytes == CUDA_CONTEXT_BYTES + 10**9 - 2 * 10**7
+    assert here.vram_free_bytes == 20 * GIB + held + CUDA_CONTEXT_BYTES
+    assert here.context_bytes == CUDA_CONTEXT_BYTES + held * (held > ALLOCATOR_ROUNDING_BYTES)
     assert here.margin_bytes == (int(0.08 * total) if system == "win32" else 300_000_000)
 
 
 def test_products_are_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where torch has no int8 product. What stays of the allocator's memory is told."""
-    calls, reserved = [], iter([10**6, 3 * 10**7])
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: next(reserved))
+    """Also where torch has no int8 product."""
+    calls = []
     monkeypatch.setattr(torch, "_int_mm", lambda *_: calls.append(1) or (_ for _ in ()).throw(RuntimeError("none")))
     hardware._load_libraries.cache_clear()
     for _ in range(2):
-        assert hardware._load_libraries(torch.device("cpu"), torch.float32) == 29 * 10**6
+        hardware._load_libraries(torch.device("cpu"), torch.float32)
     assert calls == [1]
     hardware._load_libraries.cache_clear()
 

@@ -18,7 +18,15 @@ from zimage_kernels import integer_product
 
 from ..errors import UserError
 from .gpus import Gpu, find_gpu, gpu_of
-from .machine import CPU_MEMORY_GBPS, CUDA_CONTEXT_BYTES, Machine, Processor, processor, vram_margin_bytes
+from .machine import (
+    ALLOCATOR_ROUNDING_BYTES,
+    CPU_MEMORY_GBPS,
+    CUDA_CONTEXT_BYTES,
+    Machine,
+    Processor,
+    processor,
+    vram_margin_bytes,
+)
 from .meter import rss_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -63,9 +71,10 @@ def machine_here(hardware: Hardware, int8: bool = False) -> Machine:
         return replace(_processor_here(int8), cpu_dtype=hardware.dtype_name, cpu_int8=int8, loops_bytes=loops)
     gpu, device, windows = gpu_here(hardware.device), hardware.device, sys.platform == "win32"
     link_gbps = _link_gbps(device)
-    workspace = _load_libraries(device, hardware.dtype)
+    _load_libraries(device, hardware.dtype)
     torch.cuda.empty_cache()  # what is only kept for later is not held
     reserved = torch.cuda.memory_reserved(device)
+    others = reserved if reserved > ALLOCATOR_ROUNDING_BYTES else 0  # models of this process that are not ours
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     there = _processor_here()  # now that CUDA is there: its context takes RAM, too
     return replace(
@@ -73,7 +82,7 @@ def machine_here(hardware: Hardware, int8: bool = False) -> Machine:
         process_bytes=there.process_bytes + CUDA_SLACK_BYTES,
         name=gpu.name,
         vram_free_bytes=CUDA_CONTEXT_BYTES + reserved + free_bytes,
-        context_bytes=CUDA_CONTEXT_BYTES + max(reserved - workspace, 0),  # with other models of this process
+        context_bytes=CUDA_CONTEXT_BYTES + others,
         margin_bytes=vram_margin_bytes(total_bytes, windows),
         gpu=processor(gpu),
         gpu_dtype=hardware.dtype_name,
@@ -123,18 +132,13 @@ def _link_gbps(device: torch.device) -> float:
 
 
 @cache
-def _load_libraries(device: torch.device, dtype: torch.dtype) -> int:
+def _load_libraries(device: torch.device, dtype: torch.dtype) -> None:
     """The first product and the first convolution load code that stays on the GPU, 100 to 200 MB of it: before it is
-    asked what is free. -> bytes of torch's allocator that stay taken, for cuBLAS."""
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved(device)
+    asked what is free."""
     x = torch.ones(32, 32, dtype=dtype, device=device)
     F.conv2d((x @ x)[None, None], x[None, None, :3, :3])
     with suppress(RuntimeError):  # where torch has none
         torch._int_mm(x.char(), x.char())
-    del x
-    torch.cuda.empty_cache()
-    return max(torch.cuda.memory_reserved(device) - before, 0)
 
 
 @cache

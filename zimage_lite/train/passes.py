@@ -84,8 +84,10 @@ class Batch:
 
 
 def of_tokens(rows: Tensor, lengths: Sequence[int]) -> Tensor:
-    """[..., pictures, dim] -> [..., tokens, dim]: each picture's row for all of its tokens."""
-    return rows.repeat_interleave(torch.tensor(lengths, device=rows.device), dim=-2)
+    """[..., pictures, dim] -> [..., tokens, dim]: each picture's row for all of its tokens. Not by repeat_interleave,
+    for which a GPU is asked how many there are: the next launches would wait for all that it was asked before."""
+    of_each = rows.unsqueeze(-2).unbind(-3)
+    return torch.cat([own.expand(*own.shape[:-2], n, -1) for own, n in zip(of_each, lengths, strict=True)], dim=-2)
 
 
 @dataclass(frozen=True)
