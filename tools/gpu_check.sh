@@ -68,6 +68,7 @@ tests() {
 
 bench facts 20 90 ops/gpu_facts # the first import of torch on a fresh machine takes its time
 part doctor 60 120 "$python" -m zimage_lite doctor --json # compiles what all others use
+bench everyday 40 80 everyday_gpu # LoRA, pictures, ControlNet, Omni, training: do they run, and come out right?
 bench block 35 70 ops/bench_block
 bench step 30 60 ops/bench_step
 bench linear_int8 30 60 ops/bench_linear_int8 --tokens 4224
@@ -76,11 +77,11 @@ bench laptop_ptx 50 90 ops/check_laptop_ptx
 tests streaming_tests 60 90 -vv tests/pipeline/test_streaming_gpu.py
 bench streaming 60 100 streaming_gpu --formats int8 --vram 4 --sizes 1024 --case-limit 45
 bench tier_6gb 55 90 tiers/tier_6gb --formats int8 --sizes 1024 --repeats 2
-part tune 40 70 "$python" tools/tune_kernels.py --op linear_int8 --op attention_int8 --seconds 35 --write "$results"
-bench elementwise 40 70 ops/bench_elementwise --tokens 4224
+part tune 25 50 "$python" tools/tune_kernels.py --op linear_int8 --op attention_int8 --seconds 20 --write "$results"
+bench elementwise 20 60 ops/bench_elementwise --tokens 4224
 how=-vv # -q is in the configuration
 [[ "${parts[0]}" == *'"code": 2,'* ]] && how=--collect-only # no CUDA device: whether they could run
-tests kernel_tests 25 "$total" "$how" \
+tests kernel_tests 20 "$total" "$how" \
     tests/ops/test_{attention,linear_int8,qk,norm,quantize_rows,unfused_int8,dequantize}.py # in all that is left
 
 found=()

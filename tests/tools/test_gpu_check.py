@@ -17,8 +17,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "gpu_check.sh"
 ORDER = [
-    "facts", "doctor", "block", "step", "linear_int8", "attention", "laptop_ptx", "streaming_tests", "streaming",
-    "tier_6gb", "tune", "elementwise", "kernel_tests", "report",
+    "facts", "doctor", "everyday", "block", "step", "linear_int8", "attention", "laptop_ptx", "streaming_tests",
+    "streaming", "tier_6gb", "tune", "elementwise", "kernel_tests", "report",
 ]  # fmt: skip
 
 # Says what it was asked for, writes a result, and ends as it is told to by the name of the script that it is given.
