@@ -20,8 +20,9 @@ from zimage_lite.model.linear import bind
 from zimage_lite.model.rope import rope_angles
 from zimage_lite.model.transformer import Transformer
 from zimage_lite.plan.model_sizes import true_model
-from zimage_lite.plan.training import _GRAPH_BYTES, TrainJob, parameters, ways_to_train
+from zimage_lite.plan.training import _GRAPH_BYTES, _VECTOR_BYTES, TrainJob, parameters, ways_to_train
 from zimage_lite.train.lora import TrainedLora
+from zimage_lite.train.passes import of_tokens
 
 GIB = 2**30
 
@@ -34,8 +35,9 @@ def test_the_lora_has_as_many_parameters() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("pictures", [1, 2])
 @pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_a_graph_takes_what_is_planned(name: str, dtype: torch.dtype) -> None:
+def test_a_graph_takes_what_is_planned(name: str, dtype: torch.dtype, pictures: int) -> None:
     """All tensors of one block's graph and of the way back through it, on the CPU: at most 10 % less than planned."""
     config, tokens = replace(TransformerConfig(), dim=384, n_heads=3, n_layers=1), 256
     model = Transformer(config)
@@ -46,10 +48,13 @@ def test_a_graph_takes_what_is_planned(name: str, dtype: torch.dtype) -> None:
     for own in lora.parameters:
         own.grad = torch.zeros_like(own)
     rope = rope_angles(torch.arange(tokens)[:, None].expand(-1, 3), config.axes_dims, config.rope_theta)
-    vectors, x = torch.randn(4, 384).to(dtype), torch.randn(tokens, 384).to(dtype).requires_grad_()
+    rows, lengths = torch.randn(4, pictures, 384).to(dtype), [tokens // pictures] * pictures
+    x = torch.randn(tokens, 384).to(dtype).requires_grad_()
     with LiveBytes() as live, lora.beside("layers.0", dtype):
-        block(x, rope, [tokens], vectors, model.compute).backward(torch.ones_like(x))
-    planned = _GRAPH_BYTES[name] * tokens * 384 + 2 * dtype.itemsize * parameters(config, 4)
+        vectors = of_tokens(rows, lengths) if pictures > 1 else rows[:, 0]
+        block(x, rope, lengths, vectors, model.compute).backward(torch.ones_like(x))
+    graph = _GRAPH_BYTES[name] + _VECTOR_BYTES[name] * (pictures > 1)
+    planned = graph * tokens * 384 + 2 * dtype.itemsize * parameters(config, 4)
     assert 0.9 * planned <= live.peak_bytes <= planned
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from threading import Semaphore
 from typing import Any
+from weakref import ReferenceType, ref
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from zimage_lite.pipeline.weights import Component, opened
 from zimage_lite.plan.job import Job
 from zimage_lite.plan.model_sizes import model_of
 from zimage_lite.plan.prediction import ways_to_denoise
+from zimage_lite.train import passes
 from zimage_lite.train.lora import TrainedLora, trained_linears
 from zimage_lite.train.passes import Batch, gradients, of_tokens
 from zimage_lite.units import round_up
@@ -160,6 +162,27 @@ def test_streamed_gradients_are_the_plain_ones_to_the_bit(model: Path, name: str
     found, truth = named(streamed.pairs), named(plain.pairs)
     assert all(torch.equal(found[key], truth[key]) for key in truth)
     assert all(linear.side is None for linear in trained_linears(component.model).values())
+
+
+def test_adaln_vectors_of_all_tokens_are_not_kept(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For two pictures, one of them preserved, they are four times what a block gets: none waits for the way back."""
+    ours, made, waiting = transformer(model), list[ReferenceType[torch.Tensor]](), list[int]()
+
+    def noted(rows: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        found = of_tokens(rows, lengths)
+        made.append(ref(found))
+        return found
+
+    def stream(blocks: Iterable[torch.nn.Module]) -> Iterable[torch.nn.Module]:
+        brought = list(blocks)
+        if brought[0] is ours.layers[-1]:
+            waiting.append(sum(one() is not None for one in made))
+        return brought
+
+    monkeypatch.setattr(passes, "of_tokens", noted)
+    batch = replace(batch_for(ours, SIZES, F32)[0], preserved=1)
+    gradients(ours, learning_lora(ours), batch, F32, stream)
+    assert len(made) > len(ours.layers) and waiting == [0]
 
 
 def test_a_graph_outlives_the_copies_of_other_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,25 +116,29 @@ class _Recorder:
             yield partial(self._run, block)
 
     def _run(self, block: nn.Module, x: Tensor, rope: Any, lengths: list[int], vectors: Tensor, compute: Any) -> Tensor:
-        if vectors.ndim == 3:
-            vectors = of_tokens(vectors, lengths)
         name = self.names.get(block)
         if not name:
             with torch.no_grad():
-                return block(x, rope, lengths, vectors, compute)
+                return block(x, rope, lengths, _of_all(vectors, lengths), compute)
         taught, *apart = _parted(rope, lengths, vectors, len(lengths) - self.untaught)
         if not self.visits:
             tokens = sum(taught[1])
             x, self._apart = x.split([tokens, len(x) - tokens])
 
+        def computed(x: Tensor, part: _Part) -> Tensor:
+            """Rows are repeated here: for all tokens they are as much as four inputs of a block, and each visit would
+            keep its own."""
+            rope, lengths, rows = part
+            return block(x, rope, lengths, _of_all(rows, lengths), compute)
+
         def forward(x: Tensor) -> Tensor:
             with self.lora.beside(name, self.dtype):
-                return block(x, *taught, compute)
+                return computed(x, taught)
 
         with torch.no_grad():
             y = forward(x)
             for aside in apart:
-                self._apart = block(self._apart, *aside, compute)
+                self._apart = computed(self._apart, aside)
         self.visits.append(_Visit(x, forward))
         if len(self.visits) < len(self.names):
             return y
@@ -142,16 +146,21 @@ class _Recorder:
         return torch.cat([self.last, self._apart])
 
 
-_Aside = tuple[Any, list[int], Tensor]  # what a block takes beside x
+_Part = tuple[Any, list[int], Tensor]  # what a block takes beside x, of some pictures
 
 
-def _parted(rope: Any, lengths: list[int], vectors: Tensor, count: int) -> list[_Aside]:
+def _of_all(vectors: Tensor, lengths: Sequence[int]) -> Tensor:
+    """[4, dim] as it is, or [4, pictures, dim] -> [4, tokens, dim]."""
+    return of_tokens(vectors, lengths) if vectors.ndim == 3 else vectors
+
+
+def _parted(rope: Any, lengths: list[int], vectors: Tensor, count: int) -> list[_Part]:
     """Of the first `count` pictures, and of the others if there are any."""
     if count == len(lengths):
         return [(rope, lengths, vectors)]
     tokens = sum(lengths[:count])
     cuts = (slice(tokens), slice(count)), (slice(tokens, None), slice(count, None))
-    return [(tuple(part[own] for part in rope), lengths[pictures], vectors[:, own]) for own, pictures in cuts]
+    return [(tuple(part[own] for part in rope), lengths[pictures], vectors[:, pictures]) for own, pictures in cuts]
 
 
 def gradients(model: Transformer, lora: TrainedLora, batch: Batch, dtype: torch.dtype, stream: Stream) -> float:
