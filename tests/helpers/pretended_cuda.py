@@ -62,16 +62,21 @@ class _Factories(TorchDispatchMode):
 
 
 class Allocator:
-    """Bytes of the storages that are alive, by operation: what one takes inside itself is not seen. waits: operations
+    """Bytes of the storages that are alive, by operation: what one takes inside itself is not seen. taken: how many so
+    far; runs_out_at: the one for which there is no memory. waits: operations
     for which the calling thread waits until the GPU has done all that it was asked before."""
 
     def __init__(self) -> None:
         self.waits: list[str] = []
         self.backwards = False  # on the way through the graph of something on the GPU
         self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak_bytes = 0
+        self.peak_bytes = self.taken = 0
+        self.runs_out_at: int | None = None
 
     def take(self, tensor: Tensor) -> None:
+        self.taken += 1
+        if self.taken == self.runs_out_at:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         storage = tensor.untyped_storage()
         self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.peak_bytes = max(self.peak_bytes, self.held_bytes)

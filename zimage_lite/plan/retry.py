@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -69,6 +70,7 @@ class Planning:
                     raise
                 forget(error)  # a reader's future may hold it
             if again:  # out of the handler: the error itself is gone
+                gc.collect()
                 ways.plan = self.planned_again(ways)
         raise _ran_out(f"twice, although {_peaks(ways.plan)} were planned", ways.plan)
 
