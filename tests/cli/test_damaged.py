@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from zimage_lite.cli import run
+from zimage_lite.pipeline.encode import Encode
 
 SMALL = ("--width", 64, "--height", 64, "--steps", 2, "--device", "cpu")
 Refused = Callable[..., str]
@@ -119,6 +120,29 @@ def test_damaged_transformer(model: Path, out: Path, refused: Refused, name: str
         line = refused("quantize", model, "-o", out.parent / "q8_0", "--to", "q8_0")
     assert says in line
     assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "lost", "named"),
+    [
+        ("transformer", "layers.1.", "layers.1.attention.to_q.weight and 14 more"),
+        ("transformer", "noise_refiner.0.", "noise_refiner.0.attention.to_q.weight and 14 more"),
+        ("text_encoder", "model.layers.1.", "layers.1.self_attn.q_proj.weight and 10 more"),
+        ("vae", "decoder.conv_norm_out.", "decoder.conv_norm_out.weight and 1 more"),
+    ],
+)
+def test_what_is_missing_is_told_before_anything_is_computed(
+    model: Path, out: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, part: str, lost: str, named: str
+) -> None:
+    monkeypatch.setattr(Encode, "run", lambda *_: pytest.fail("it began"))
+    edit(lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(lost)])(
+        only_file(model / part)
+    )
+    for line in (
+        refused("generate", "cat", "--model", model, "-o", out, *SMALL),
+        refused("plan", "--model", model, "--gpu", "RTX 3060 Laptop"),
+    ):
+        assert f"{named} missing; the file is incomplete, so get it again" in line
 
 
 def test_two_spellings_of_one_tensor(model: Path, out: Path, refused: Refused) -> None:

@@ -26,8 +26,13 @@ def open_complete(path: Path, component: str | None = None, file_bytes: Mapping[
     file_bytes: as in `open_checkpoint`.
     """
     checkpoint = open_checkpoint(path, component, file_bytes)
-    checkpoint.restricted_to(shapes(skeleton(checkpoint)))
+    require_complete(checkpoint)
     return without_unused(checkpoint)
+
+
+def require_complete(checkpoint: Checkpoint) -> None:
+    """Raise WrongModelError if a tensor that drawing asks for is missing or misshapen."""
+    checkpoint.restricted_to(shapes(skeleton(checkpoint)))
 
 
 def skeleton(checkpoint: Checkpoint) -> nn.Module:

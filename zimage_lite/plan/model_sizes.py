@@ -10,6 +10,7 @@ from ..checkpoint.detect import VISION
 from ..checkpoint.model_files import ModelFiles
 from ..config import OmniConfig, TextEncoderConfig, TransformerConfig, VaeConfig, VisionConfig
 from ..convert.catalog import Part, stored_parts, true_parts
+from ..convert.complete import require_complete
 from ..convert.recipe import KEEP, as_it_is, target
 from ..errors import UserError
 from ..model.linear import shapes
@@ -61,7 +62,10 @@ def true_model(format_name: str, sees: bool = False) -> Model:
 
 
 def model_of(files: ModelFiles) -> Model:
-    """A model that is there. Its headers have been read."""
+    """A model that is there. Its headers have been read. Raises WrongModelError if a part of it lacks a tensor: told
+    here, not when that part's turn comes, which for the VAE is after all steps."""
+    for part in filter(None, (files.transformer, files.text_encoder, files.vae, files.siglip)):
+        require_complete(part)
     halves = {half: files.vae.under(half).values() for half in HALVES}
     return Model(
         name=f"{files.name} ({files.transformer.main_format})",
