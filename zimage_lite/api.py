@@ -16,7 +16,7 @@ from .convert.quantize import quantize as _quantize
 from .convert.synthetic import is_synthetic, open_synthetic
 from .pipeline.drawing import Pipeline
 from .pipeline.workspace import silent
-from .units import parse_bytes
+from .units import ceiling
 
 StrPath = str | PathLike[str]
 
@@ -53,8 +53,8 @@ def load(
         dtype=dtype,
         backend=backend,
         compute=compute,
-        vram_bytes=parse_bytes(vram) if vram else None,
-        ram_bytes=parse_bytes(ram) if ram else None,
+        vram_bytes=ceiling(vram),
+        ram_bytes=ceiling(ram),
         cache=cache,
     )
     return Pipeline(files, options, tell)

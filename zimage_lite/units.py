@@ -21,6 +21,12 @@ def parse_bytes(text: str) -> int:
     return round(size)
 
 
+def ceiling(text: str | None) -> int | None:
+    """What --ram or --vram says, in bytes; None if it was not given. Raises UserError, also for an empty text, which is
+    a variable that was never set, and no wish for all memory."""
+    return None if text is None else parse_bytes(text)
+
+
 def round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 

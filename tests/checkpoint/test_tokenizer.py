@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -378,3 +380,10 @@ def test_broken_tokenizer_in_gguf(small: Path, key: str, value: object, message:
         tokenizer_from_gguf(metadata, "x.gguf")
     assert message in str(refused.value)
     assert str(refused.value).startswith("x.gguf: ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="paths are text elsewhere")
+def test_a_folder_whose_name_is_no_text(tmp_path: Path, small: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))  # as an old archive unpacks it
+    shutil.copytree(small, folder)
+    assert tokenizer_from(folder).encode("a cat") == tokenizer_from(small).encode("a cat")

@@ -219,7 +219,7 @@ def test_random_seeds(tmp_path: Path) -> None:
     assert replace(drawn, prompt="x").seed == drawn.seed
 
 
-@pytest.mark.parametrize("seed", ["random", "-1"])
+@pytest.mark.parametrize("seed", ["random", "RANDOM", "-1"])
 def test_a_drawn_seed_is_said_and_kept(
     seed: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -105,7 +105,7 @@ def _from_json(file: Path, source: str) -> PromptTokenizer:
     from tokenizers import Tokenizer
 
     try:
-        return PromptTokenizer(Tokenizer.from_file(str(file)), source)
+        return PromptTokenizer(Tokenizer.from_buffer(file.read_bytes()), source)  # from_file takes UTF-8 paths alone
     except UserError:
         raise
     except Exception as error:

@@ -12,7 +12,7 @@ from ..checkpoint.model_card import DEMO, model_folder
 from ..checkpoint.output import require_absent, require_outside
 from ..config import BACKENDS, DEVICES, DTYPES, GenerateOptions, RuntimeOptions
 from ..errors import UserError
-from ..units import counted, format_gb, parse_bytes
+from ..units import ceiling, counted, format_gb
 from . import leaving_at_once, print_json, say
 from .requests import lines_of, requests_of
 
@@ -92,7 +92,7 @@ def command(
         raise UserError(f"{out}: its end says what it is", got=out.suffix or "none", expected=", ".join(_SUFFIXES))
     require_absent(out, overwrite or out.suffix == _SUFFIXES[0])
     requests = _requests(prompt_file, {"seed": seed, **size})
-    vram_bytes, ram_bytes = (parse_bytes(budget) if budget else None for budget in (vram, ram))
+    vram_bytes, ram_bytes = ceiling(vram), ceiling(ram)
     runtime = RuntimeOptions(device, dtype, backend, vram_bytes, ram_bytes, compute="16bit")
     with leaving_at_once():
         from ..api import open_named

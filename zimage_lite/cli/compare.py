@@ -15,7 +15,7 @@ from ..checkpoint.output import followed, replacing, require_absent
 from ..config import GenerateOptions, RuntimeOptions
 from ..errors import UserError
 from ..pictures.saving import save
-from ..units import parse_bytes
+from ..units import ceiling
 from . import files_meant, leaving_at_once, print_json, say
 from .drawing_options import DRAWING_FIELDS
 from .generate import command as generate
@@ -61,7 +61,7 @@ def command(
     the files; `zimage-lite report` makes a table of the .json.
     """
     requests = requests_of(prompts, prompt_file, image, count)
-    limits = {"vram_bytes": parse_bytes(vram) if vram else None, "ram_bytes": parse_bytes(ram) if ram else None}
+    limits = {"vram_bytes": ceiling(vram), "ram_bytes": ceiling(ram)}
     options = RuntimeOptions(device, dtype, backend, cache=False, compute=compute, **limits)
     _require_place(out)
     require_apart([out, out.with_suffix(".json")], requests)

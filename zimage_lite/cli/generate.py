@@ -17,7 +17,7 @@ from ..config import BACKENDS, COMPUTES, DEVICES, DTYPES, PREVIEW_BYTES, Generat
 from ..errors import UserError
 from ..memory.meter import peak_rss_bytes
 from ..pictures.saving import require_kind, save
-from ..units import format_gb, parse_bytes
+from ..units import ceiling, format_gb, parse_bytes
 from . import leaving_at_once, print_json, say
 from .drawing_options import control_options, picture_options, reference_options, sampling_options, watching_options
 from .like import Liked, liked
@@ -171,8 +171,8 @@ def command(
         device,
         dtype,
         backend,
-        parse_bytes(vram) if vram else None,
-        parse_bytes(ram) - (PREVIEW_BYTES if preview_decoder else 0) if ram else None,
+        ceiling(vram),
+        None if ram is None else parse_bytes(ram) - (PREVIEW_BYTES if preview_decoder else 0),
         cache=not no_cache,
         compute=compute,
     )

@@ -73,7 +73,7 @@ def _describe(part: Any, say: Callable[[str], None]) -> None:
     if part.recipe:
         say(f"    made by the recipe {_shortened(part.recipe)}")
     if part.merged:
-        said = (f"{one.get('name')} at {one.get('strength')}" for one in part.merged)
+        said = (f"{str(one.get('name'))[:80]} at {str(one.get('strength'))[:20]}" for one in part.merged)
         say(f"    merged into it: {', '.join(said)}")
 
 

@@ -13,7 +13,7 @@ from ..config import GenerateOptions, RuntimeOptions
 from ..errors import BudgetError, UserError
 from ..pictures.difference import difference
 from ..pictures.recipe import asked
-from ..pictures.saving import KINDS, recipe_of, save_file
+from ..pictures.saving import KINDS, recipe_of, require_kind, save_file
 from ..workers.lines import Drawer, Task, draw_all
 from ..workers.orders import DrawError, Drawn, LostError, Order, Watch
 from ..workers.places import Workers
@@ -30,7 +30,11 @@ def is_folder(out: Path) -> bool:
 
 def paths_in(folder: Path, count: int) -> list[Path]:
     """Of pictures by their lines; the folder is made, and cleared of what a killed run left. Raises UserError."""
+    if folder == Path("-"):
+        raise UserError("-o -: pictures do not go to stdout", fix="name a file or a folder")
     require_absent(folder, overwrite=True)
+    if folder.exists() and not folder.is_dir():
+        require_kind(folder)
     folder.mkdir(exist_ok=True)
     for leftover in list(folder.glob(".*.png.*.partial")):
         clear_leftovers(folder / f"{leftover.name[1:].split('.')[0]}.png")

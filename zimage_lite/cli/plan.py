@@ -12,7 +12,7 @@ import click
 
 from ..config import DEFAULT_SIZE, SAMPLERS, GenerateOptions, Lora, SchedulerConfig, TrainOptions
 from ..errors import UserError
-from ..units import format_gb, parse_bytes
+from ..units import ceiling, format_gb, parse_bytes
 from . import print_json, say, table_printer
 from .drawing_options import control_options, picture_options, reference_options
 
@@ -118,7 +118,7 @@ def command(
         raise UserError("--plot", got=str(plot), expected="a name that ends in .svg")
     if count < 1:
         raise UserError("--count", got=count, expected="at least 1")
-    limits = parse_bytes(vram) if vram else None, parse_bytes(ram) if ram else None
+    limits = ceiling(vram), ceiling(ram)
     sizes, schedule = _sizes(model, format_name or "int8", sees=bool(image["references"]))
     if train:
         asked = {"resolution": image["width"], "rank": rank, "batch": batch}

@@ -44,7 +44,7 @@ class Seed(click.ParamType):
     name = "integer|random"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if value == _RANDOM:
+        if str(value).lower() == _RANDOM:
             return RANDOM_SEED
         try:
             return int(value)
@@ -99,7 +99,7 @@ def lines_of(path: Path) -> list[str]:
 
 def _request(values: dict[str, Any], base: Mapping[str, Any], where: str) -> GenerateOptions:
     """base, but for what the line says itself."""
-    if values.get("seed") == _RANDOM:
+    if str(values.get("seed")).lower() == _RANDOM:
         values["seed"] = RANDOM_SEED
     for name, value in values.items():
         if name not in _FIELDS:

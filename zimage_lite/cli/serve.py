@@ -12,7 +12,7 @@ from ..checkpoint.model_card import DEMO
 from ..config import BACKENDS, COMPUTES, DEVICES, DTYPES, RuntimeOptions
 from ..errors import UserError
 from ..serve.options import Limits, ServeOptions
-from ..units import counted, parse_bytes
+from ..units import ceiling, counted
 from ..workers.places import Workers
 from . import leaving_at_once, say
 
@@ -77,7 +77,7 @@ def command(
     Needs the extra `serve`: pip install "zimage-lite[serve]".
     """
     _require_extra()
-    sizes = parse_bytes(vram) if vram else None, parse_bytes(ram) if ram else None
+    sizes = ceiling(vram), ceiling(ram)
     runtime = RuntimeOptions(device, dtype, backend, *sizes, cache=not no_cache, compute=compute)
     key, limits = api_key or os.environ.get(KEY_VARIABLE) or None, Limits(waiting=queue)
     options = ServeOptions(

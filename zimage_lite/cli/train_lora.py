@@ -15,7 +15,7 @@ import click
 from ..checkpoint.model_card import DEMO
 from ..config import DEVICES, OPTIMIZERS, RATES, TIMESTEPS, Lora, RuntimeOptions, TrainOptions
 from ..errors import EXIT_INTERRUPTED
-from ..units import counted, format_gb, parse_bytes
+from ..units import ceiling, counted, format_gb
 from . import leaving_at_once, print_json, say
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def command(
     Captions lie beside them, 1.txt beside 1.png, or in one JSON Lines file of {"file_name": ..., "caption": ...}.
     Ctrl-C saves; --resume goes on.
     """
-    vram_bytes, ram_bytes = (parse_bytes(size) if size else None for size in (vram, ram))
+    vram_bytes, ram_bytes = ceiling(vram), ceiling(ram)
     runtime = RuntimeOptions(device, vram_bytes=vram_bytes, ram_bytes=ram_bytes)
     given = TrainOptions(**options, resolution=resolution or _DEFAULT.resolution, trigger=trigger)
 
