@@ -87,8 +87,23 @@ def _torch_is_exact() -> bool:
 
 
 @cache
+def loops_obstacle() -> str | None:
+    """Why numba compiles no loops here, or None. Beside a numpy or a Python newer than it knows it cannot be imported,
+    and raises whatever it stumbles over."""
+    try:
+        import numba
+
+        disabled = bool(numba.config.DISABLE_JIT)  # type: ignore[attr-defined]
+    except Exception as error:  # noqa: BLE001 - whatever it is
+        return f"numba cannot be imported ({error})"
+    return "NUMBA_DISABLE_JIT is set" if disabled else None
+
+
+@cache
 def _compiled() -> ModuleType | None:
     """Our own product, if numba can compile it."""
+    if loops_obstacle():
+        return None
     try:
         from . import integer_product_cpu
     except (ImportError, OSError):

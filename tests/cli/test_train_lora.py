@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from zimage_lite.cli import run
+from zimage_lite.pipeline.drawing import Pipeline
 
 
 def train(model: Path, lessons: Path, out: Path, *options: str) -> int:
@@ -84,3 +85,17 @@ def test_too_little_memory_is_refused_before_anything_is_read(
     assert train(pupil, lessons, tmp_path / "my.safetensors", "--ram", "50MB") == 3
     assert "does not fit --ram" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_samples_take_no_more_than_training(
+    pupil: Path, lessons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where blocks could be re-encoded for them, whose loops take 200 MB: what a refusal named did not do then."""
+    monkeypatch.setattr("zimage_lite.pipeline.backends.cpu_int8_is_faster", lambda: True)
+    assert run(["quantize", str(pupil), "--to", "q8_0", "-o", str(tmp_path / "small")]) == 0
+    made = []
+    monkeypatch.setattr(Pipeline, "require_fit", lambda self, requests: made.append(self.choice.compute.int8))
+    few = ("--steps", "1", "--rank", "2", "--resolution", "64")
+    assert train(tmp_path / "small", lessons, tmp_path / "my.safetensors", *few) == 0
+    assert made == [False]

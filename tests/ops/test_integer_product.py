@@ -108,3 +108,26 @@ def test_the_largest_sums_of_the_compiled_product() -> None:
 def test_operands_that_are_views() -> None:
     x, w = torch.randint(-128, 128, (9, 64), dtype=torch.int8), torch.randint(-128, 128, (32, 20), dtype=torch.int8).T
     assert torch.equal(integer_product_cpu.product(x[:, ::2], w).double(), x[:, ::2].double() @ w.double().T)
+
+
+@pytest.mark.slow  # starts Python anew
+@pytest.mark.parametrize(
+    ("stand_in", "variables", "obstacle"),
+    [
+        ("raise ImportError('needs NumPy 2.2 or less')", {}, "cannot be imported (needs NumPy 2.2 or less)"),
+        ("raise AttributeError('no attribute long')", {}, "cannot be imported (no attribute long)"),
+        (None, {"NUMBA_DISABLE_JIT": "1"}, "NUMBA_DISABLE_JIT is set"),
+        (None, {}, "None"),
+    ],
+)
+def test_a_numba_that_cannot_compile(
+    tmp_path: Path, stand_in: str | None, variables: dict[str, str], obstacle: str
+) -> None:
+    if stand_in:
+        (tmp_path / "numba.py").write_text(stand_in)
+    asked = "import sys, zimage_kernels; m = sys.modules['zimage_kernels.integer_product']"
+    asked += "; print(m.loops_obstacle(), m._compiled() is None)"
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    environment = {**os.environ, **variables, "PYTHONPATH": paths}
+    said = subprocess.run([sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.strip().endswith(f"{obstacle} {obstacle != 'None'}")

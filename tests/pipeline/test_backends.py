@@ -73,6 +73,15 @@ def test_choices(device: torch.device, formats: tuple[str, ...], options: dict[s
     assert choice.compute == compute and choice.note is None
 
 
+def test_a_cpu_whose_loops_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights in int8 need none."""
+    monkeypatch.setattr("zimage_lite.pipeline.backends.loops_obstacle", lambda: "numba needs another numpy")
+    assert chosen(None, CPU, "q8_0", faster=True).compute == PLAIN["reference"]
+    assert chosen(None, CPU, "int8", faster=True).compute == INT8["reference"]
+    with pytest.raises(UserError, match="re-encode: got numba needs another numpy; mend it, or use --compute 16bit"):
+        chosen(None, CPU, "q8_0", compute="int8")
+
+
 def test_falling_back_is_told() -> None:
     choice = chosen("Triton is not installed", CUDA, "int8")
     assert choice.compute == PLAIN["reference"]

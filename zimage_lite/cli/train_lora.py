@@ -111,7 +111,8 @@ def command(
     Ctrl-C saves; --resume goes on.
     """
     vram_bytes, ram_bytes = ceiling(vram), ceiling(ram)
-    runtime = RuntimeOptions(device, vram_bytes=vram_bytes, ram_bytes=ram_bytes)
+    # Samples are drawn as it is trained, on unpacked weights: to re-encode them takes memory that training does not.
+    runtime = RuntimeOptions(device, vram_bytes=vram_bytes, ram_bytes=ram_bytes, compute="16bit")
     given = TrainOptions(**options, resolution=resolution or _DEFAULT.resolution, trigger=trigger)
 
     with leaving_at_once():

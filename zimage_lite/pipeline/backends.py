@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import torch
-from zimage_kernels import Backend, cpu_int8_is_faster, has_matrix_units, triton_obstacle
+from zimage_kernels import Backend, cpu_int8_is_faster, has_matrix_units, loops_obstacle, triton_obstacle
 
 from ..checkpoint.model_files import ModelFiles
 from ..config import RuntimeOptions
@@ -129,10 +129,13 @@ def _missed(ops: set[str], failed: dict[str, str]) -> str | None:
 
 def _in_int8(options: RuntimeOptions, kernels: bool, device: torch.device, formats: set[Format]) -> bool:
     there = any(format.name == "int8" or is_reencoded(format) for format in formats)
-    if options.compute == "auto":
-        return there and (kernels or (device.type == "cpu" and cpu_int8_is_faster()))
     if options.compute == "16bit":
         return False
+    obstacle = loops_obstacle() if not kernels and device.type == "cpu" and any(map(is_reencoded, formats)) else None
+    if options.compute == "auto":
+        return there and not obstacle and (kernels or (device.type == "cpu" and cpu_int8_is_faster()))
+    if obstacle:
+        raise UserError("--compute int8: compiled loops re-encode", got=obstacle, fix="mend it, or use --compute 16bit")
     if not kernels and device.type != "cpu":
         raise UserError(f"--compute int8 needs the Triton kernels on {device.type}", fix="use --compute 16bit")
     if not there:
