@@ -82,7 +82,8 @@ def test_the_current_folder_was_deleted(
     message = "the current folder has been deleted; cd to one that exists"
     assert message in refused("generate", "x", "--model", tiny, *SIZE)
     assert message in refused("quantize", tiny, "--to", "q8_0")
-    assert run(["generate", "x", "--model", str(tiny), *SIZE, "-o", str(tmp_path / "x.png")]) == 0
+    for verb in (("generate", "x", "--model", tiny, *SIZE, "-o", tmp_path / "x.png"), ("formats",)):
+        assert message in refused(*verb)  # a process that has not loaded torch yet would be ended by MKL
 
 
 def on_windows(monkeypatch: pytest.MonkeyPatch, path: Path, renamed: bool, tries: int = 1000) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from zimage_lite.cli import run
 from zimage_lite.pipeline.drawing import Pipeline
@@ -99,3 +100,16 @@ def test_samples_take_no_more_than_training(
     few = ("--steps", "1", "--rank", "2", "--resolution", "64")
     assert train(tmp_path / "small", lessons, tmp_path / "my.safetensors", *few) == 0
     assert made == [False]
+
+
+@pytest.mark.slow
+def test_a_full_disk(
+    pupil: Path, lessons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    few = ("--steps", "1", "--rank", "2", "--resolution", "64")
+    assert train(pupil, lessons, tmp_path / "my.safetensors", *few) == 2
+    assert "state.safetensors: the disk is full; free some space" in capsys.readouterr().err

@@ -90,6 +90,11 @@ def main(args: list[str] | None = None) -> None:
 def run(args: list[str] | None = None) -> int:
     """Run a command line and return its exit code. Only faults of our own leave as exceptions."""
     try:
+        os.getcwd()
+    except FileNotFoundError:  # MKL, that looks for its libraries, would end the process
+        say("error: the current folder has been deleted; cd to one that exists")
+        return EXIT_USER
+    try:
         # On Windows click would look for files of the name that a prompt makes, and put what variables hold into it.
         code = cli.main(args, prog_name="zimage-lite", standalone_mode=False, windows_expand_args=False)
     except click.exceptions.NoArgsIsHelpError as error:

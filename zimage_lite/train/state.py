@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +36,7 @@ class Done:
 
 
 def save_state(path: Path, done: Done, lora: TrainedLora, optimizer: Optimizer) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors, numbers = _optimizer_state(optimizer)
@@ -41,7 +44,12 @@ def save_state(path: Path, done: Done, lora: TrainedLora, optimizer: Optimizer) 
     tensors[_LOSSES] = torch.tensor(done.losses, dtype=torch.float64)
     metadata = {TRAINING_KEY: json.dumps({"settings": done.settings, "numbers": numbers})}
     with replacing(path) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        except SafetensorError as error:  # says in words alone what the system said: "... (os error 28)"
+            if number := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+            raise
 
 
 def load_state(path: Path, settings: Mapping[str, Any], lora: TrainedLora, optimizer: Optimizer) -> Done:
