@@ -186,7 +186,7 @@ def test_scaled_fp8(native: Weights, tmp_path: Path, dtype: torch.dtype, prefix:
 
 
 @pytest.mark.parametrize("leaf", ["scale_weight", "weight_scale", "marked"])
-@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_fp8_scales_of_any_kind(native: Weights, tmp_path: Path, leaf: str, scale_dtype: torch.dtype) -> None:
     """One for each row, as [N, 1] or [N], or one for all; of any float, with or without a marker."""
     arrays, expected = {}, {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import pickle
 import shutil
 import struct
@@ -130,3 +131,10 @@ def test_inspect_says_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_an_address_as_windows_has_its_path() -> None:
     for address in ("https://huggingface.co/A/B", "huggingface.co/A/B"):
         assert "name the model as A/B" in str(no_such(PureWindowsPath(address)))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    assert run(["inspect", str(tmp_path / "pipe.safetensors"), "--json"]) == 2
+    assert "pipe.safetensors: not a file" in json.loads(capsys.readouterr().out)["parts"][0]["refusal"]

@@ -165,6 +165,13 @@ def test_a_card_of_7_5() -> None:
     assert remedies.backend(failed) == "reference, on cuda: add_norm did not pass"
 
 
+def test_a_numba_that_compiles_nothing() -> None:
+    (told,) = remedies.problems(replace(LAPTOP, loops_obstacle="numba cannot be imported (needs another numpy)"))
+    assert "nothing can be quantized" in told.what and "needs another numpy" in told.what
+    assert told.fix == f"{LAPTOP.executable} -m pip install --force-reinstall numba"
+    assert remedies.problems(replace(LAPTOP, loops_obstacle="NUMBA_DISABLE_JIT is set"))[0].fix == "unset it"
+
+
 def test_kernels_that_fail_are_named() -> None:
     full = Verdict("not tested", "CUDA out of memory")
     wrong = Verdict("wrong", "9 rows: off by 40 times what rounding explains")

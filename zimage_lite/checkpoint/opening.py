@@ -17,6 +17,8 @@ def open_tensor_file(path: Path, file_bytes: Mapping[Path, int] | None = None) -
 
     file_bytes: sizes of safetensors files of which only the header is there so far.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+        raise UserError(f"{path}: not a file")
     try:
         with open(path, "rb") as file:
             start = file.read(START_BYTES)

@@ -15,7 +15,7 @@ from ..quant.tensor import TORCH_DTYPES, QTensor, all_finite, rows_columns
 from ..units import round_up
 from .container import Entry, Take, fresh
 
-FLOATS = ("F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")
 ALIGNMENT = 64  # what torch itself gives a tensor
 _BYTES = ("U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0")
 

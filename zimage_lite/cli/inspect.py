@@ -72,8 +72,8 @@ def _describe(part: Any, say: Callable[[str], None]) -> None:
         say(f"    carries what the model has no use for: {said_of_unused(part.unused)}")
     if part.recipe:
         say(f"    made by the recipe {_shortened(part.recipe)}")
-    if part.merged:
-        said = (f"{str(one.get('name'))[:80]} at {str(one.get('strength'))[:20]}" for one in part.merged)
+    if merged := [one for one in part.merged if "name" in one]:
+        said = (f"{str(one['name'])[:80]} at {str(one.get('strength'))[:20]}" for one in merged)
         say(f"    merged into it: {', '.join(said)}")
 
 

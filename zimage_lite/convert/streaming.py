@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..calibration.known import Calibration
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.stored import StoredTensor
+from ..checkpoint.stored import FLOATS, StoredTensor
 from ..checkpoint.writer import TensorWriter, open_writer
 from ..errors import UserError
 from ..quant.formats import Parts
@@ -106,8 +106,7 @@ class _Chunk:
         kinds = {suffix: entry.kind for suffix, entry in source.parts.items()}
         # Scales may be stored in another float than we write; bytes of 8-bit floats may be typed as integers.
         complete = set(kinds) == set(tensor.layout) and all(
-            kinds[suffix] == dtype or kinds[suffix] not in ("F32", "F16", "BF16")
-            for suffix, (dtype, _) in tensor.layout.items()
+            kinds[suffix] == dtype or kinds[suffix] not in FLOATS for suffix, (dtype, _) in tensor.layout.items()
         )
         whole = len(self.pieces) == 1 and source.first_row == 0 and self.rows == tensor.rows
         return same and complete and (whole or not tensor.format.per_tensor)

@@ -34,9 +34,10 @@ class Torch:
 
 @dataclass(frozen=True)
 class Installation:
-    """system: as sys.platform. torch: None if it is not installed. driver: NVIDIA's.
-    visible_devices: CUDA_VISIBLE_DEVICES, which may hide GPUs from torch. triton: version. compiler: path of
-    the C compiler. pinned_limit_bytes: on Windows. cache: None if it is switched off."""
+    """system: as sys.platform. torch: None if it is not installed. driver: NVIDIA's. visible_devices:
+    CUDA_VISIBLE_DEVICES, which may hide GPUs from torch. triton: version. compiler: path of the C compiler.
+    loops_obstacle: why numba compiles nothing, if so. pinned_limit_bytes: on Windows. cache: None if it is switched
+    off."""
 
     system: str
     python: str
@@ -53,6 +54,7 @@ class Installation:
     cache: str | None
     cache_bytes: int
     verdicts: dict[str, Verdict] = field(default_factory=dict)
+    loops_obstacle: str | None = None
 
     @property
     def pinned_limit_bytes(self) -> int | None:
@@ -64,12 +66,12 @@ def probe() -> Installation:
     """Loads torch if it can be loaded. Tests no kernel."""
     import psutil
 
-    memory, cache = psutil.virtual_memory(), cache_root()
+    memory, cache, torch = psutil.virtual_memory(), cache_root(), _torch()
     return Installation(
         system=sys.platform,
         python=platform.python_version(),
         executable=sys.executable,
-        torch=_torch(),
+        torch=torch,
         driver=nvidia.driver(),
         visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
         triton=toolchain.triton_version(),
@@ -80,6 +82,7 @@ def probe() -> Installation:
         ram_free_bytes=memory.available,
         cache=None if cache is None else str(cache),
         cache_bytes=0 if cache is None else _size(cache),
+        loops_obstacle=_loops_obstacle() if torch and not torch.error else None,
     )
 
 
@@ -104,6 +107,12 @@ def _torch() -> Torch | None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     architectures = tuple(torch.cuda.get_arch_list()) if device == "cuda" else ()
     return Torch(torch.__version__, torch.version.cuda, device, architectures)
+
+
+def _loops_obstacle() -> str | None:
+    from zimage_kernels import loops_obstacle
+
+    return loops_obstacle()
 
 
 def _size(folder: Path) -> int:

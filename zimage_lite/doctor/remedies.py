@@ -45,7 +45,7 @@ class Problem:
 
 def problems(found: Installation) -> list[Problem]:
     """The worst first. An empty list says that the machine does what it can."""
-    return [*_torch_problems(found), *_kernel_problems(found)]
+    return [*_torch_problems(found), *_loops_problems(found), *_kernel_problems(found)]
 
 
 def backend(found: Installation) -> str:
@@ -155,6 +155,13 @@ def _has_code(torch: Torch, driver: Driver) -> bool:
         if kind == "sm" and number // 10 == major and number % 10 <= minor:
             return True
     return not torch.architectures  # ROCm, or a build that does not say
+
+
+def _loops_problems(found: Installation) -> Iterator[Problem]:
+    if found.loops_obstacle:
+        what = f"nothing can be quantized, and CPUs draw more slowly: {found.loops_obstacle}"
+        imported = "import" not in found.loops_obstacle
+        yield Problem(what, "unset it" if imported else f"{_pip(found)} --force-reinstall numba")
 
 
 def _kernel_problems(found: Installation) -> Iterator[Problem]:

@@ -20,6 +20,7 @@ from .formats import GGML_TYPES, Codec, Format, Layout, Options, Parts
 from .importance import Importance
 from .inputs import Inputs
 from .klayouts import PACK_BITS
+from .loops import loops
 from .refine import compiled
 
 
@@ -70,9 +71,8 @@ def _pack_simple(name: str, x: Tensor, effort: str, importance: Importance | Non
     if importance is not None and name != "q8_0":  # of which ggml takes no notice there
         return flat.pack_weighted(name, x, importance)
     if x.device.type == "cpu" and name in ("q8_0", "q4_0"):
-        from . import rows_cpu  # half a second of imports
-
-        return rows_cpu.PACK[name](x)
+        packed: Tensor = loops("rows_cpu").PACK[name](x)
+        return packed
     return blocks.PACK[name](x)
 
 

@@ -17,6 +17,7 @@ from zimage_kernels import hadamard_rotate
 from .compensate import compensated
 from .formats import Codec, Format, Layout, Options, Parts
 from .inputs import Inputs
+from .loops import loops
 
 MARKER_FORMAT = "int8_tensorwise"
 _GROUPS = (256, 64, 16)
@@ -44,9 +45,7 @@ class Int8Codec(Codec):
         if inputs is not None:
             return _weighed(x, options["group"], effort, inputs)
         if x.device.type == "cpu" and options["group"] != 4:
-            from . import rows_cpu  # half a second of imports
-
-            codes, scale = rows_cpu.pack_int8(x, options["group"])
+            codes, scale = loops("rows_cpu").pack_int8(x, options["group"])
             return {"": codes, "_scale": scale}
         if options["group"]:
             x = hadamard_rotate(x, options["group"])

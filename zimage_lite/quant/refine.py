@@ -19,6 +19,7 @@ from torch import Tensor
 from . import search
 from .importance import Importance
 from .klayouts import Scales
+from .loops import loops
 from .search import PLAIN, Weighting, divide
 
 ROUNDS = 4
@@ -41,9 +42,7 @@ def compiled(x: Tensor) -> ModuleType:
     """Where to search tensors on the device of x."""
     if x.device.type != "cpu":
         return search
-    from . import kquants_cpu  # half a second of imports
-
-    return kquants_cpu
+    return loops("kquants_cpu")
 
 
 def in_pieces(x: Tensor, importance: Importance | None = None) -> Iterator[tuple[Tensor, Importance | None]]:
