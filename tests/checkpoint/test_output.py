@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from zimage_lite.checkpoint import output
-from zimage_lite.checkpoint.output import clear_leftovers, lies_in, replacing, require_apart
+from zimage_lite.checkpoint.output import clear_leftovers, lies_in, replacing, require_absent, require_apart
 from zimage_lite.cli import run
 from zimage_lite.errors import UserError
 
@@ -192,3 +192,14 @@ def test_an_input_is_known_by_whatever_name(tmp_path: Path) -> None:
         require_apart(tmp_path / "Model.gguf", [tmp_path / "model.gguf"])
     require_apart(tmp_path / "other.gguf", [tmp_path / "model.gguf"])
     assert lies_in(tmp_path / "none" / "x", tmp_path / "none") and not lies_in(tmp_path / "nonesuch", tmp_path / "none")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_device_or_a_pipe_is_never_replaced(tmp_path: Path) -> None:
+    """By root, who may, /dev/null would be."""
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    for refused in (lambda: require_absent(pipe, overwrite=True), replacing(pipe).__enter__):
+        with pytest.raises(UserError, match=r"pipe\.png: neither a file nor a folder; choose another name with -o"):
+            refused()
+    assert pipe.is_fifo()

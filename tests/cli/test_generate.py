@@ -141,7 +141,7 @@ def test_inspect_says_what_would_be_refused(tmp_path: Path, capsys: pytest.Captu
         (("-o", "image.gif"), "expected a name that ends in .png, .jpg, .jpeg, .webp"),
         (("-o", "/no/such/folder/image.png"), "no such folder"),
         (("-o", "-"), "-o -: pictures do not go to stdout"),
-        (("-o", "/dev/null"), "-o: got /dev/null, expected a name that ends in .png, .jpg, .jpeg, .webp"),
+        (("-o", "/dev/null"), "/dev/null: neither a file nor a folder; choose another name with -o"),
         (("--compute", "4bit"), "4bit"),
         (("--compute", "int8"), "--compute int8: got bf16, expected weights quantized to integers"),
         (("--device", "abacus"), "abacus"),

@@ -76,7 +76,8 @@ def clear_leftovers(path: Path) -> list[Path]:
 
 
 def followed(path: Path, flag: str = "-o") -> Path:
-    """Where an output really goes, links followed. Raises UserError if it leads nowhere."""
+    """Where an output really goes, links followed. Raises UserError if it leads nowhere, or to a device or a pipe: root
+    would replace /dev/null."""
     try:
         found = path.resolve()
     except FileNotFoundError as error:
@@ -85,6 +86,8 @@ def followed(path: Path, flag: str = "-o") -> Path:
         found = path
     if found.is_symlink():
         raise UserError(f"{path}: a link that leads back to itself", fix=f"choose another name with {flag}")
+    if found.exists() and not (found.is_file() or found.is_dir()):
+        raise UserError(f"{path}: neither a file nor a folder", fix=f"choose another name with {flag}")
     return found
 
 
