@@ -6,7 +6,7 @@ The torch reference is the definition, the fallback and the test oracle. Triton 
 from ._triton import Backend, adds_faster_in_float16, has_matrix_units, triton_obstacle, use_triton
 from .attention import attention, attention_int8, attention_int8_reference, flash_attention
 from .dequantize import KINDS, dequantize, requantize, unpacks
-from .integer_product import cpu_has_int8_units, cpu_int8_is_faster, integer_product, loops_obstacle
+from .integer_product import cpu_int8_is_faster, integer_product, loops_obstacle
 from .linear_int8 import linear_int8, linear_int8_reference
 from .norm import Branch, Norm, Normed, add_norm, add_norm_reference, rms_norm
 from .project_rows import project_rows, project_rows_reference
@@ -31,7 +31,6 @@ __all__ = [
     "attention",
     "attention_int8",
     "attention_int8_reference",
-    "cpu_has_int8_units",
     "cpu_int8_is_faster",
     "dequantize",
     "flash_attention",

@@ -53,7 +53,7 @@ def test_a_graph_takes_what_is_planned(name: str, dtype: torch.dtype, pictures: 
     with LiveBytes() as live, lora.beside("layers.0", dtype):
         vectors = of_tokens(rows, lengths) if pictures > 1 else rows[:, 0]
         block(x, rope, lengths, vectors, model.compute).backward(torch.ones_like(x))
-    graph = _GRAPH_BYTES[name] + _VECTOR_BYTES[name] * (pictures > 1)
+    graph = _GRAPH_BYTES[name] + _VECTOR_BYTES * (pictures > 1)
     planned = graph * tokens * 384 + 2 * dtype.itemsize * parameters(config, 4)
     assert 0.9 * planned <= live.peak_bytes <= planned
 

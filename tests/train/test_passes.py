@@ -200,11 +200,13 @@ def test_a_graph_outlives_the_copies_of_other_blocks(monkeypatch: pytest.MonkeyP
     with opened(component, plan, Hardware(CPU, F32)) as weights, weights.passes(1) as stream:
         for number, block in enumerate(stream(blocks), start=1):
             norm: Any = block.attention_norm1
-            y = norm(torch.randn(2, norm.weight.numel(), requires_grad=True)).sum()
+            x = torch.randn(2, norm.weight.numel(), requires_grad=True)
+            y = norm(x).sum()
             allowed.release()
             for part in asked[number] if number < len(blocks) else ():
                 part.result()
             y.backward()
+            assert x.grad is not None and torch.isfinite(x.grad).all()
 
 
 def expanded(batch: Batch) -> Modulation:

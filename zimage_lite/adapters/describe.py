@@ -69,11 +69,12 @@ def is_adapter_path(path: Path) -> bool:
 def describe(path: Path, configs: Mapping[str, TransformerConfig]) -> Description:
     """configs: name -> of the models that it may be for; the first that it fits. Raises UserError if it fits none: what
     is wrong with it beside the first whose sizes it has."""
-    found = [_tried(path, model, config) for model, config in configs.items()]
-    fitting = [one for one in found if isinstance(one, Description)]
-    if fitting:
-        return fitting[0]
-    wrong = [one for one in found if isinstance(one, WrongModelError)]
+    wrong = list[WrongModelError]()
+    for model, config in configs.items():
+        found = _tried(path, model, config)
+        if isinstance(found, Description):
+            return found
+        wrong.append(found)
     raise next((error for error in wrong if not isinstance(error, OtherSizesError)), wrong[0])
 
 

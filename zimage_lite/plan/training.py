@@ -32,7 +32,7 @@ _BITSANDBYTES_BYTES = 200_000_000  # of RAM, with torch's compiler, which it loa
 # on tensors (tools/live_bytes.py), attention by a kernel that keeps no scores.
 _GRAPH_BYTES = {"bf16": 88, "fp32": 120}
 # More, where each of several pictures has its own time: adaLN vectors are repeated for all tokens, in float32, too.
-_VECTOR_BYTES = {"bf16": 20, "fp32": 20}
+_VECTOR_BYTES = 20
 _TRAFFIC = 30  # of a block's element-wise work, in tokens x width values
 # What encoding pictures and captions leaves in the process: 14 to 17 MB with small models on a CPU.
 _PREPARING_BYTES = 20_000_000
@@ -77,7 +77,7 @@ def ways_to_train(model: Model, job: TrainJob, machine: Machine) -> list[Phase]:
     of_block = max(learned // c.n_layers, 1)
     unpacking = max(unpacking_bytes(part, device, dtype) for own in of_blocks.values() for part in own)
     host, pads = _host_bytes(model, job, dtype, load), min(sum(map(padded, job.caption_tokens)), TOKENS_PER_PASS)
-    graph = _GRAPH_BYTES[dtype] + _VECTOR_BYTES[dtype] * (job.batch > 1)
+    graph = _GRAPH_BYTES[dtype] + _VECTOR_BYTES * (job.batch > 1)
     activations = max(
         graph * tokens * c.dim + 2 * item * of_block,
         activation_bytes(max(pads, *job.caption_tokens), c.dim, c.ffn_dim, c.n_heads, item, stream),
